@@ -1,0 +1,59 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint base chat bench-cpu reproduce tiny-base clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The constraints pin torch; for a user with a GPU the same pin brings the CUDA build.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cream-peft needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## extend the embedded tiny model on this CPU and show what changed (3 minutes)
+	@mkdir -p $(DEMO)
+	$(BIN)/cream-peft train --position_strategy contiguous --output_dir $(DEMO)/contiguous
+	$(BIN)/cream-peft train --output_dir $(DEMO)/cream
+	$(BIN)/cream-peft evaluate --output_dir $(DEMO)/results --json $(DEMO)/results.json --compare \
+		"untouched base=cream-peft-tiny" "RoPE scaling alone=cream-peft-tiny+ntk" \
+		"plain fine-tune=$(DEMO)/contiguous" "CREAM=$(DEMO)/cream"
+	@$(BIN)/cream-peft plot --output $(DEMO)/accuracy.png \
+		--title "A model with a window of 256 tokens, asked at up to 2,048" \
+		$(DEMO)/results/untouched-base.json $(DEMO)/results/RoPE-scaling-alone.json \
+		$(DEMO)/results/plain-fine-tune.json $(DEMO)/results/CREAM.json
+	@echo "The adapter is in $(DEMO)/cream"
+
+test: $(READY)  ## lint and the fast tests (10 minutes on two cores)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)  ## the tests that take longer
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)  ## ruff, and apply its fixes
+	$(BIN)/ruff check --fix .
+
+base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GPU)
+	$(BIN)/cream-peft train --config recipes/llama-2-7b/cream-4k-32k-qlora.yaml
+
+chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CUDA GPU)
+	$(BIN)/cream-peft train --config recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml
+
+bench-cpu: $(READY)  ## time CREAMTrainer against SFTTrainer (AUTHORS=checkout of wutong4012/CREAM adds the sampler)
+	$(BIN)/python tests/bench_cpu.py --output runs/bench-cpu.json $(if $(AUTHORS),--authors $(AUTHORS))
+
+reproduce: $(READY)  ## every strategy and RoPE scaling on the tiny task (90 minutes, goes on where it stopped)
+	$(BIN)/python recipes/cream-peft-tiny/reproduce.py --output runs/reproduce
+
+tiny-base: $(READY)  ## pretrain the embedded tiny model again (under 5 minutes)
+	$(BIN)/python -m cream_peft.tiny.make_base --output runs/tiny-base
+
+clean:  ## remove the environment and all runs
+	rm -rf $(VENV) runs build *.egg-info

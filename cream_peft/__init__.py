@@ -1,0 +1,20 @@
+"""CREAM context extension as a PEFT/LoRA recipe package (arXiv 2406.07138)."""
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "CREAMConfig": "cream_peft.config",
+    "CREAMDataCollator": "cream_peft.collator",
+    "CREAMTrainer": "cream_peft.trainer",
+    "load_adapter": "cream_peft.model",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    # Imported on first use: torch, transformers and TRL take seconds, and `cream-peft --help` needs none of them.
+    if name in _EXPORTS:
+        from importlib import import_module
+
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'cream_peft' has no attribute {name!r}")

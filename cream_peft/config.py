@@ -1,0 +1,192 @@
+"""The three dataclasses that a recipe fills in: the run (CREAMConfig), the model and the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import ModelConfig, ScriptArguments, SFTConfig
+
+from .positions import POSITION_STRATEGIES
+from .rope import ROPE_SCALING_TYPES
+
+SHORT_DOCUMENTS = ("shrink", "skip", "join")
+DEFAULT_FACTOR = 8
+
+
+def _one_of(name: str, value: Any, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, allowed))}")
+
+
+@dataclass
+class CREAMConfig(SFTConfig):
+    """SFTConfig with the fields of context extension. Every other field means what it means in TRL.
+
+    `max_length` alone differs: the trainer sets it to `target_length`, so that TRL hands whole documents to the
+    position sampler instead of cutting them at 1,024 tokens; a value of your own is refused.
+
+    Raises:
+        ValueError: on an unknown strategy or scaling, lengths that contradict one another, or a TRL option that would
+            undo the positions (packing, padding_free, skip_prepare_dataset).
+    """
+
+    context_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens fed per training example. None: the base's max_position_embeddings."},
+    )
+    target_length: int | None = field(
+        default=None,
+        metadata={"help": "Context length to reach, in tokens. None: 8 times the base's max_position_embeddings."},
+    )
+    position_strategy: str = field(
+        default="cream", metadata={"help": f"How positions are drawn: {', '.join(POSITION_STRATEGIES)}."}
+    )
+    sigma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation of the middle segment's Gaussian, in half-windows (cream only). "
+            "None: 3/8 of target_length / context_length, which is the paper's 3 at a factor of 8."
+        },
+    )
+    rope_scaling_type: str | None = field(
+        default="yarn", metadata={"help": f"RoPE scaling of the base: none, {', '.join(ROPE_SCALING_TYPES)}."}
+    )
+    short_documents: str = field(
+        default="shrink",
+        metadata={
+            "help": "Documents shorter than context_length: shrink the segments, skip the document, or join it "
+            "with its successors until context_length is reached."
+        },
+    )
+    eval_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per evaluation document, at plain positions 0..n-1. None: context_length."},
+    )
+    base_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Hub id that the adapter names as its base when the base was loaded from a local folder."},
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Set by the trainer to target_length; not to be set by hand."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 mixed precision. None: true on a GPU that has it, false on a CPU."},
+    )
+
+    def __post_init__(self):
+        if self.rope_scaling_type in ("none", "None"):
+            self.rope_scaling_type = None
+        _one_of("position_strategy", self.position_strategy, POSITION_STRATEGIES)
+        _one_of("rope_scaling_type", self.rope_scaling_type, (None, *ROPE_SCALING_TYPES))
+        _one_of("short_documents", self.short_documents, SHORT_DOCUMENTS)
+        if self.sigma is not None and self.position_strategy != "cream":
+            raise ValueError(f"sigma={self.sigma} goes with position_strategy=cream, got {self.position_strategy}")
+        if self.sigma is not None and self.sigma <= 0:
+            raise ValueError(f"sigma={self.sigma} must be above 0 (half-windows)")
+        self._check_lengths()
+        self._refuse_what_undoes_positions()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available()
+            self.bf16 = self.bf16 and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+
+    def _check_lengths(self) -> None:
+        for name in ("context_length", "target_length", "eval_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1 token")
+        for name in ("context_length", "eval_length"):
+            value = getattr(self, name)
+            if value is not None and self.target_length is not None and value > self.target_length:
+                raise ValueError(f"{name}={value} is longer than target_length={self.target_length}")
+        if self.max_length is not None and self.max_length != self.target_length:
+            raise ValueError(
+                f"max_length={self.max_length} is not for you to set: TRL would cut documents there before positions "
+                "are drawn. Set context_length (tokens fed) and target_length (tokens reached) instead"
+            )
+
+    def _refuse_what_undoes_positions(self) -> None:
+        for name in ("packing", "eval_packing", "padding_free"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}=true cannot go with context extension: every example needs its own position_ids. "
+                    "Use short_documents=join to fill the window"
+                )
+        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
+            raise ValueError(
+                "dataset_kwargs={'skip_prepare_dataset': true} bypasses the row numbers that positions are drawn from; "
+                "pass pre-tokenised documents in an input_ids column instead"
+            )
+
+    def resolve(self, pretrained_window: int) -> None:
+        """Fill the lengths left open from the base's pretrained window (tokens).
+
+        Raises:
+            ValueError: if target_length lies below the window while RoPE is to be scaled, or lengths contradict.
+        """
+        if self.target_length is None:
+            self.target_length = DEFAULT_FACTOR * pretrained_window
+        if self.context_length is None:
+            self.context_length = min(pretrained_window, self.target_length)
+        if self.eval_length is None:
+            self.eval_length = self.context_length
+        self.max_length = self.target_length
+        self._check_lengths()
+
+    def strategy_options(self) -> dict[str, Any]:
+        """Options that the position strategy takes beyond its contract."""
+        return {"sigma": self.sigma} if self.position_strategy == "cream" else {}
+
+
+@dataclass
+class CREAMModelArguments(ModelConfig):
+    """TRL's ModelConfig with QLoRA on the attention layers as the default."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base model: a Hub id or a local folder, or cream-peft-tiny, the embedded one."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Precision of what is not quantized. None: bfloat16 on a GPU, float32 on a CPU."},
+    )
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; full fine-tuning is not offered."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        metadata={"help": "Modules that get a LoRA adapter."},
+    )
+    load_in_4bit: bool = field(default=True, metadata={"help": "Quantize the base to 4 bits when loading."})
+    use_bnb_nested_quant: bool = field(
+        default=True, metadata={"help": "Quantize the quantization constants too (double quantization)."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.use_peft:
+            raise ValueError("use_peft=false is not offered: this package trains adapters")
+        if self.load_in_8bit:
+            raise ValueError("load_in_8bit=true is not offered: use load_in_4bit=true, or false for 16-bit")
+
+
+@dataclass
+class CREAMDataArguments(ScriptArguments):
+    """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, folder, or .jsonl, .json, .parquet, .txt file; cream-peft-tiny is the embedded one."},
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the data set."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split for evaluation. None: the documents held out by held_out_documents."}
+    )
+    held_out_documents: int = field(
+        default=0,
+        metadata={"help": "Documents taken off the training split for evaluation when dataset_test_split is None."},
+    )
+    max_documents: int | None = field(
+        default=None, metadata={"help": "Use only the first so many documents. None: all of them."}
+    )

@@ -1,0 +1,40 @@
+"""The embedded model's own retrieval task, by tenths of depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..tiny.recall import VOCABULARY_SIZE, evaluate_recall
+
+TENTHS = 10
+
+
+def recall(model: Any, tokenizer: Any, length: int, samples: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Share of asked keys whose value comes first of the whole vocabulary, for each tenth of the document.
+
+    Args:
+        length: document length in tokens, the questions included.
+        samples: documents; each asks 16 keys, spread over its depth.
+
+    Raises:
+        ValueError: if the model does not speak the embedded vocabulary.
+    """
+    if model.config.vocab_size != VOCABULARY_SIZE:
+        raise ValueError(
+            f"task recall is made of the embedded model's {VOCABULARY_SIZE} tokens; this model has "
+            f"{model.config.vocab_size}"
+        )
+    answers = evaluate_recall(model, length, samples, seed)
+    tenth = np.minimum((answers["depth"] * TENTHS).astype(int), TENTHS - 1)
+    for index in range(TENTHS):
+        correct = answers["correct"][tenth == index]
+        if len(correct):
+            yield {
+                "depth": round((index + 0.5) / TENTHS, 3),
+                "metric": "accuracy",
+                "value": float(correct.mean()),
+                "samples": len(correct),
+            }

@@ -1,0 +1,160 @@
+"""The task "recall": a document states `key value` records and asks some of its keys again.
+
+A document is made of cells of 4 tokens. A cell is filler only, or holds `key value` at a random offset. A record cell
+states a new key, or asks again a uniformly chosen earlier one; only the value of a re-asked key can be predicted, so
+only that carries a label. The first cell is `<s>` and three fillers.
+
+Vocabulary (385 tokens): `<s>`, 64 fillers, 256 keys, 64 values, in this order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+NUM_FILLERS, NUM_KEYS, NUM_VALUES = 64, 256, 64
+BEGIN = 0
+FIRST_FILLER = 1
+FIRST_KEY = FIRST_FILLER + NUM_FILLERS
+FIRST_VALUE = FIRST_KEY + NUM_KEYS
+VOCABULARY_SIZE = FIRST_VALUE + NUM_VALUES
+
+CELL = 4
+IGNORED = -100
+EVALUATION_DENSITY = 0.4
+NUM_QUERIES = 16
+QUERY_TOKENS = NUM_QUERIES * CELL
+
+
+def vocabulary() -> list[str]:
+    """The words of the 385 tokens, at the index of their id."""
+    fillers = [f".{number:02d}" for number in range(NUM_FILLERS)]
+    keys = [f"k{number:03d}" for number in range(NUM_KEYS)]
+    values = [f"v{number:02d}" for number in range(NUM_VALUES)]
+    return ["<s>", *fillers, *keys, *values]
+
+
+def _filler_cells(rng: np.random.Generator, num_cells: int) -> np.ndarray:
+    """int64 [num_cells, 4] of fillers, the first token `<s>`."""
+    cells = rng.integers(FIRST_FILLER, FIRST_KEY, (num_cells, CELL))
+    cells[0, 0] = BEGIN
+    return cells
+
+
+def training_document(
+    rng: np.random.Generator,
+    num_tokens: int,
+    *,
+    density: float = 1.0,
+    new_key_share: float = 0.5,
+    echo: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One document: (input_ids, labels), int64 [num_tokens] each.
+
+    Labels are aligned with input_ids (the model shifts them) and -100 except on the values of re-asked keys.
+
+    Args:
+        density: probability that a cell is a record rather than filler.
+        new_key_share: probability that a record states a new key. Once all 256 keys are in use, none is new.
+        echo: a record is `key value key`, with a label on the second key as well. This teaches the first of the two
+            heads that recall needs; without it pretraining stalls.
+    """
+    num_cells = -(-num_tokens // CELL)
+    cells = _filler_cells(rng, num_cells)
+    labels = np.full_like(cells, IGNORED)
+    places = 1 + np.flatnonzero(rng.random(num_cells - 1) < density)
+
+    is_new = rng.random(places.size) < new_key_share
+    is_new[:1] = True
+    is_new &= np.cumsum(is_new) <= NUM_KEYS
+    known = np.cumsum(is_new)
+    record = np.where(is_new, known - 1, (rng.random(places.size) * known).astype(np.int64))
+    keys = FIRST_KEY + rng.permutation(NUM_KEYS)[record]
+    values = rng.integers(FIRST_VALUE, VOCABULARY_SIZE, NUM_KEYS)[record]
+
+    offsets = rng.integers(0, CELL - (2 if echo else 1), places.size)
+    cells[places, offsets] = keys
+    cells[places, offsets + 1] = values
+    labels[places, offsets + 1] = np.where(is_new, IGNORED, values)
+    if echo:
+        cells[places, offsets + 2] = labels[places, offsets + 2] = keys
+    return cells.reshape(-1)[:num_tokens], labels.reshape(-1)[:num_tokens]
+
+
+def training_rows(count: int, num_tokens: int, seed: int, **options: Any) -> dict[str, list[np.ndarray]]:
+    """`count` training documents as columns `input_ids` and `labels`, ready for `datasets.Dataset.from_dict`."""
+    rng = np.random.default_rng(seed)
+    documents = [training_document(rng, num_tokens, **options) for _ in range(count)]
+    return {"input_ids": [ids for ids, _ in documents], "labels": [labels for _, labels in documents]}
+
+
+def evaluation_document(
+    rng: np.random.Generator, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One document that asks 16 of its keys, each once, in its last 64 tokens.
+
+    40 % of the other cells are records, each of its own key (256 at most, so documents beyond about 2,600 tokens are
+    sparser). The asked records are drawn one from each sixteenth of the records, in shuffled order.
+
+    Returns:
+        input_ids [num_tokens]; query_positions [16], the indices of the asked keys, whose next token is the answer;
+        answers [16], token ids; depths [16], the places of the asked records as shares of the document, in [0, 1].
+    """
+    num_cells, ragged = divmod(num_tokens, CELL)
+    free_cells = num_cells - NUM_QUERIES - 1
+    num_records = min(NUM_KEYS, int(EVALUATION_DENSITY * free_cells))
+    if ragged or num_records < NUM_QUERIES:
+        raise ValueError(f"num_tokens must be a multiple of {CELL} and at least 228, got {num_tokens}")
+    cells = _filler_cells(rng, num_cells)
+    places = 1 + np.sort(rng.choice(free_cells, num_records, replace=False))
+    keys = FIRST_KEY + rng.permutation(NUM_KEYS)[:num_records]
+    values = rng.integers(FIRST_VALUE, VOCABULARY_SIZE, num_records)
+
+    bounds = np.arange(NUM_QUERIES + 1) * num_records // NUM_QUERIES
+    asked = rng.permutation(rng.integers(bounds[:-1], bounds[1:]))
+    record = np.concatenate([np.arange(num_records), asked])
+    places = np.concatenate([places, np.arange(num_cells - NUM_QUERIES, num_cells)])
+    offsets = rng.integers(0, CELL - 1, places.size)
+    cells[places, offsets] = keys[record]
+    cells[places, offsets + 1] = values[record]
+    positions = places * CELL + offsets
+    return cells.reshape(-1), positions[num_records:], values[asked], positions[asked] / num_tokens
+
+
+def evaluate_recall(
+    model: Any, num_tokens: int, documents: int, seed: int, batch_size: int = 8
+) -> dict[str, np.ndarray]:
+    """Recall of `model` on `documents` evaluation documents, at the plain positions 0..num_tokens-1.
+
+    An answer is right when it is the argmax over the whole vocabulary. Logits are computed for the last 64 tokens only.
+
+    Returns:
+        depth, float64, and correct, bool: [documents * 16] each, in the order of the documents.
+    """
+    import torch
+
+    rng = np.random.default_rng(seed)
+    drawn = [evaluation_document(rng, num_tokens) for _ in range(documents)]
+    input_ids, query_positions, answers, depths = (np.stack(column) for column in zip(*drawn, strict=True))
+    predicted = np.empty_like(answers)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, documents, batch_size):
+                rows = slice(start, start + batch_size)
+                batch = torch.from_numpy(input_ids[rows]).to(model.device)
+                # Without a mask, transformers may read unusual positions as several packed documents.
+                logits = model(
+                    input_ids=batch,
+                    attention_mask=torch.ones_like(batch),
+                    position_ids=torch.arange(num_tokens, device=batch.device).expand_as(batch),
+                    use_cache=False,
+                    logits_to_keep=QUERY_TOKENS,
+                ).logits
+                best = logits.argmax(-1).cpu().numpy()
+                predicted[rows] = np.take_along_axis(best, query_positions[rows] - (num_tokens - QUERY_TOKENS), 1)
+    finally:
+        model.train(was_training)
+    return {"depth": depths.reshape(-1), "correct": (predicted == answers).reshape(-1)}

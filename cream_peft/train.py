@@ -1,0 +1,197 @@
+"""From a parsed recipe to a finished adapter: one linear story."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, PreTrainedConfig, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import memory, rope
+from .config import CREAMModelArguments
+from .data import DataError, load_documents, prepare_columns
+from .model import default_dtype, load_base, load_tokenizer, lora_config, quantization_config, resolve_base
+from .recipe import Recipe, RecipeError
+from .trainer import CREAMTrainer
+
+logger = logging.getLogger(__name__)
+
+CPU_PARAMETERS = 1e9
+"""Above this many parameters, training on a CPU takes weeks, and the recipe is refused there."""
+
+
+class _ProgressBar(ProgressCallback):
+    """The progress bar with the loss in it, instead of a dictionary printed over it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate") if key in logs}
+            self.training_bar.set_postfix(
+                {key: f"{float(value):.2e}" if key == "learning_rate" else f"{float(value):.3f}"
+                 for key, value in shown.items()}
+            )  # fmt: skip
+
+
+def base_config(recipe: Recipe) -> PreTrainedConfig:
+    """The base's unscaled config: the embedded copy where there is one, else the one beside the weights."""
+    name = recipe.model.model_name_or_path
+    if name is None:
+        raise RecipeError("model_name_or_path is missing: a Hub id or a local folder")
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise RecipeError(f"model_name_or_path={name}: no such folder")
+    embedded = memory.embedded_config(name)
+    if embedded is not None:
+        return embedded
+    return AutoConfig.from_pretrained(
+        resolve_base(name), revision=recipe.model.model_revision, trust_remote_code=recipe.run.trust_remote_code
+    )
+
+
+def plan_of(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
+    """Peak memory of the recipe on this base, see `memory.plan`."""
+    recipe.run.resolve(rope.pretrained_window(config))
+    return memory.plan(
+        config,
+        context_length=recipe.run.context_length,
+        per_device_train_batch_size=recipe.run.per_device_train_batch_size,
+        load_in_4bit=recipe.model.load_in_4bit,
+        lora_r=recipe.model.lora_r,
+        target_modules=tuple(recipe.model.lora_target_modules),
+        gradient_checkpointing=bool(recipe.run.gradient_checkpointing),
+        optim=str(getattr(recipe.run.optim, "value", recipe.run.optim)),
+    )
+
+
+def _check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Refuse at once what this machine cannot train."""
+    recipe.run.resolve(rope.pretrained_window(config))
+    rope.scaled_config(config, recipe.run.target_length, recipe.run.rope_scaling_type)
+    if not torch.cuda.is_available():
+        parameters = memory.parameter_count(config)
+        if parameters > CPU_PARAMETERS and not recipe.run.use_cpu:
+            raise RecipeError(
+                f"{recipe.model.model_name_or_path} has {parameters / 1e9:.1f} billion parameters and this machine has "
+                "no CUDA GPU: `make demo` shows the method on a CPU, `cream-peft plan` shows which GPU the recipe fits"
+            )
+        return
+    needed = plan_of(recipe, config)["terms"]["total"]
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if needed > free:
+        raise RecipeError(
+            f"this recipe needs about {needed:.1f} GiB and the GPU has {free:.1f} GiB free: lower context_length, or "
+            "see `cream-peft plan`"
+        )
+
+
+def load_data(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
+    """(training documents, evaluation documents or None), with the columns of their format only."""
+    data, run = recipe.data, recipe.run
+    if data.dataset_name is None:
+        raise RecipeError("dataset_name is missing: a Hub id, a local folder or a file")
+    options = {"streaming": data.dataset_streaming, "name": data.dataset_config, "revision": data.dataset_revision}
+    options = {key: value for key, value in options.items() if value}
+
+    def load(split: str) -> Any:
+        documents = load_documents(data.dataset_name, split, **options)
+        if data.max_documents:
+            documents = documents.take(data.max_documents)
+        return prepare_columns(documents, data.dataset_name, tokenizer, run.dataset_text_field)
+
+    documents = load(data.dataset_train_split)
+    if data.dataset_test_split:
+        return documents, load(data.dataset_test_split)
+    held_out = data.held_out_documents
+    if not held_out:
+        return documents, None
+    if not isinstance(documents, Dataset):
+        return documents.skip(held_out), documents.take(held_out)
+    if held_out >= len(documents):
+        raise DataError(f"held_out_documents={held_out} leaves nothing of {len(documents)} documents to train on")
+    last = len(documents) - held_out
+    return documents.select(range(last)), documents.select(range(last, len(documents)))
+
+
+def _load_model(recipe: Recipe) -> Any:
+    arguments: CREAMModelArguments = recipe.model
+    named = arguments.dtype if arguments.dtype not in (None, "auto") else None
+    dtype = getattr(torch, named) if named else default_dtype()
+    options: dict[str, Any] = {"trust_remote_code": recipe.run.trust_remote_code, "revision": arguments.model_revision}
+    if arguments.load_in_4bit:
+        storage = arguments.bnb_4bit_quant_storage
+        options["quantization_config"] = quantization_config(
+            dtype, arguments.bnb_4bit_quant_type, arguments.use_bnb_nested_quant, getattr(torch, storage or "", None)
+        )
+    return load_base(
+        arguments.model_name_or_path,
+        target_length=recipe.run.target_length,
+        rope_scaling_type=recipe.run.rope_scaling_type,
+        load_in_4bit=arguments.load_in_4bit,
+        dtype=dtype,
+        attn_implementation=arguments.attn_implementation,
+        **options,
+    )
+
+
+def _checkpoint(recipe: Recipe) -> str | None:
+    """The checkpoint to go on from: `resume_from_checkpoint` names a folder, or is true for the newest."""
+    wanted = recipe.run.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        folder = Path(recipe.run.output_dir)
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        logger.info("resuming from %s" if found else "no checkpoint in %s yet: starting afresh", found or folder)
+        return found
+    if not Path(wanted).is_dir():
+        raise RecipeError(f"resume_from_checkpoint={wanted}: no such folder")
+    return str(wanted)
+
+
+def run_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Train the recipe's adapter, save it complete in output_dir, and return a summary of the run."""
+    _check_machine(recipe, base_config(recipe))
+    checkpoint = _checkpoint(recipe)
+    tokenizer = load_tokenizer(
+        recipe.model.model_name_or_path,
+        revision=recipe.model.model_revision,
+        trust_remote_code=recipe.run.trust_remote_code,
+    )
+    documents, held_out = load_data(recipe, tokenizer)
+    run = recipe.run
+    trainer = CREAMTrainer(
+        model=_load_model(recipe),
+        args=run,
+        train_dataset=documents,
+        eval_dataset=held_out if run.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe.model),
+    )
+    trainer.recipe = recipe.settings()
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_ProgressBar)
+    logger.info(
+        "%s positions, %s tokens per example for a context of %s, RoPE scaling %s",
+        run.position_strategy, f"{run.context_length:,}", f"{run.target_length:,}", run.rope_scaling_type or "none",
+    )  # fmt: skip
+    start = time.perf_counter()
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    trainer.save_model()
+    trainer.create_model_card()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    counts = trainer.describe()["positions"]
+    return {
+        "output_dir": run.output_dir,
+        "steps": output.global_step,
+        "loss": output.training_loss,
+        "seconds": seconds,
+        "peak_gib": peak,
+        "redrawn": counts["redrawn"],
+        "unlabelled": counts["unlabelled"],
+    }

@@ -1,0 +1,194 @@
+"""Every position strategy under every RoPE scaling on the tiny task, three bases by three seeds.
+
+python recipes/cream-peft-tiny/reproduce.py [--output runs/reproduce] [--workers 2]
+
+Settings are those of the embedded recipe (cream_peft/tiny/recipe.yaml), on an unquantized base. The evaluation
+documents are drawn from a seed that no setting was chosen on. Every run is kept as one line of runs.jsonl: killed and
+started again, the command goes on where it stopped. The bases other than the shipped one are pretrained first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SCALINGS = ("none", "linear", "ntk", "yarn")
+STRATEGIES = ("contiguous", "randpos", "pose", "cream")
+BASE_SEEDS = (0, 1, 2)
+RUN_SEEDS = (0, 1, 2)
+WINDOW, TARGET, STEPS, BATCH = 256, 2048, 150, 16
+LENGTHS = (256, 512, 1024, 2048)
+EVALUATION_SEED, EVALUATION_DOCUMENTS = 20_261_123, 32
+LEARNING_RATE = {"none": 5e-3, "linear": 1e-2, "ntk": 5e-3, "yarn": 5e-3}
+
+
+def all_runs() -> list[dict[str, Any]]:
+    """Every run of the grid, those that say most first.
+
+    documents: `window` are documents of 256 tokens; `target` are documents of 2,048 tokens, from which the strategy
+    crops 256. contiguous and randpos take the first 256 tokens either way, so they need no second run.
+    """
+    runs = [
+        {"base": base, "scaling": scaling, "strategy": "untuned", "documents": None, "seed": None}
+        for base, scaling in itertools.product(BASE_SEEDS, SCALINGS)
+    ]
+    for seed in RUN_SEEDS:
+        for scaling, base in itertools.product(("ntk", "none", "linear", "yarn"), BASE_SEEDS):
+            cases = [(strategy, "window") for strategy in STRATEGIES]
+            cases += [("cream", "target"), ("pose", "target"), ("full", "target")]
+            runs += [
+                {"base": base, "scaling": scaling, "strategy": strategy, "documents": documents, "seed": seed}
+                for strategy, documents in cases
+            ]
+    return runs
+
+
+def key(run: dict[str, Any]) -> tuple:
+    return tuple(run[name] for name in ("base", "scaling", "strategy", "documents", "seed"))
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """The finished runs; a last line cut off by a kill is dropped."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def trained(folder: Path, run: dict[str, Any], scratch: str) -> Any:
+    """The base of the run, trained as the run says."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from cream_peft import CREAMConfig, CREAMTrainer
+    from cream_peft.model import load_base, load_tokenizer
+    from cream_peft.tiny.recall import training_rows
+
+    scaling = None if run["scaling"] == "none" else run["scaling"]
+    model = load_base(str(folder), target_length=TARGET, rope_scaling_type=scaling, load_in_4bit=False)
+    if run["strategy"] == "untuned":
+        return model
+    full = run["strategy"] == "full"
+    tokens = TARGET if run["documents"] == "target" else WINDOW
+    batch = BATCH * WINDOW // TARGET if full else BATCH
+    arguments = CREAMConfig(
+        scratch,
+        context_length=TARGET if full else WINDOW,
+        target_length=TARGET,
+        position_strategy="contiguous" if full else run["strategy"],
+        rope_scaling_type=scaling,
+        learning_rate=LEARNING_RATE[run["scaling"]],
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=10,
+        max_steps=STEPS,
+        per_device_train_batch_size=batch,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=50,
+        dataloader_pin_memory=False,
+        report_to="none",
+        seed=run["seed"],
+    )
+    trainer = CREAMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(training_rows(STEPS * batch, tokens, seed=10_000 + run["seed"])),
+        processing_class=load_tokenizer(str(folder)),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+        ),
+    )
+    trainer.train()
+    return trainer.model
+
+
+def measure(model: Any) -> dict[str, Any]:
+    """Accuracy by length, and by tenth of depth at the target length."""
+    from cream_peft.evals import TASKS
+    from cream_peft.plots import mean_by
+
+    cells = [
+        {"length": length, **cell}
+        for length in LENGTHS
+        for cell in TASKS["recall"](model, None, length, EVALUATION_DOCUMENTS, EVALUATION_SEED)
+    ]
+    at_target = [cell for cell in cells if cell["length"] == TARGET]
+    return {"by_length": mean_by(cells, "length"), "by_depth": mean_by(at_target, "depth")}
+
+
+def work(output: Path, index: int, workers: int) -> None:
+    """Do every `workers`-th run that is not done yet."""
+    import logging
+    import warnings
+
+    import datasets
+    import torch
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    path = output / "runs.jsonl"
+    for run in all_runs()[index::workers]:
+        if key(run) in {key(done) for done in read_runs(path)}:
+            continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            model = trained(output / "bases" / str(run["base"]), run, scratch)
+        middle = time.perf_counter()
+        found = {**run, **measure(model), "train_seconds": round(middle - start, 1)}
+        found["evaluation_seconds"] = round(time.perf_counter() - middle, 1)
+        with path.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(f"{len(read_runs(path))}/{len(all_runs())}  {run}  {found['by_length'][TARGET]:.3f}", flush=True)
+
+
+def make_bases(output: Path) -> None:
+    """The shipped base, and two more pretrained the same way from other seeds."""
+    import shutil
+
+    from cream_peft.tiny import base_folder
+
+    for seed in BASE_SEEDS:
+        folder = output / "bases" / str(seed)
+        if (folder / "origin.json").is_file():
+            continue
+        if seed == BASE_SEEDS[0]:
+            shutil.copytree(base_folder(), folder, dirs_exist_ok=True)
+        else:
+            command = [sys.executable, "-m", "cream_peft.tiny.make_base", "--output", str(folder), "--seed", str(seed)]
+            subprocess.run(command, check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.index is not None:
+        work(options.output, options.index, options.workers)
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    make_bases(options.output)
+    command = [sys.executable, __file__, "--output", str(options.output), "--workers", str(options.workers)]
+    processes = [subprocess.Popen([*command, "--index", str(index)]) for index in range(options.workers)]
+    if any([process.wait() for process in processes]):
+        sys.exit("a worker failed; start the command again to go on")
+
+
+if __name__ == "__main__":
+    main()
