@@ -1,0 +1,87 @@
+"""Small models and documents, made in code and seeded."""
+
+import os
+
+# Before any library of the Hub is imported: no test may wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from cream_peft import CREAMConfig
+from cream_peft.tiny import base_folder
+
+datasets.disable_progress_bars()
+torch.set_num_threads(2)
+
+WINDOW, TARGET = 64, 512
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    return AutoTokenizer.from_pretrained(base_folder())
+
+
+@pytest.fixture
+def make_model():
+    def make(seed=0, **changes):
+        torch.manual_seed(seed)
+        settings = {
+            "vocab_size": 385,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": WINDOW,
+            "attn_implementation": "eager",
+        }
+        return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+
+    return make
+
+
+@pytest.fixture
+def make_documents():
+    def make(count=24, tokens=3 * WINDOW, **columns):
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randint(1, 385, (count, tokens), generator=generator).tolist()
+        return Dataset.from_dict({"input_ids": rows, **columns})
+
+    return make
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**changes):
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "context_length": WINDOW,
+            "target_length": TARGET,
+            "rope_scaling_type": "ntk",
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "learning_rate": 1e-2,
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "seed": 0,
+        }
+        return CREAMConfig(**(settings | changes))
+
+    return make
+
+
+@pytest.fixture
+def lora():
+    def make(**changes):
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+        return LoraConfig(**(settings | changes), task_type="CAUSAL_LM")
+
+    return make

@@ -1,0 +1,371 @@
+"""What the stack does silently, and that CREAMTrainer does not let it: one test a trap, with the trap as control."""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers.masking_utils import create_causal_mask
+from trl import SFTConfig, SFTTrainer
+
+from cream_peft import CREAMTrainer, rope
+from cream_peft.collator import ROW_COLUMN, CREAMDataCollator
+from cream_peft.model import keep_4bit_trainable_on_cpu, quantization_config
+from cream_peft.trainer import PositionError
+
+
+@pytest.fixture
+def make_trainer(make_model, make_documents, make_config, tiny_tokenizer, lora):
+    def make(model=None, documents=None, peft_config="default", cls=CREAMTrainer, eval_dataset=None, **changes):
+        return cls(
+            model=model if model is not None else make_model(),
+            args=make_config(**changes),
+            train_dataset=documents if documents is not None else make_documents(),
+            eval_dataset=eval_dataset,
+            processing_class=tiny_tokenizer,
+            peft_config=lora() if peft_config == "default" else peft_config,
+        )
+
+    return make
+
+
+def record_positions(model):
+    """The position_ids that the rotary embedding is given, call by call."""
+    seen = []
+    for module in model.modules():
+        if "RotaryEmbedding" in type(module).__name__:
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append(kwargs.get("position_ids", args[-1]).clone()), with_kwargs=True
+            )
+    return seen
+
+
+# Attention
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_crosses_the_segments_only_where_a_mask_is_passed(make_model, implementation):
+    model = make_model(attn_implementation=implementation).eval()
+    ids = torch.arange(1, 31)[None]
+    positions = torch.cat([torch.arange(10), torch.arange(200, 210), torch.arange(500, 510)])[None]
+    causal = torch.full((30, 30), -math.inf).triu(1)[None, None]
+    with torch.no_grad():
+        by_hand = model(input_ids=ids, position_ids=positions, attention_mask=causal, use_cache=False).logits
+        masked = model(
+            input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits
+        unmasked = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    assert (masked - by_hand).abs().max() < 1e-4
+    assert (unmasked - by_hand).abs().max() > 1e-2  # control: jumps are taken for packed documents
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(make_trainer, reentrant):
+    found = []
+    for kwargs in (None, {"use_reentrant": reentrant}):
+        trainer = make_trainer(gradient_checkpointing=kwargs is not None, gradient_checkpointing_kwargs=kwargs)
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        loss = trainer.compute_loss(trainer.model.train(), batch)
+        loss.backward()
+        found.append((loss, [p.grad for p in trainer.model.parameters() if p.grad is not None]))
+    (loss, gradients), (loss_checkpointed, gradients_checkpointed) = found
+    assert torch.equal(loss, loss_checkpointed) and len(gradients) == len(gradients_checkpointed) > 0
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(gradients, gradients_checkpointed, strict=True))
+
+
+# The proof before the first step
+
+
+def test_training_is_refused_when_the_mask_is_missing(make_trainer):
+    trainer = make_trainer()
+    trainer.prove_positions()  # control: as built, the proof passes
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "attention_mask"}
+    # TRL's loss needs one of both to count tokens; position_ids are there, so it does not notice.
+    with pytest.raises(PositionError, match="attention does not cross"):
+        trainer.train()
+
+
+def test_training_is_refused_when_positions_are_dropped_or_replaced(make_trainer):
+    trainer = make_trainer()
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "position_ids"}
+    with pytest.raises(PositionError, match="emits no position_ids"):
+        trainer.train()
+    trainer.data_collator = collate
+    prepare = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda inputs: {**prepare(inputs), "position_ids": inputs["position_ids"] * 0 + 1}
+    with pytest.raises(PositionError, match="do not reach"):
+        trainer.train()
+
+
+def test_the_proof_leaves_no_trace(make_trainer):
+    def train(prove):
+        trainer = make_trainer(peft_config="default", seed=5)
+        if not prove:
+            trainer.prove_positions = lambda: None
+        state = torch.get_rng_state()
+        trainer.train()
+        return state, {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+    (_, with_proof), (_, without) = train(True), train(False)
+    assert all(torch.equal(with_proof[name], without[name]) for name in without)
+
+
+# TRL
+
+
+def test_trl_drops_a_position_ids_column_and_ours_come_from_the_collator(make_trainer, make_documents, make_model,
+                                                                          tiny_tokenizer, tmp_path):  # fmt: skip
+    documents = make_documents(positions_marker=[0] * 24).rename_column("positions_marker", "position_ids")
+    theirs = SFTTrainer(
+        model=make_model(),
+        args=SFTConfig(str(tmp_path), report_to="none", bf16=False, use_cpu=True),
+        train_dataset=documents,
+        processing_class=_with_end_token(tiny_tokenizer),
+    )
+    assert "position_ids" not in next(iter(theirs.get_train_dataloader()))  # control
+    batch = next(iter(make_trainer(documents=documents).get_train_dataloader()))
+    assert batch["position_ids"].max() == 511
+
+
+def _with_end_token(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = "<s>"
+    return tokenizer
+
+
+def test_whole_documents_reach_the_sampler(make_trainer, make_documents):
+    assert SFTConfig("unused", bf16=False, use_cpu=True).max_length == 1024  # control: where TRL would cut
+    trainer = make_trainer(documents=make_documents(8, tokens=1500), target_length=2048)
+    assert {len(row["input_ids"]) for row in trainer.train_dataset} == {1500}
+    assert trainer.args.max_length == 2048
+    longer = make_trainer(documents=make_documents(8, tokens=1500), target_length=1024)
+    assert {len(row["input_ids"]) for row in longer.train_dataset} == {1024}
+
+
+def test_evaluation_runs_at_plain_positions_and_training_does_not(make_trainer, make_documents):
+    trainer = make_trainer(eval_dataset=make_documents(8))
+    seen = record_positions(trainer.model)
+    trainer.evaluate()
+    assert seen and all(torch.equal(row, torch.arange(64)) for call in seen for row in call)
+    trainer.evaluate(trainer.train_dataset)  # its rows carry numbers: they must not turn into draws
+    assert all(torch.equal(row, torch.arange(64)) for call in seen for row in call)
+    seen.clear()
+    trainer.train()
+    assert max(int(call.max()) for call in seen) == 511  # control
+
+
+def test_an_evaluation_set_called_train_is_not_the_training_set(make_trainer, make_documents):
+    trainer = make_trainer(eval_dataset={"train": make_documents(8), "other": make_documents(8)})
+    assert ROW_COLUMN in trainer.train_dataset.column_names
+    assert ROW_COLUMN not in trainer.eval_dataset["train"].column_names
+    seen = record_positions(trainer.model)
+    trainer.evaluate()
+    assert all(torch.equal(row, torch.arange(64)) for call in seen for row in call)
+
+
+def test_the_row_number_survives_the_removal_of_unused_columns(make_trainer, make_documents):
+    trainer = make_trainer(documents=make_documents(8, note=["x"] * 8))
+    trainer._set_signature_columns_if_needed()
+    kept = trainer._remove_unused_columns(trainer.train_dataset).column_names
+    assert ROW_COLUMN in kept and "note" not in kept
+    trainer._signature_columns = None
+    SFTTrainer._set_signature_columns_if_needed(trainer)
+    assert ROW_COLUMN not in trainer._signature_columns  # control: TRL alone would drop it
+
+
+def test_draws_are_a_function_of_seed_epoch_and_row_through_the_trainer(make_trainer):
+    def positions(**changes):
+        trainer = make_trainer(max_steps=12, **changes)
+        seen = record_positions(trainer.model)
+        trainer.prove_positions = lambda: None
+        trainer.train()
+        return torch.cat(seen)
+
+    two_epochs = positions()
+    assert torch.equal(two_epochs, positions(dataloader_num_workers=2, dataloader_persistent_workers=True))
+    assert not torch.equal(two_epochs[:24].sort(0).values, two_epochs[24:48].sort(0).values)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("packing", True),
+        ("eval_packing", True),
+        ("padding_free", True),
+        ("dataset_kwargs", {"skip_prepare_dataset": True}),
+        ("max_length", 1024),
+    ],
+)
+def test_options_that_undo_positions_are_refused_by_name(make_config, name, value):
+    with pytest.raises(ValueError, match=name if name != "dataset_kwargs" else "skip_prepare_dataset"):
+        make_config(**{name: value})
+
+
+def test_the_loss_is_trls_own_and_equals_cross_entropy_over_the_draw(make_trainer):
+    assert CREAMTrainer.compute_loss is SFTTrainer.compute_loss
+    trainer = make_trainer()
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    model = trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, dict(batch))
+        logits = model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+            attention_mask=batch["attention_mask"], use_cache=False,
+        ).logits  # fmt: skip
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert torch.allclose(loss, expected, atol=1e-5)
+
+
+def test_the_private_hooks_of_trl_that_are_overridden_still_have_their_shape():
+    names = list(inspect.signature(SFTTrainer._prepare_dataset).parameters)
+    assert names == ["self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"]
+    assert list(inspect.signature(SFTTrainer._set_signature_columns_if_needed).parameters) == ["self"]
+    assert list(inspect.signature(SFTTrainer._save).parameters) == ["self", "output_dir", "state_dict"]
+    assert list(inspect.signature(create_causal_mask).parameters)[:3] == ["config", "inputs_embeds", "attention_mask"]
+
+
+def test_a_missing_pad_token_becomes_the_end_token_and_nothing_is_resized(make_trainer, make_model, tiny_tokenizer):
+    tiny_tokenizer.pad_token, tiny_tokenizer.eos_token = None, "v00"
+    model = make_model()
+    trainer = make_trainer(model=model)
+    assert trainer.processing_class.pad_token == "v00"
+    assert trainer.data_collator.pad_token_id == tiny_tokenizer.eos_token_id
+    assert model.get_input_embeddings().weight.shape[0] == 385
+
+
+# RoPE and 4-bit
+
+
+def test_a_model_object_is_scaled_by_the_trainer_and_a_name_is_too(make_trainer, make_model, tmp_path, tiny_tokenizer):
+    model = make_model()
+    before = model.model.rotary_emb.inv_freq.clone()
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    trainer = make_trainer(model=model)
+    expected = rope.scaled_config(make_model().config, 512, "ntk")
+    rope.check_scaling(trainer.model, expected)
+    assert not torch.equal(before, model.model.rotary_emb.inv_freq)  # control
+    named = make_trainer(model=str(tmp_path / "base"))
+    rope.check_scaling(named.model, expected)
+    again = make_trainer(model=make_trainer(model=model, peft_config=None).model)
+    rope.check_scaling(again.model, expected)  # scaled once, however often it is handed over
+
+
+def quantized(make_model, tmp_path, **changes):
+    from transformers import AutoModelForCausalLM
+
+    make_model(**changes).save_pretrained(tmp_path / "quantizable")
+    return AutoModelForCausalLM.from_pretrained(
+        tmp_path / "quantizable", quantization_config=quantization_config(torch.float32), dtype=torch.float32
+    )
+
+
+def test_adapters_on_a_4bit_base_stay_in_fp32(make_trainer, make_model, tmp_path, tiny_tokenizer, lora, make_documents):
+    trainer = make_trainer(model=quantized(make_model, tmp_path))
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert trainable and all(p.dtype == torch.float32 for p in trainable)
+    theirs = SFTTrainer(
+        model=quantized(make_model, tmp_path),
+        args=SFTConfig(str(tmp_path), report_to="none", bf16=False, use_cpu=True),
+        train_dataset=make_documents(),
+        processing_class=_with_end_token(tiny_tokenizer),
+        peft_config=lora(),
+    )
+    assert {p.dtype for p in theirs.model.parameters() if p.requires_grad} == {torch.bfloat16}  # control
+
+
+def test_an_adapter_handed_over_keeps_every_bit(make_trainer, make_model, tmp_path, lora):
+    model = get_peft_model(quantized(make_model, tmp_path), lora())
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trainer = make_trainer(model=model, peft_config=None)
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    rounded = [p.to(torch.bfloat16).float() for p in before.values()]  # control: what TRL's cast would leave
+    assert any(not torch.equal(a, b) for a, b in zip(rounded, before.values(), strict=True))
+
+
+def first_gradient(trainer):
+    trainer.model.train().zero_grad()
+    trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0]])).backward()
+    gradients = [p.grad for name, p in trainer.model.named_parameters() if "layers.0" in name and "lora_B" in name]
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def has_packed_product():
+    from pathlib import Path
+
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return "avx512_bf16" in flags
+
+
+def test_4bit_training_on_a_cpu_survives_an_evaluation(make_trainer, make_model, make_documents, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    trainer = make_trainer(model=quantized(make_model, tmp_path, **sizes), eval_dataset=make_documents(8))
+    before = first_gradient(trainer)
+    trainer.evaluate()
+    assert torch.equal(before, first_gradient(trainer))
+
+
+@pytest.mark.skipif(not has_packed_product(), reason="this processor has no AVX512-BF16, where the trap lies")
+def test_control_without_the_switch_an_evaluation_cuts_the_gradient(make_trainer, make_model, make_documents, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    trainer = make_trainer(model=quantized(make_model, tmp_path, **sizes), eval_dataset=make_documents(8))
+    for module in trainer.model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    before = first_gradient(trainer)
+    trainer.evaluate()
+    assert first_gradient(trainer).norm() < 0.5 * before.norm()
+    keep_4bit_trainable_on_cpu(trainer.model)
+
+
+# Short documents and what is left behind
+
+
+def test_short_documents_are_shrunk_skipped_or_joined(make_trainer):
+    rows = Dataset.from_dict({"input_ids": [list(range(1, size)) for size in (21, 101, 31, 41, 201, 11)]})
+    shrunk = make_trainer(documents=rows)
+    assert sorted(len(row["input_ids"]) for row in shrunk.train_dataset) == [10, 20, 30, 40, 100, 200]
+    skipped = make_trainer(documents=rows, short_documents="skip")
+    assert sorted(len(row["input_ids"]) for row in skipped.train_dataset) == [100, 200]
+    joined = make_trainer(documents=rows, short_documents="join")
+    assert [len(row["input_ids"]) for row in joined.train_dataset] == [120, 70, 200, 10]
+    batch = next(iter(shrunk.get_train_dataloader()))
+    assert all(int(row[mask.bool()][-1]) == 511 for row, mask in zip(batch["position_ids"], batch["attention_mask"],
+                                                                     strict=True))  # fmt: skip
+
+
+def test_what_training_leaves_says_how_the_base_was_scaled_and_nothing_private(make_trainer, make_model, tmp_path):
+    import json
+
+    base = tmp_path / "private-folder" / "my-base"
+    make_model().save_pretrained(base)
+    trainer = make_trainer(model=str(base), hub_token="hf_secret", save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "run"
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer_config.json", "base_config/config.json",
+                 "cream.json", "README.md"):  # fmt: skip
+        assert (folder / name).is_file() and (folder / "checkpoint-2" / name).is_file(), name
+    description = json.loads((folder / "cream.json").read_text())
+    assert description["target_length"] == 512 and description["pretrained_window"] == 64
+    assert description["positions"]["strategy"] == "cream" and description["steps"] == 2
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "my-base"
+    content = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt")
+    assert b"hf_secret" not in content and b"private-folder" not in content
+    assert rope.load_base_config(folder).max_position_embeddings == 512
+
+
+def test_a_collator_of_the_users_own_is_taken(make_model, make_documents, make_config, tiny_tokenizer, lora):
+    own = CREAMDataCollator(0, context_length=32, target_length=512, position_strategy="pose", seed=9)
+    trainer = CREAMTrainer(
+        model=make_model(), args=make_config(), data_collator=own, train_dataset=make_documents(),
+        processing_class=tiny_tokenizer, peft_config=lora(),
+    )  # fmt: skip
+    assert trainer.data_collator is own
+    assert math.isfinite(trainer.train().training_loss)
