@@ -32,13 +32,11 @@ CARDS: dict[str, float] = {
     "H100 80GB": 79.1,
 }
 
+# Assumed: 0.3 to 0.5 GiB for the CUDA context and its kernels, the rest for cuBLAS workspaces and fragmentation.
 CUDA_CONTEXT_GIB = 0.75
-"""Assumed: 0.3 to 0.5 GiB for the CUDA context and its kernels, the rest for cuBLAS workspaces and fragmentation."""
 
+# Tokens and vocabulary that TRL 1.16 puts through the LM head at a time (trl/kernels/chunked_logprob.py).
 LM_HEAD_TILE = (4096, 32_768)
-"""Tokens and vocabulary that TRL 1.16 puts through the LM head at a time (trl/kernels/chunked_logprob.py)."""
-
-SHORTEST_ADVISED_CONTEXT = 1024
 
 _FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _FIELDS += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
@@ -53,9 +51,9 @@ _ARCHITECTURES: dict[str, tuple[Any, ...]] = {
     "mistralai/Mistral-7B-v0.3": ("mistral", 32_768, 4096, 14_336, 32, 32, 8, 32_768, 1e-5, {"rope_theta": 1e6}),
     "Qwen/Qwen3-8B-Base": ("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 32_768, 1e-6, {"rope_theta": 1e6}),
 }
+# The architecture of the recipes' bases, so that planning needs no network.
 EMBEDDED_CONFIGS = {name: dict(zip(_FIELDS, values, strict=True)) for name, values in _ARCHITECTURES.items()}
 EMBEDDED_CONFIGS["mistralai/Mistral-7B-v0.3"]["sliding_window"] = None
-"""The architecture of the recipes' bases, so that planning needs no network."""
 
 
 def embedded_config(model_id: str) -> PreTrainedConfig | None:
@@ -175,8 +173,9 @@ def estimate(
     sizes = [inputs * outputs for inputs, outputs in linears.values()]
     trained = layers * lora_r * sum(inputs + outputs for inputs, outputs in targets.values())
     kept = _layer_bytes(config, targets, tokens, lora_r, lora_dropout > 0, load_in_4bit)
-    # The feed-forward's three bf16 gradients beside the residual's, and the one weight that bitsandbytes dequantizes.
-    passing = tokens * 2 * (hidden + 3 * config.intermediate_size) + (2 * max(sizes) if load_in_4bit else 0)
+    # The feed-forward's bf16 gradients (three, or two once down_proj's LoRA let go of its input) and the residual's.
+    gradients = hidden + (2 if "down_proj" in targets else 3) * config.intermediate_size
+    passing = 2 * tokens * gradients + (2 * max(sizes) if load_in_4bit else 0)
     # The norm's fp32 input, the scored hidden states, their gradient in fp32 and bf16, and the tile of logits.
     head = tokens * (4 + 2 + 4 + 2) * hidden + 2 * min(tokens, LM_HEAD_TILE[0]) * LM_HEAD_TILE[1]
     terms = {
@@ -200,10 +199,8 @@ def _savings(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"gradient_checkpointing": True}
     yield {"per_device_train_batch_size": 1}
     yield {"load_in_4bit": True}
-    length = settings["context_length"] // 2
-    while length >= SHORTEST_ADVISED_CONTEXT:
-        yield {"context_length": length}
-        length //= 2
+    for halvings in range(1, max(1, (settings["context_length"] // 1024).bit_length())):
+        yield {"context_length": settings["context_length"] >> halvings}
     yield {"optim": "paged_adamw_8bit"}
     yield {"lora_r": min(8, settings.get("lora_r", 16))}
 
@@ -237,17 +234,15 @@ def plan(config: PreTrainedConfig, **settings: Any) -> dict[str, Any]:
     return {"terms": terms, "cards": cards, "advice": advice}
 
 
-def _words(name: str) -> list[str]:
-    return re.findall(r"[a-z]+|\d+", re.sub(r"nvidia|geforce|tesla", "", name.lower()))
-
-
 def parse_gpu(text: str) -> float:
     """GiB of a card by its name ("RTX 4090") or by its memory ("8GB"; GB is read as GiB, as on the box)."""
     amount = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", text, re.IGNORECASE)
     if amount and float(amount[1]) > 0:
         return float(amount[1])
-    # With its memory or without: A100 alone is two cards, RTX 4060 is not the RTX 4060 Ti.
-    matches = [card for card in CARDS if _words(text) in (_words(card), _words(card)[:-1], _words(card)[:-2])]
+    # Its memory may be left out (A100 is then two cards), or its unit.
+    plain = {name: re.sub("nvidia|geforce|tesla", "", name.lower()) for name in (*CARDS, text)}
+    words = {name: re.findall(r"[a-z]+|\d+", plain[name]) for name in plain}
+    matches = [card for card in CARDS if words[text] in (words[card], words[card][:-1], words[card][:-2])]
     if len(matches) > 1:
         raise ValueError(f"GPU {text!r} can be {' or '.join(matches)}: say which")
     if matches:

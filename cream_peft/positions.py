@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Draw = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 GRID_POINTS = 1000
-# The published sigma, 3, was tuned at a factor of 8; as a share of the factor it keeps the Gaussian's shape at any other.
+# The published sigma, 3, was tuned at a factor of 8; as a share of the factor the Gaussian keeps its shape.
 SIGMA_PER_FACTOR = 3 / 8
 
 
@@ -27,7 +27,7 @@ def cream(
     rng: np.random.Generator,
     sigma: float | None = None,
 ) -> Draw:
-    """Head at the start, tail at the end, middle drawn around the centre of the long context (arXiv 2406.07138, section 2).
+    """Head at the start, tail at the end, middle drawn around the centre of the long context (arXiv 2406.07138).
 
     Args:
         num_tokens: tokens of the document; fewer than `context_length` shrink the three segments with it.
@@ -68,7 +68,7 @@ def cream(
 
 
 def pose(num_tokens: int, context_length: int, target_length: int, rng: np.random.Generator) -> Draw:
-    """PoSE: two chunks with one random skip between their positions (arXiv 2309.10400, section 3).
+    """PoSE: two chunks with one random skip between their positions (arXiv 2309.10400).
 
     The first r tokens keep positions 0..r-1, r at most half of what is fed; the rest is a chunk from further on in
     the document, its positions raised by a skip of 0..target_length - (tokens fed).
@@ -89,7 +89,7 @@ def pose(num_tokens: int, context_length: int, target_length: int, rng: np.rando
 
 
 def randpos(num_tokens: int, context_length: int, target_length: int, rng: np.random.Generator) -> Draw:
-    """Randomised positions: a sorted sample of 0..target_length - 1 for the first tokens (arXiv 2305.16843, section 3).
+    """Randomised positions: a sorted sample of 0..target_length - 1 for the first tokens (arXiv 2305.16843).
 
     Raises:
         ValueError: a length below 1, or target_length below context_length.

@@ -61,7 +61,8 @@ def plan_of(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
         per_device_train_batch_size=recipe.run.per_device_train_batch_size,
         load_in_4bit=recipe.model.load_in_4bit,
         lora_r=recipe.model.lora_r,
-        target_modules=tuple(recipe.model.lora_target_modules),
+        lora_dropout=recipe.model.lora_dropout,
+        target_modules=recipe.model.lora_target_modules,
         gradient_checkpointing=bool(recipe.run.gradient_checkpointing),
         optim=str(getattr(recipe.run.optim, "value", recipe.run.optim)),
     )
