@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -24,6 +25,19 @@ commands:
 Every command takes --help, and --debug for the whole traceback of an error. Without --config, train and plan take the
 recipe of the embedded tiny model.
 """
+GO_ON = {
+    "train": ": --resume_from_checkpoint true goes on from the newest checkpoint",
+    "evaluate": ": the same command goes on where it stopped",
+}
+NOISE = {
+    # A faster kernel that is looked for on the Hub; what is installed does.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # That the pad token is the end token, which is meant.
+    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    "huggingface_hub.repocard": "Repo card metadata block was not found",
+    "huggingface_hub.utils._http": "HTTP Error|'.*' thrown while|Retrying in ",
+}
+"""Logger -> pattern of the lines that say nothing to a user."""
 
 
 class UserError(ValueError):
@@ -35,13 +49,32 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a library's log line is for the user. Of eleven lines of the Hub client's retries one is left."""
+    message = record.getMessage()
+    if message.startswith("Retrying in ") and "[Retry 1/" in message:
+        record.msg, record.args = "the Hub does not deliver: trying again, for about half a minute", ()
+        return True
+    return not re.match(NOISE.get(record.name, "$"), message)
+
+
 def _quiet() -> None:
     """Keep what the libraries say about themselves off the terminal; what concerns the user is logged by us."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_is_news)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    # Bars of what is done within two seconds only flicker. tqdm reads this when it is imported.
+    os.environ.setdefault("TQDM_DELAY", "2")
+
+
+def _close_progress_bars() -> None:
+    """End the line of a bar that an error left open, so that the error has a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
 
 
 def _write_json(path: str | None, content: Any) -> None:
@@ -166,22 +199,28 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     _quiet()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # On our own logger: with a handler on the root one, the libraries would say everything twice.
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
         COMMANDS[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
-        print("\ninterrupted; what was saved stays", file=sys.stderr)
+        _close_progress_bars()
+        print(f"interrupted, what was saved stays{GO_ON.get(arguments[0], '')}", file=sys.stderr)
         return 130
     except Exception as error:
+        _close_progress_bars()
         if debug:
             raise
         from .errors import explain
 
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
+    finally:
+        logger.removeHandler(handler)
     return 0
 
 

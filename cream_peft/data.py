@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from .errors import about
 from .tiny import TINY_ID
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ def load_documents(name: str, split: str = "train", **kwargs: Any) -> Dataset | 
     """
     if name == TINY_ID:
         return _embedded_documents()
+    with about(f"data set {name}"):
+        return _load(name, split, **kwargs)
+
+
+def _load(name: str, split: str, **kwargs: Any) -> Dataset | IterableDataset:
     path = Path(name).expanduser()
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         return _split_of(load_from_disk(str(path)), name, split)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -16,66 +18,138 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-NETWORK_ERRORS = ("ConnectError", "ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "ReadError")
-REPOSITORY = re.compile(r"/(?:api/)?(?:(models|datasets)/)?([\w.-]+/[\w.-]+?)(?:/(?:resolve|tree|revision|raw)/|\?|$)")
+ABOUT = "This is about "
+NETWORK_ERRORS = ("ConnectError", "ConnectionError", "ConnectTimeout", "ReadTimeout", "ReadError")
+NETWORK_ERRORS += ("RemoteProtocolError",)
+NO_ACCESS = (
+    "{thing} is gated and your account or token may not read it: accept its terms at {page}, give a fine-grained token "
+    "access to gated repositories, and try again"
+)
+NOT_LOGGED_IN = "{thing} is gated and you are not logged in: accept its terms at {page}, then run `hf auth login`"
+NOT_FOUND = (
+    "there is no {thing}: neither here nor on the Hub, or it is private and your token does not open it; check the "
+    "spelling, or run `hf auth login`"
+)
+NO_CONFIG = "{thing} holds no config.json that says model_type: give a Hub id or a folder of a whole model"
+OUT_OF_MEMORY = (
+    "memory ran out: lower context_length or per_device_train_batch_size, or set gradient_checkpointing=true; "
+    "`cream-peft plan` shows what takes how much"
+)
+REWORDED = (
+    (r"Dataset .* is a gated dataset.*authenticated.*", NOT_LOGGED_IN),
+    (r"Dataset .* is a gated dataset.*", NO_ACCESS),
+    (r"Dataset .* doesn't exist on the Hub.*", NOT_FOUND),
+    (
+        r".*(doesn't contain any data files|Couldn't find any data file).*",
+        "{thing} holds no data files: .jsonl, .json, .parquet or .txt",
+    ),
+    (
+        r".*Config name is missing.*available configs: (?P<configs>\[.*?\]).*",
+        "{thing} has several configurations: set dataset_config to one of {configs}",
+    ),
+    (
+        r"BuilderConfig '?(?P<config>.*?)'? not found\. Available: (?P<configs>\[.*\]).*",
+        "{thing} has no configuration {config!r}: set dataset_config to one of {configs}",
+    ),
+    (r".*Repo id must .*", "there is no folder {thing}, and a Hub id looks like owner/name"),
+    (r"Unrecognized model in .*model_type.*", NO_CONFIG),
+    (r".*not the path to a directory containing a file named config.json.*", NO_CONFIG),
+    (
+        r".*(does not appear to have|no) (a )?files? named .*(model\.safetensors|pytorch_model).*",
+        "{thing} holds no weights (model.safetensors): give a Hub id or a folder of a whole model",
+    ),
+    (
+        r"Target modules (?P<modules>.*) not found in the base model.*",
+        "lora_target_modules: {thing} has no {modules}; use all-linear, or names of its linear layers such as q_proj",
+    ),
+    (r".*FlashAttention.*", "{text} Leave attn_implementation out to use what this machine has"),
+    (r".*(can't allocate memory|out of memory).*", OUT_OF_MEMORY),
+)
+"""What the libraries say, and what we say where theirs names no thing or no remedy."""
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
+@contextmanager
+def about(thing: str) -> Iterator[None]:
+    """Note on any error inside which model or data set was being opened; the libraries often do not say."""
+    try:
+        yield
+    except Exception as error:
+        if not any(note.startswith(ABOUT) for note in getattr(error, "__notes__", ())):
+            error.add_note(ABOUT + thing)
+        raise
 
 
-def _repository(error: BaseException) -> str:
-    url = str(getattr(getattr(error, "response", None), "url", ""))
-    found = REPOSITORY.search(url.removeprefix(constants.ENDPOINT))
-    return found.group(2) if found else "the repository"
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, what it was raised from, what that was raised from, ..."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+    return chain
 
 
-def _explain_hub(error: BaseException) -> str | None:
-    """The line for an error of the Hub client, or None if it is none of its errors."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    repo = _repository(error)
+def _thing(chain: list[BaseException]) -> str | None:
+    notes = [note for link in chain for note in getattr(link, "__notes__", ()) if note.startswith(ABOUT)]
+    names = [link.repo_id for link in chain if getattr(link, "repo_id", None)]
+    return notes[0].removeprefix(ABOUT) if notes else names[0] if names else None
+
+
+def _page(thing: str) -> str:
+    kind = "datasets/" if thing.startswith("data set ") else ""
+    return f"{constants.ENDPOINT}/{kind}{thing.split()[-1]}"
+
+
+def _explain_answer(error: HfHubHTTPError, thing: str) -> str:
+    """The line for an answer of the Hub that is not the file asked for."""
+    status = error.response.status_code
     if isinstance(error, GatedRepoError):
-        page = f"{constants.ENDPOINT}/{repo}"
-        if status == 401:
-            return f"{repo} is gated and you are not logged in: accept its licence at {page}, then run `hf auth login`"
-        return f"{repo} is gated and your account has no access yet: accept its licence at {page} and try again"
+        return (NOT_LOGGED_IN if status == 401 else NO_ACCESS).format(thing=thing, page=_page(thing))
     if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"{repo} does not exist on the Hub, or is private and your token does not open it: check the spelling, "
-            "or run `hf auth login`"
-        )
+        return NOT_FOUND.format(thing=thing)
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no such revision: check model_revision or dataset_revision"
-    if isinstance(error, HfHubHTTPError) and status in (401, 403):
-        return f"the Hub refused access to {repo} ({status}): run `hf auth login` with a token that may read it"
-    if isinstance(error, HfHubHTTPError) and status is not None:
-        return f"the Hub answered {status} for {repo}: try again in a minute"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set and the files are not in the cache: unset it, or give a local folder instead"
-    if type(error).__name__ in NETWORK_ERRORS or isinstance(error, LocalEntryNotFoundError):
+        key = "dataset_revision" if thing.startswith("data set ") else "model_revision"
+        return f"{thing} has no such revision: {key} must be a branch, tag or commit listed at {_page(thing)}"
+    if status in (401, 403):
+        return f"the Hub refuses access to {thing} ({status}): run `hf auth login` with a token that may read it"
+    if status == 429:
+        return f"the Hub refuses more requests for now ({thing}, 429): wait some minutes, or run `hf auth login`"
+    return f"the Hub answers {status} for {thing}: try again later, or give a local folder"
+
+
+def _explain_hub(chain: list[BaseException], thing: str) -> str | None:
+    # The answer says more than the "not in the cache" that is raised from it, so it is looked for first.
+    for link in chain:
+        if isinstance(link, HfHubHTTPError) and not isinstance(link, EntryNotFoundError):
+            return _explain_answer(link, thing)
+    lost = (LocalEntryNotFoundError, OfflineModeIsEnabled)
+    if any(isinstance(link, lost) or type(link).__name__ in NETWORK_ERRORS for link in chain):
+        if constants.HF_HUB_OFFLINE:
+            return f"{thing} is not in the cache and HF_HUB_OFFLINE is set: unset it, or give a local folder"
         return (
-            f"the Hub at {constants.ENDPOINT} cannot be reached and the files are not in the cache: check the network, "
-            "or give a local folder instead"
+            f"{thing} is not in the cache and the Hub at {constants.ENDPOINT} cannot be reached: check the network, or "
+            "give a local folder"
         )
     return None
 
 
 def explain(error: BaseException) -> str:
     """One line for `error`: the thing it is about and the remedy."""
-    for link in _chain(error):
-        line = _explain_hub(link)
-        if line:
-            return line
-        if isinstance(link, torch.OutOfMemoryError):
-            return (
-                "the GPU ran out of memory: lower context_length or per_device_train_batch_size, or set "
-                "gradient_checkpointing=true; `cream-peft plan` shows what takes how much"
-            )
+    chain = _chain(error)
+    thing = _thing(chain)
+    line = _explain_hub(chain, thing or "the repository")
+    if line:
+        return line
+    if any(isinstance(link, torch.OutOfMemoryError | MemoryError) for link in chain):
+        return OUT_OF_MEMORY
     text = " ".join(str(error).split())
-    if isinstance(error, ValueError | OSError) and text:
+    for pattern, line in REWORDED:
+        found = re.fullmatch(pattern, text)
+        if found:
+            thing = thing or "the model or data set"
+            return line.format(thing=thing, page=_page(thing), text=text, **found.groupdict())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if text and (isinstance(error, ValueError | OSError | ImportError) or "pip install" in text):
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -14,8 +14,9 @@ from transformers import AutoConfig
 
 from . import rope
 from .config import DEFAULT_FACTOR
+from .errors import about
 from .evals import TASKS, evaluate
-from .model import adapter_folder, is_adapter, load_adapter, load_base, load_tokenizer, resolve_base
+from .model import adapter_folder, is_adapter, load_adapter, load_base, load_tokenizer, read_description, resolve_base
 from .plots import mean_by
 from .trainer import versions
 
@@ -35,7 +36,8 @@ class Subject:
         if plus and Path(rest).exists():
             name, plus, scaling = rest, "", ""
         if plus and scaling not in rope.ROPE_SCALING_TYPES:
-            raise ValueError(f"{text}: unknown RoPE scaling {scaling!r}: use one of {', '.join(rope.ROPE_SCALING_TYPES)}")
+            allowed = ", ".join(rope.ROPE_SCALING_TYPES)
+            raise ValueError(f"{text}: unknown RoPE scaling {scaling!r}: use one of {allowed}")
         return cls(label or rest.rstrip("/").split("/")[-1], name, scaling or None)
 
 
@@ -54,7 +56,8 @@ def _adapter(name: str) -> Path | None:
         return None
     from huggingface_hub import file_exists
 
-    return adapter_folder(name) if file_exists(name, "adapter_config.json") else None
+    with about(name):
+        return adapter_folder(name) if file_exists(name, "adapter_config.json") else None
 
 
 def _measure(subject: Subject, options: Namespace) -> dict[str, Any]:
@@ -62,15 +65,18 @@ def _measure(subject: Subject, options: Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {"label": subject.label, "samples": options.samples, "load_in_4bit": not options.no_4bit}
     if folder is not None:
         if subject.rope_scaling_type:
-            raise ValueError(f"{subject.name} is an adapter and brings its RoPE scaling: leave out +{subject.rope_scaling_type}")
-        description = json.loads((folder / "cream.json").read_text(encoding="utf-8"))
+            raise ValueError(
+                f"{subject.name} is an adapter and brings its RoPE scaling: leave out +{subject.rope_scaling_type}"
+            )
+        description = read_description(folder, subject.name)
         window, target = description["pretrained_window"], description["target_length"]
         settings["adapter_sha256"] = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
         settings["rope_scaling_type"] = description["rope_scaling_type"]
         model, tokenizer = load_adapter(folder, load_in_4bit=not options.no_4bit)
         base, adapter = description["base_model"], subject.name
     else:
-        window = rope.pretrained_window(AutoConfig.from_pretrained(resolve_base(subject.name)))
+        with about(subject.name):
+            window = rope.pretrained_window(AutoConfig.from_pretrained(resolve_base(subject.name)))
         target = options.target_length or DEFAULT_FACTOR * window
         settings["rope_scaling_type"] = subject.rope_scaling_type
         model = load_base(
@@ -121,7 +127,8 @@ def table_of(results: dict[str, dict[str, Any]]) -> list[str]:
         cells = {label: [c for c in result["cells"] if c["task"] == task] for label, result in results.items()}
         depths = sorted({cell["depth"] for found in cells.values() for cell in found})
         lines.append(f"{task}: accuracy by length (tokens) and depth")
-        lines.append(f"{'model':<{width}}  {'length':>7}  {'all':>5}  " + " ".join(f"{depth:>5.0%}" for depth in depths))
+        head = " ".join(f"{depth:>5.0%}" for depth in depths)
+        lines.append(f"{'model':<{width}}  {'length':>7}  {'all':>5}  {head}")
         for label, found in cells.items():
             for length, value in mean_by(found, "length").items():
                 here = mean_by([cell for cell in found if cell["length"] == length], "depth")

@@ -75,10 +75,8 @@ def _linears(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     problems = [f"no {name}" for name in needed if getattr(config, name, None) is None]
     problems += [name for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
     if problems:
-        raise ValueError(
-            f"memory of model_type {config.model_type!r} cannot be estimated, its config has {problems[0]}: use a "
-            "dense decoder (llama, mistral, qwen2, qwen3)"
-        )
+        reason = f"memory of model_type {config.model_type!r} cannot be estimated, its config has {problems[0]}"
+        raise ValueError(f"{reason}: use a dense decoder (llama, mistral, qwen2, qwen3)")
     hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, _widths(config)
     attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
     feed_forward = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
@@ -121,9 +119,7 @@ def _targets(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> d
     return linears if "all-linear" in names else {name: linears[name] for name in names}
 
 
-def _layer_bytes(
-    config: PreTrainedConfig, targets: dict, tokens: int, lora_r: int, dropout: bool, four_bit: bool
-) -> int:
+def _layer_bytes(config: PreTrainedConfig, targets: dict, tokens: int, rank: int, dropout: bool, four_bit: bool) -> int:
     """What one decoder layer keeps for its backward pass: bf16, but for the norms' fp32 inputs."""
     hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, _widths(config)
     norms = 4 * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
@@ -139,8 +135,8 @@ def _layer_bytes(
         kept = {shared.get(name, name): width for name, (width, _) in targets.items() if name != "o_proj"}
         inputs = sum(2 * width for width in kept.values())
     # lora_B's input per token, and autocast's bf16 copy of the adapter.
-    adapter_copy = 2 * lora_r * sum(inputs + outputs for inputs, outputs in targets.values())
-    return tokens * (norms + attention + gate_silu_up + inputs + 2 * lora_r * len(targets)) + adapter_copy
+    adapter_copy = 2 * rank * sum(inputs + outputs for inputs, outputs in targets.values())
+    return tokens * (norms + attention + gate_silu_up + inputs + 2 * rank * len(targets)) + adapter_copy
 
 
 def _optimizer_bytes(optim: str) -> float:
@@ -163,21 +159,23 @@ def estimate(
 ) -> dict[str, float]:
     """GiB by term at the peak of a training step.
 
-    checkpoints is what the forward pass leaves for the backward pass: each layer's input, or all that every layer
-    keeps without gradient_checkpointing. recomputation is the layer in hand: what it keeps when it is run again, and
-    the gradients and the dequantized weight passing through it. logits is the final norm and the LM head, done before
-    the layers' backward pass: total holds the larger of recomputation and logits, and every other term.
+    checkpoints is what the forward pass leaves for the backward pass: each layer's input, or without
+    gradient_checkpointing all that it keeps. recomputation is the layer in hand: what it keeps when run again, and the
+    gradients and the dequantized weight passing through it. logits is the LM head and the last norm, over before the
+    layers' backward pass: total has the larger of recomputation and logits, and every other term.
     """
-    tokens, linears = context_length * per_device_train_batch_size, _linears(config)
+    tokens = context_length * per_device_train_batch_size
     targets, hidden, layers = _targets(config, target_modules), config.hidden_size, config.num_hidden_layers
-    sizes = [inputs * outputs for inputs, outputs in linears.values()]
+    sizes = [inputs * outputs for inputs, outputs in _linears(config).values()]
     trained = layers * lora_r * sum(inputs + outputs for inputs, outputs in targets.values())
     kept = _layer_bytes(config, targets, tokens, lora_r, lora_dropout > 0, load_in_4bit)
     # The feed-forward's bf16 gradients (three, or two once down_proj's LoRA let go of its input) and the residual's.
     gradients = hidden + (2 if "down_proj" in targets else 3) * config.intermediate_size
     passing = 2 * tokens * gradients + (2 * max(sizes) if load_in_4bit else 0)
-    # The norm's fp32 input, the scored hidden states, their gradient in fp32 and bf16, and the tile of logits.
-    head = tokens * (4 + 2 + 4 + 2) * hidden + 2 * min(tokens, LM_HEAD_TILE[0]) * LM_HEAD_TILE[1]
+    # The last norm's fp32 input, and the larger of its backward pass (four fp32 tensors and one in bf16) and the head:
+    # a tile of logits, the scored hidden states and their gradient in fp32 and bf16.
+    tile = 2 * min(tokens, LM_HEAD_TILE[0]) * LM_HEAD_TILE[1]
+    head = tokens * hidden * 4 + max(tokens * hidden * (4 * 4 + 2), tile + tokens * hidden * (2 + 4 + 2))
     terms = {
         "weights": layers * sum(map(_nf4_bytes, sizes) if load_in_4bit else [2 * size for size in sizes])
         + 2 * _small_parameters(config),
@@ -222,7 +220,7 @@ def advise(config: PreTrainedConfig, gib: float, **settings: Any) -> dict[str, A
 
 
 def plan(config: PreTrainedConfig, **settings: Any) -> dict[str, Any]:
-    """{"terms": GiB by term, "cards": which of CARDS fit, "advice": lines for those that do not}."""
+    """{"terms": GiB by term, "cards": which of CARDS fit, "advice": a line for those that do not}."""
     terms = estimate(config, **settings)
     cards = [{"card": card, "gib": gib, "fits": terms["total"] <= gib} for card, gib in CARDS.items()]
     advice = []

@@ -24,11 +24,13 @@ from transformers import (
 )
 
 from . import rope
+from .errors import about
 from .tiny import TINY_ID, base_folder
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_config/*", "cream.json", "*token*", "*.jinja"]
+REQUIRED_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_config/config.json", "cream.json"]
+ADAPTER_FILES = [*REQUIRED_FILES, "*token*", "*.jinja"]
 SHAPE_FIELDS = (
     "model_type",
     "vocab_size",
@@ -105,20 +107,22 @@ def load_base(
     """
     source = resolve_base(name)
     hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in kwargs}
-    unscaled = config if config is not None else AutoConfig.from_pretrained(source, **hub_kwargs)
+    with about(name):
+        unscaled = config if config is not None else AutoConfig.from_pretrained(source, **hub_kwargs)
     scaled = rope.scaled_config(unscaled, target_length or rope.pretrained_window(unscaled), rope_scaling_type)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype or default_dtype()
     if load_in_4bit:
         kwargs.setdefault("quantization_config", quantization_config(dtype))
     if torch.cuda.is_available():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        config=scaled,
-        dtype=dtype,
-        attn_implementation=attn_implementation or default_attention(dtype),
-        **kwargs,
-    )
+    with about(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=scaled,
+            dtype=dtype,
+            attn_implementation=attn_implementation or default_attention(dtype),
+            **kwargs,
+        )
     # transformers keeps the path it loaded from; the embedded model goes by its name.
     model.config._name_or_path = name
     model.unscaled_config = unscaled
@@ -130,7 +134,8 @@ def load_base(
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The base's tokenizer. A missing pad token becomes the end token: masks are made from lengths, never from ids,
     and the embeddings are never resized (PEFT would then save whole embedding matrices)."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base(name), **kwargs)
+    with about(name):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base(name), **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     return tokenizer
@@ -138,11 +143,13 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 def lora_config(arguments: Any) -> LoraConfig:
     """LoRA from a recipe's model arguments (TRL's ModelConfig names)."""
+    # TRL unwraps a list of one, and PEFT would take the name for a pattern of whole paths.
+    modules = arguments.lora_target_modules
     return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.lora_target_modules,
+        target_modules=[modules] if isinstance(modules, str) and modules.isidentifier() else modules,
         modules_to_save=arguments.lora_modules_to_save,
         use_rslora=arguments.use_rslora,
         use_dora=arguments.use_dora,
@@ -174,6 +181,20 @@ def _refuse_other_base(found: PreTrainedConfig, trained: PreTrainedConfig, scali
             )
 
 
+def read_description(folder: Path, name: str) -> dict[str, Any]:
+    """What cream.json says of the adapter in `folder`, once all of its files are there. `name` is for the error."""
+    for required in REQUIRED_FILES:
+        if not (folder / required).is_file():
+            raise AdapterError(
+                f"{name} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter "
+                "does not say how its base was scaled; train it again with `cream-peft train`"
+            )
+    try:
+        return json.loads((folder / "cream.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"cream.json of {name} is damaged ({error}): train the adapter again") from error
+
+
 def load_adapter(
     repo_or_dir: str | Path, *, base_model: str | None = None, load_in_4bit: bool = True, **model_kwargs: Any
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -190,18 +211,13 @@ def load_adapter(
     """
     hub_kwargs = {key: model_kwargs[key] for key in ("token", "cache_dir") if key in model_kwargs}
     folder = adapter_folder(repo_or_dir, **hub_kwargs)
-    for required in ("adapter_config.json", "cream.json", "base_config/config.json"):
-        if not (folder / required).is_file():
-            raise AdapterError(
-                f"{repo_or_dir} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter "
-                "does not say how its base was scaled"
-            )
-    description = json.loads((folder / "cream.json").read_text(encoding="utf-8"))
+    description = read_description(folder, str(repo_or_dir))
     name = base_model or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
         "base_model_name_or_path"
     ]
     trained = rope.load_base_config(folder)
-    unscaled = AutoConfig.from_pretrained(resolve_base(name), **hub_kwargs)
+    with about(name):
+        unscaled = AutoConfig.from_pretrained(resolve_base(name), **hub_kwargs)
     _refuse_other_base(unscaled, trained, description, name)
     model = load_base(
         name,

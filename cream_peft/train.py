@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import memory, rope
 from .config import CREAMModelArguments
 from .data import DataError, load_documents, prepare_columns
+from .errors import about
 from .model import default_dtype, load_base, load_tokenizer, lora_config, quantization_config, resolve_base
 from .recipe import Recipe, RecipeError
 from .trainer import CREAMTrainer
@@ -42,14 +43,16 @@ def base_config(recipe: Recipe) -> PreTrainedConfig:
     name = recipe.model.model_name_or_path
     if name is None:
         raise RecipeError("model_name_or_path is missing: a Hub id or a local folder")
-    if Path(name).is_absolute() and not Path(name).exists():
-        raise RecipeError(f"model_name_or_path={name}: no such folder")
+    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).exists():
+        hint = "; ~ is not read here, write the whole path" if name.startswith("~") else ""
+        raise RecipeError(f"model_name_or_path={name}: no such folder{hint}")
     embedded = memory.embedded_config(name)
     if embedded is not None:
         return embedded
-    return AutoConfig.from_pretrained(
-        resolve_base(name), revision=recipe.model.model_revision, trust_remote_code=recipe.run.trust_remote_code
-    )
+    with about(name):
+        return AutoConfig.from_pretrained(
+            resolve_base(name), revision=recipe.model.model_revision, trust_remote_code=recipe.run.trust_remote_code
+        )
 
 
 def plan_of(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
@@ -72,15 +75,19 @@ def _check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Refuse at once what this machine cannot train."""
     recipe.run.resolve(rope.pretrained_window(config))
     rope.scaled_config(config, recipe.run.target_length, recipe.run.rope_scaling_type)
+    try:
+        parameters, planned = memory.parameter_count(config), plan_of(recipe, config)
+    except ValueError as error:
+        logger.warning("memory is not planned: %s", error)
+        return
     if not torch.cuda.is_available():
-        parameters = memory.parameter_count(config)
         if parameters > CPU_PARAMETERS and not recipe.run.use_cpu:
             raise RecipeError(
                 f"{recipe.model.model_name_or_path} has {parameters / 1e9:.1f} billion parameters and this machine has "
                 "no CUDA GPU: `make demo` shows the method on a CPU, `cream-peft plan` shows which GPU the recipe fits"
             )
         return
-    needed = plan_of(recipe, config)["terms"]["total"]
+    needed = planned["terms"]["total"]
     free = torch.cuda.mem_get_info()[0] / 2**30
     if needed > free:
         raise RecipeError(
@@ -138,16 +145,28 @@ def _load_model(recipe: Recipe) -> Any:
     )
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint-N in `folder` that was written to its end; trainer_state.json comes last."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s was cut off while it was written: left aside", path)
+            continue
+        return path
+    return None
+
+
 def _checkpoint(recipe: Recipe) -> str | None:
     """The checkpoint to go on from: `resume_from_checkpoint` names a folder, or is true for the newest."""
     wanted = recipe.run.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
-        folder = Path(recipe.run.output_dir)
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        logger.info("resuming from %s" if found else "no checkpoint in %s yet: starting afresh", found or folder)
-        return found
+        found = newest_checkpoint(Path(recipe.run.output_dir))
+        logger.info(f"resuming from {found}" if found else f"no checkpoint in {recipe.run.output_dir} yet: starting afresh")
+        return found and str(found)
     if not Path(wanted).is_dir():
         raise RecipeError(f"resume_from_checkpoint={wanted}: no such folder")
     return str(wanted)

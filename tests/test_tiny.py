@@ -76,7 +76,7 @@ def test_a_training_document_labels_exactly_the_values_of_keys_asked_again():
     for num_tokens in (64, 256, 2048):
         records, asked = check_structure(*task.training_document(rng, num_tokens))
         assert records == num_tokens // 4 - 1
-        assert asked > 0.3 * records
+        assert asked > 0.2 * records
 
 
 def test_density_and_the_share_of_new_keys_are_respected():
@@ -171,7 +171,7 @@ def test_the_tokenizer_gives_back_the_ids_it_wrote(tmp_path):
 def test_make_base_leaves_a_loadable_folder_and_the_same_seed_the_same_weights(tmp_path):
     weights = []
     for name in ("first", "second"):
-        make_base(tmp_path / name, seed=3, steps=2, minimum_recall=0.0)
+        make_base(tmp_path / name, seed=3, steps=2, minimum_recall=0.0, documents=2)
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     origin = json.loads((tmp_path / "first" / "origin.json").read_text())
@@ -181,7 +181,7 @@ def test_make_base_leaves_a_loadable_folder_and_the_same_seed_the_same_weights(t
 
 def test_make_base_refuses_a_model_that_did_not_learn(tmp_path):
     with pytest.raises(RuntimeError, match="try another seed"):
-        make_base(tmp_path / "base", seed=3, steps=2)
+        make_base(tmp_path / "base", seed=3, steps=1, documents=2)
     assert not (tmp_path / "base").exists()
 
 

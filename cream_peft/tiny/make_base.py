@@ -31,9 +31,11 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 256
 STEPS = 700
-ECHO_STEPS = 200  # at least: the echo stays until recall has begun, which some seeds do later
+ECHO_STEPS = 200  # at least: the echo stays until recall has begun, which comes later with some seeds
+STALL_STEPS = 350  # recall that has not begun by then does not come in time: another initialisation
 ECHO_LOSS = 0.4  # nats; a model that only guesses among the values it has seen stays near 0.65
 SHORT_STEPS = 50  # further steps on documents of 64 tokens, without the echo, before the window's 256
+ATTEMPTS = 5
 MINIMUM_RECALL = 0.97
 
 
@@ -86,8 +88,8 @@ def make_optimizer(model: LlamaForCausalLM, steps: int) -> tuple[AdamW, LambdaLR
     return optimizer, get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=steps)
 
 
-def pretrain(seed: int, steps: int = STEPS) -> tuple[LlamaForCausalLM, int]:
-    """Trains from scratch; returns the model and how many steps had the echo.
+def pretrain(seed: int, steps: int = STEPS) -> tuple[LlamaForCausalLM, int] | None:
+    """Trains from scratch; returns the model and how many steps had the echo, or None when recall did not begin.
 
     The same seed and number of threads give the same weights on the same machine.
     """
@@ -101,6 +103,9 @@ def pretrain(seed: int, steps: int = STEPS) -> tuple[LlamaForCausalLM, int]:
     for step in progress:
         echo = echo and (step < ECHO_STEPS or mean(losses) > ECHO_LOSS)
         echo_steps += echo
+        if echo_steps > STALL_STEPS:
+            progress.close()
+            return None
         loss = model(**training_batch(rng, short=step < echo_steps + SHORT_STEPS, echo=echo), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -111,6 +116,16 @@ def pretrain(seed: int, steps: int = STEPS) -> tuple[LlamaForCausalLM, int]:
         if step % 10 == 0:
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     return model.eval(), echo_steps
+
+
+def pretrain_until_learnt(seed: int, steps: int = STEPS) -> tuple[LlamaForCausalLM, dict[str, int]]:
+    """Pretrains with `seed`, then seed + 1000, seed + 2000..., until recall begins; about one seed in three stalls."""
+    for attempt in range(1, ATTEMPTS + 1):
+        pretrained = pretrain(seed + 1000 * (attempt - 1), steps)
+        if pretrained is not None:
+            return pretrained[0], {"attempts": attempt, "echo_steps": pretrained[1]}
+        logger.info("recall had not begun after %d steps: another initialisation", STALL_STEPS)
+    raise RuntimeError(f"recall did not begin in {ATTEMPTS} attempts from seed {seed}; try another seed")
 
 
 def make_base(
@@ -126,7 +141,7 @@ def make_base(
         What `origin.json` holds.
     """
     start = time.perf_counter()
-    model, echo_steps = pretrain(seed, steps)
+    model, attempts = pretrain_until_learnt(seed, steps)
     seconds = time.perf_counter() - start
     recall = {
         f"{factor}x": float(evaluate_recall(model, factor * WINDOW, documents, seed=1)["correct"].mean())
@@ -140,7 +155,7 @@ def make_base(
     origin = {
         "seed": seed,
         "steps": steps,
-        "echo_steps": echo_steps,
+        **attempts,
         "seconds": round(seconds, 1),
         "recall": recall,
         "parameters": model.num_parameters(),

@@ -1,0 +1,443 @@
+"""Memory estimates against what real modules, real saved tensors and a real optimizer step allocate (CPU, seconds)."""
+
+import weakref
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
+
+from cream_peft.memory import (
+    CARDS,
+    CUDA_CONTEXT_GIB,
+    EMBEDDED_CONFIGS,
+    GIB,
+    LM_HEAD_TILE,
+    advise,
+    embedded_config,
+    estimate,
+    parameter_count,
+    parse_gpu,
+    plan,
+)
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+TOKENS = 512
+LLAMA2 = "meta-llama/Llama-2-7b-hf"
+
+
+def small(config_class=LlamaConfig, **changes):
+    fields = {
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": TOKENS,
+    }
+    if config_class is Qwen3Config:
+        fields["head_dim"] = 64
+    return config_class(**(fields | changes))
+
+
+def trainable(folder, config, *, four_bit=True, targets=ATTENTION, checkpointing=True, dropout=0.0):
+    """The stack of a recipe on a CPU: NF4 or bf16 base, fp32 LoRA of rank 16."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    kwargs = {"quantization_config": quantization} if four_bit else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    model = get_peft_model(model, LoraConfig(r=16, lora_dropout=dropout, target_modules=list(targets)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    # Trainer asks for it with checkpointing only; without it the first layer would keep less than the others.
+    model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors alive that were made under this mode, and their maximum."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def _freed(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            owned = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+            if storage._cdata not in self.sizes and storage._cdata not in owned:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return result
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Matrices this small only wait for one another's threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cuda_autocast(monkeypatch):
+    # Under CUDA's autocast PEFT leaves the input of a 4-bit LoRA as it is. It asks torch.is_autocast_enabled(), which
+    # knows of CUDA only: on a CPU it makes a copy for each target that a GPU does not make.
+    ask = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: ask(*device) if device else True)
+
+
+def backbone(model, tokens=TOKENS):
+    ids = torch.randint(0, 2048, (1, tokens), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(tokens)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder = model.get_base_model().model
+        mask = torch.ones_like(ids)
+        return decoder(ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def saved_bytes(model):
+    """Bytes that autograd keeps for the decoder's backward pass, without parameters and buffers."""
+    owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata not in owned:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = backbone(model)
+    del hidden
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def bytes_of(terms, *names):
+    return sum(terms[name] for name in names) * GIB
+
+
+FINAL_NORM = 4 * TOKENS * 256  # counted among the logits
+
+
+# Parameters
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes"),
+    [
+        (LlamaConfig, {}),
+        (LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+        (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+        (LlamaConfig, {"head_dim": 32}),
+        (MistralConfig, {"num_key_value_heads": 2}),
+        (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+        (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 128}),
+        (Qwen3Config, {"attention_bias": True}),
+    ],
+)
+def test_parameters_are_counted_as_the_real_model_has_them(config_class, changes):
+    config = small(config_class, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model_id", "parameters", "window"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616, 4096),
+        ("meta-llama/Llama-2-7b-chat-hf", 6_738_415_616, 4096),
+        ("meta-llama/Llama-2-13b-hf", 13_015_864_320, 4096),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248, 131_072),
+        ("mistralai/Mistral-7B-v0.3", 7_248_023_552, 32_768),
+        ("Qwen/Qwen3-8B-Base", 8_190_735_360, 32_768),
+    ],
+)
+def test_embedded_configs_have_the_published_parameter_counts(model_id, parameters, window):
+    config = embedded_config(model_id)
+    assert parameter_count(config) == parameters and config.max_position_embeddings == window
+    config.rope_parameters["rope_theta"] = 0.0
+    assert embedded_config(model_id).rope_parameters["rope_theta"] > 0  # a copy, not the table
+
+
+def test_a_base_that_is_not_embedded_has_no_config():
+    assert embedded_config("gpt2") is None and len(EMBEDDED_CONFIGS) == 6
+    assert embedded_config("mistralai/Mistral-7B-v0.3").sliding_window is None
+
+
+# What is resident
+
+
+@pytest.mark.parametrize("four_bit", [True, False])
+@pytest.mark.parametrize(
+    ("config_class", "targets"), [(LlamaConfig, ATTENTION), (Qwen2Config, ALL_LINEAR), (Qwen3Config, ("q_proj",))]
+)
+def test_resident_terms_are_the_bytes_of_a_model_after_one_optimizer_step(tmp_path, config_class, targets, four_bit):
+    config = small(config_class, num_key_value_heads=2, tie_word_embeddings=config_class is Qwen2Config)
+    model = trainable(tmp_path, config, four_bit=four_bit, targets=targets)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    backbone(model, 64).float().square().sum().backward()
+    optimizer.step()
+
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    measured = {"weights": 0, "adapter": 0, "gradients": 0}
+    measured["embeddings_and_head"] = sum(weight.nbytes for weight in embeddings)
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if parameter.requires_grad:
+            measured["adapter"] += parameter.nbytes
+            measured["gradients"] += parameter.grad.nbytes
+        elif parameter not in embeddings:
+            measured["weights"] += parameter.nbytes
+        if state is not None:
+            tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+            measured["weights"] += sum(tensor.nbytes for tensor in tensors)
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
+    measured["optimizer"] = sum(tensor.nbytes for tensor in moments)
+
+    terms = estimate(config, context_length=64, load_in_4bit=four_bit, target_modules=targets)
+    for name, size in measured.items():
+        assert bytes_of(terms, name) == pytest.approx(size, rel=0.01), name
+
+
+def test_double_quantization_costs_what_qlora_says():
+    # QLoRA, section 3: 8 / 64 + 32 / (64 * 256) = 0.127 bits a parameter beside the 4.
+    config = embedded_config(LLAMA2)
+    terms = estimate(config, context_length=4096)
+    linear = config.num_hidden_layers * (4 * 4096**2 + 3 * 4096 * 11_008)
+    assert 8 * bytes_of(terms, "weights") / linear == pytest.approx(4.127, abs=0.002)
+
+
+def test_eight_bit_adam_keeps_two_bytes_a_parameter():
+    config, settings = embedded_config(LLAMA2), {"context_length": 4096}
+    full, eight = (estimate(config, optim=name, **settings)["optimizer"] for name in ("adamw_torch", "adamw_bnb_8bit"))
+    assert full / eight == pytest.approx(8 / (2 + 2 * 4 / 256))
+    assert estimate(config, optim="sgd", **settings)["optimizer"] == 0
+    assert estimate(config, optim="some_new_one", **settings)["optimizer"] == full
+
+
+# What a step needs on top
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "settings"),
+    [
+        (LlamaConfig, {}, {}),
+        (LlamaConfig, {"num_key_value_heads": 1}, {}),
+        (Qwen3Config, {"num_key_value_heads": 2}, {}),
+        (LlamaConfig, {}, {"targets": ALL_LINEAR}),
+        (LlamaConfig, {}, {"targets": ("q_proj", "v_proj")}),
+        (LlamaConfig, {}, {"four_bit": False}),
+        (LlamaConfig, {}, {"four_bit": False, "targets": ALL_LINEAR}),
+    ],
+)
+def test_activations_are_the_tensors_that_autograd_keeps(tmp_path, cuda_autocast, config_class, changes, settings):
+    config = small(config_class, **changes)
+    asked = {
+        "context_length": TOKENS,
+        "lora_dropout": 0.0,
+        "load_in_4bit": settings.get("four_bit", True),
+        "target_modules": settings.get("targets", ATTENTION),
+    }
+    terms = estimate(config, gradient_checkpointing=False, **asked)
+    measured = saved_bytes(trainable(tmp_path, config, checkpointing=False, **settings)) - FINAL_NORM
+    assert bytes_of(terms, "checkpoints") == pytest.approx(measured, rel=0.03)
+
+    checkpointed = estimate(config, gradient_checkpointing=True, **asked)
+    measured_checkpointed = saved_bytes(trainable(tmp_path, config, **settings)) - FINAL_NORM
+    assert bytes_of(checkpointed, "checkpoints") == pytest.approx(measured_checkpointed, rel=0.05)
+    assert measured_checkpointed < measured / 10
+
+
+def test_dropout_makes_a_copy_of_the_input_for_every_target(tmp_path, cuda_autocast):
+    config, settings = small(), {"context_length": TOKENS, "gradient_checkpointing": False}
+    with_dropout, without = (
+        bytes_of(estimate(config, lora_dropout=rate, **settings), "checkpoints") for rate in (0.05, 0.0)
+    )
+    measured = saved_bytes(trainable(tmp_path, config, checkpointing=False, dropout=0.05)) - FINAL_NORM
+    masks = config.num_hidden_layers * 4 * TOKENS * config.hidden_size  # two bytes each on a CPU, one on a GPU
+    assert with_dropout == pytest.approx(measured - masks, rel=0.03)
+    assert without < 0.8 * with_dropout
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("targets", [ATTENTION, ALL_LINEAR])
+def test_the_peak_of_the_backward_pass_is_within_a_tenth(tmp_path, cuda_autocast, checkpointing, targets):
+    config = small()
+    model = trainable(tmp_path, config, checkpointing=checkpointing, targets=targets)
+    backbone(model).backward(torch.zeros(1, TOKENS, 256, dtype=torch.bfloat16))  # makes the gradients
+    with LiveBytes() as live:
+        hidden = backbone(model)
+        gradient = torch.zeros_like(hidden)
+        live.peak = live.now
+        hidden.backward(gradient)
+    outside = hidden.nbytes + gradient.nbytes
+    terms = estimate(
+        config,
+        context_length=TOKENS,
+        lora_dropout=0.0,
+        target_modules=targets,
+        gradient_checkpointing=checkpointing,
+    )
+    last_norm = 22 * TOKENS * config.hidden_size  # bytes; its backward pass is the peak where nothing is recomputed
+    expected = bytes_of(terms, "checkpoints") + max(bytes_of(terms, "recomputation"), last_norm)
+    assert expected == pytest.approx(live.peak - outside, rel=0.08)
+    long = estimate(embedded_config(LLAMA2), context_length=65_536)
+    assert bytes_of(long, "logits") == 22 * 65_536 * 4096
+
+
+def test_the_head_is_computed_in_the_tiles_that_trl_uses():
+    assert (chunked_logprob.TOKEN_CHUNK_SIZE, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE) == LM_HEAD_TILE
+    config = embedded_config("meta-llama/Llama-3.1-8B")
+    chunked = bytes_of(estimate(config, context_length=4096), "logits")
+    assert chunked == 2 * 4096 * 32_768 + 12 * 4096 * config.hidden_size
+    assert chunked < 4096 * config.vocab_size * 2  # less than the bf16 logits alone
+
+
+def test_the_fused_head_keeps_hidden_states_and_no_logits(tmp_path):
+    config = small(vocab_size=8192, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.model.requires_grad_(False)
+    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    ids = torch.randint(0, 8192, (1, TOKENS))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        model(ids, labels=ids, fused_lm_head=True)
+    weight = model.lm_head.weight.untyped_storage()._cdata
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+    sizes.pop(weight, None)
+    hidden_states = 2 * TOKENS * config.hidden_size
+    assert hidden_states * 0.9 < sum(sizes.values()) < hidden_states * 1.2 < TOKENS * config.vocab_size * 2
+
+
+def test_the_total_counts_the_larger_of_two_things_that_are_never_there_together():
+    for length in (256, 4096):
+        terms = estimate(embedded_config(LLAMA2), context_length=length)
+        others = sum(size for name, size in terms.items() if name not in ("total", "recomputation", "logits"))
+        assert terms["total"] == pytest.approx(others + max(terms["recomputation"], terms["logits"]))
+        assert terms["cuda_context"] == CUDA_CONTEXT_GIB
+
+
+def test_llama_2_7b_at_4096_takes_between_5_and_8_gib():
+    assert 5 < estimate(embedded_config(LLAMA2), context_length=4096)["total"] < 8
+    assert estimate(embedded_config(LLAMA2), context_length=4096, load_in_4bit=False)["total"] > 13
+    assert estimate(embedded_config(LLAMA2), context_length=4096, gradient_checkpointing=False)["total"] > 20
+
+
+def test_tokens_count_however_they_are_batched():
+    config = embedded_config(LLAMA2)
+    wide = estimate(config, context_length=2048, per_device_train_batch_size=2)
+    assert wide == estimate(config, context_length=4096)
+
+
+# Refusals, cards and advice
+
+
+def test_what_cannot_be_estimated_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"'gpt2' cannot be estimated, its config has no intermediate_size"):
+        estimate(GPT2Config(), context_length=512)
+    with pytest.raises(ValueError, match=r"'mixtral' cannot be estimated, its config has num_local_experts"):
+        parameter_count(MixtralConfig())
+    with pytest.raises(ValueError, match=r"unknown target module 'c_attn': use all-linear, or some of q_proj"):
+        estimate(small(), context_length=512, target_modules=("q_proj", "c_attn"))
+
+
+def test_target_modules_may_be_a_single_name_or_all_linear():
+    config = small()
+    every = estimate(config, context_length=512, target_modules="all-linear")
+    assert every == estimate(config, context_length=512, target_modules=ALL_LINEAR)
+    one = estimate(config, context_length=512, target_modules="q_proj")
+    assert one == estimate(config, context_length=512, target_modules=["q_proj"])
+    assert one["adapter"] < every["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [
+        ("8GB", 8),
+        ("7.5 gib", 7.5),
+        ("24", 24),
+        ("RTX 4090", CARDS["RTX 4090 24GB"]),
+        ("NVIDIA GeForce RTX 4060 Ti", CARDS["RTX 4060 Ti 16GB"]),
+        ("rtx4060", CARDS["RTX 4060 8GB"]),
+        ("A100-80GB", CARDS["A100 80GB"]),
+        ("a100 40", CARDS["A100 40GB"]),
+        ("T4", CARDS["T4 16GB"]),
+    ],
+)
+def test_a_gpu_is_known_by_its_name_or_its_memory(text, gib):
+    assert parse_gpu(text) == gib
+
+
+@pytest.mark.parametrize("text", ["", "0GB", "RTX", "RTX 4070 Ti", "lots", "8TB", "GB"])
+def test_a_gpu_that_is_not_known_is_refused_with_what_is(text):
+    with pytest.raises(ValueError, match=r"is not known: give its memory \(8GB\), or one of RTX 4060 8GB"):
+        parse_gpu(text)
+
+
+def test_a_name_that_two_cards_have_is_refused_with_both():
+    with pytest.raises(ValueError, match="can be A100 40GB or A100 80GB: say which"):
+        parse_gpu("A100")
+
+
+def test_advice_is_the_smallest_change_of_settings_that_fits():
+    config = embedded_config(LLAMA2)
+    settings = {"context_length": 4096, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
+    assert advise(config, 200.0, **settings) == {}
+    assert advise(config, 23.6, **settings) == {"gradient_checkpointing": True}
+    assert advise(config, 7.6, **settings) == {"gradient_checkpointing": True, "per_device_train_batch_size": 1}
+    assert advise(config, 3.0, **settings) is None
+    for gib in (5.7, 6.2, 8.0, 11.7):
+        changes = advise(config, gib, **settings)
+        assert estimate(config, **settings | changes)["total"] <= gib
+        for name in changes:
+            without = {key: value for key, value in changes.items() if key != name}
+            assert estimate(config, **settings | without)["total"] > gib
+
+
+def test_a_plan_lists_every_card_and_advises_on_those_that_do_not_fit():
+    planned = plan(embedded_config("Qwen/Qwen3-8B-Base"), context_length=4096)
+    assert set(planned) == {"terms", "cards", "advice"}
+    assert planned["terms"] == estimate(embedded_config("Qwen/Qwen3-8B-Base"), context_length=4096)
+    assert [card["card"] for card in planned["cards"]] == list(CARDS)
+    assert [card["card"] for card in planned["cards"] if not card["fits"]] == ["RTX 4060 8GB"]
+    assert planned["advice"] == ["RTX 4060 8GB: fits with context_length: 1024"]
+    large = plan(embedded_config("meta-llama/Llama-2-13b-hf"), context_length=4096)
+    assert large["advice"] == ["RTX 4060 8GB: no settings fit, a smaller base may"]
