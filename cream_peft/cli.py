@@ -34,10 +34,14 @@ NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # That the pad token is the end token, which is meant.
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    # The error that follows says it.
+    "datasets.packaged_modules.json.json": "Failed to load JSON",
     "huggingface_hub.repocard": "Repo card metadata block was not found",
     "huggingface_hub.utils._http": "HTTP Error|'.*' thrown while|Retrying in ",
 }
 """Logger -> pattern of the lines that say nothing to a user."""
+
+PLOTTED = ("length", "depth", "value", "samples")
 
 
 class UserError(ValueError):
@@ -124,6 +128,7 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--target_length", type=int, help="tokens; default: the adapter's, or 8 windows")
     parser.add_argument("--samples", type=int, default=32, help="documents a length (default: 32)")
     parser.add_argument("--seed", type=int, default=1000, help="seed of the documents (default: 1000)")
+    parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
     parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
     parser.add_argument("--output_dir", default="runs/evaluate", help="folder of the results (default: runs/evaluate)")
     parser.add_argument("--json", metavar="FILE", help="write the table's content as JSON")
@@ -148,14 +153,14 @@ def plan(arguments: list[str]) -> None:
     from .recipe import parse_recipe
     from .train import base_config, plan_of
 
+    gib = memory.parse_gpu(options.gpu) if options.gpu else None
     recipe = parse_recipe(rest)
     planned = plan_of(recipe, base_config(recipe))
-    for term, gib in planned["terms"].items():
-        print(f"{term:<28}{gib:8.2f} GiB")
+    for term, size in planned["terms"].items():
+        print(f"{term:<28}{size:8.2f} GiB")
     print()
     cards = planned["cards"]
-    if options.gpu:
-        gib = memory.parse_gpu(options.gpu)
+    if gib is not None:
         cards = [{"card": options.gpu, "gib": gib, "fits": planned["terms"]["total"] <= gib}]
     for card in cards:
         print(f"{card['card']:<28}{card['gib']:8.1f} GiB  {'fits' if card['fits'] else 'does not fit'}")
@@ -179,12 +184,17 @@ def plot(arguments: list[str]) -> None:
             raise UserError(f"no such results file: {name}; `cream-peft evaluate` writes them")
     if Path(options.output).suffix not in (".png", ".svg"):
         raise UserError(f"--output {options.output}: the ending must be .png or .svg")
-    results = [read_results(name) for name in options.results]
-    if not any(result["cells"] for result in results):
-        raise UserError("nothing was measured in these results yet")
-    windows = [result["settings"].get("pretrained_window") for result in results]
-    labelled = {result["settings"]["label"]: result for result in results}
-    print(f"The picture is {plot_accuracy(labelled, options.output, windows[0], options.title)}")
+    labelled = {}
+    for name in options.results:
+        result = read_results(name)
+        label = result["settings"].get("label") or Path(name).stem
+        lacking = {key for cell in result["cells"] for key in PLOTTED if key not in cell}
+        if lacking or not result["cells"]:
+            reason = f"cells without {', '.join(sorted(lacking))}" if lacking else "nothing was measured in it yet"
+            raise UserError(f"{name} cannot be drawn: {reason}; `cream-peft evaluate` fills it")
+        labelled[f"{label} ({name})" if label in labelled else label] = result
+    window = next(iter(labelled.values()))["settings"].get("pretrained_window")
+    print(f"The picture is {plot_accuracy(labelled, options.output, window, options.title)}")
 
 
 COMMANDS = {"train": train, "evaluate": evaluate, "plan": plan, "plot": plot}

@@ -87,11 +87,17 @@ class CREAMConfig(SFTConfig):
         if self.sigma is not None and self.sigma <= 0:
             raise ValueError(f"sigma={self.sigma} must be above 0 (half-windows)")
         self._check_lengths()
-        self._refuse_what_undoes_positions()
+        self._refuse_packing()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available()
             self.bf16 = self.bf16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
+        # Only now: given as JSON on a command line it was text until here.
+        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
+            raise ValueError(
+                "dataset_kwargs={'skip_prepare_dataset': true} bypasses the row numbers that positions are drawn from; "
+                "pass pre-tokenised documents in an input_ids column instead"
+            )
 
     def _check_lengths(self) -> None:
         for name in ("context_length", "target_length", "eval_length"):
@@ -101,25 +107,22 @@ class CREAMConfig(SFTConfig):
         for name in ("context_length", "eval_length"):
             value = getattr(self, name)
             if value is not None and self.target_length is not None and value > self.target_length:
-                raise ValueError(f"{name}={value} is longer than target_length={self.target_length}")
+                raise ValueError(
+                    f"{name}={value} is longer than target_length={self.target_length}: lower it, or raise the other"
+                )
         if self.max_length is not None and self.max_length != self.target_length:
             raise ValueError(
                 f"max_length={self.max_length} is not for you to set: TRL would cut documents there before positions "
                 "are drawn. Set context_length (tokens fed) and target_length (tokens reached) instead"
             )
 
-    def _refuse_what_undoes_positions(self) -> None:
+    def _refuse_packing(self) -> None:
         for name in ("packing", "eval_packing", "padding_free"):
             if getattr(self, name):
                 raise ValueError(
                     f"{name}=true cannot go with context extension: every example needs its own position_ids. "
                     "Use short_documents=join to fill the window"
                 )
-        if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
-            raise ValueError(
-                "dataset_kwargs={'skip_prepare_dataset': true} bypasses the row numbers that positions are drawn from; "
-                "pass pre-tokenised documents in an input_ids column instead"
-            )
 
     def resolve(self, pretrained_window: int) -> None:
         """Fill the lengths left open from the base's pretrained window (tokens).
@@ -164,11 +167,12 @@ class CREAMModelArguments(ModelConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
         if not self.use_peft:
             raise ValueError("use_peft=false is not offered: this package trains adapters")
         if self.load_in_8bit:
             raise ValueError("load_in_8bit=true is not offered: use load_in_4bit=true, or false for 16-bit")
+        _one_of("dtype", self.dtype, (None, "auto", "bfloat16", "float16", "float32"))
+        super().__post_init__()
 
 
 @dataclass
@@ -177,7 +181,7 @@ class CREAMDataArguments(ScriptArguments):
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id, folder, or .jsonl, .json, .parquet, .txt file; cream-peft-tiny is the embedded one."},
+        metadata={"help": "Hub id, folder, or .jsonl, .json, .parquet, .txt file; cream-peft-tiny is the embedded one"},
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the data set."})
     dataset_test_split: str | None = field(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from .errors import about
@@ -41,7 +42,7 @@ class DataError(ValueError):
     """A data set that cannot be found, or whose columns or rows cannot be used."""
 
 
-def load_documents(name: str, split: str = "train", **kwargs: Any) -> Dataset | IterableDataset:
+def load_documents(name: str, split: str = "train", /, **kwargs: Any) -> Dataset | IterableDataset:
     """Load one split of a Hub data set, a folder (saved by datasets, or of data files) or a file.
 
     Files: .jsonl and .json (a row an object), .parquet, .txt (a file a document). Keyword arguments go to
@@ -53,10 +54,10 @@ def load_documents(name: str, split: str = "train", **kwargs: Any) -> Dataset | 
     if name == TINY_ID:
         return _embedded_documents()
     with about(f"data set {name}"):
-        return _load(name, split, **kwargs)
+        return _load(name, split, kwargs)
 
 
-def _load(name: str, split: str, **kwargs: Any) -> Dataset | IterableDataset:
+def _load(name: str, split: str, kwargs: dict[str, Any]) -> Dataset | IterableDataset:
     path = Path(name).expanduser()
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         return _split_of(load_from_disk(str(path)), name, split)
@@ -65,7 +66,13 @@ def _load(name: str, split: str, **kwargs: Any) -> Dataset | IterableDataset:
             raise DataError(f"{name}: unknown file type {path.suffix!r}; use one of {', '.join(FILE_FORMATS)}")
         options = {"sample_by": "document"} if path.suffix == ".txt" else {}
         kwargs = {key: value for key, value in kwargs.items() if key == "streaming"}
-        return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **options, **kwargs)
+        if not path.stat().st_size:
+            raise DataError(f"{name} is empty: it must hold documents, a row each")
+        try:
+            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **options, **kwargs)
+        except (ValueError, DatasetGenerationError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise DataError(f"{name} cannot be read as {path.suffix[1:]}: {reason}") from error
     if not path.is_dir() and (path.suffix in FILE_FORMATS or path.is_absolute() or name.startswith((".", "~"))):
         raise DataError(f"no such file or folder: {name}")
     try:
@@ -101,7 +108,10 @@ def prepare_columns(
     Raises:
         DataError: when no known format is found, or none of the rows can be used.
     """
-    columns = list(dataset.column_names or next(iter(dataset)))
+    columns = list(dataset.column_names or next(iter(dataset), ()))
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise DataError(f"{name} is empty: it must hold documents, a row each")
+    _check_types(dataset, name, text_field)
     if "input_ids" in columns:
         return dataset.select_columns([column for column in columns if column in TOKEN_COLUMNS])
     for column in ("messages", "conversations"):
@@ -120,6 +130,17 @@ def prepare_columns(
         f"{name} has the columns {', '.join(columns)}; one of these is needed: input_ids, messages, conversations, "
         f"prompt and completion, or {text_field} (dataset_text_field)"
     )
+
+
+def _check_types(dataset: Dataset | IterableDataset, name: str, text_field: str) -> None:
+    """Refuse text where a list belongs, and the reverse, before a tokenizer stumbles over it."""
+    for column, feature in (dataset.features or {}).items():
+        is_text = isinstance(feature, Value) and "string" in feature.dtype
+        found = feature.dtype if isinstance(feature, Value) else "a list or a mapping"
+        if column in ("input_ids", "messages", "conversations") and isinstance(feature, Value):
+            raise DataError(f"{name}: the column {column} must hold a list in each row, it holds {found}")
+        if column == text_field and "input_ids" not in dataset.features and not is_text:
+            raise DataError(f"{name}: the column {column} must hold text in each row, it holds {found}")
 
 
 def to_messages(conversation: list[dict[str, Any]]) -> list[dict[str, str]]:

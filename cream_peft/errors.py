@@ -27,8 +27,8 @@ NO_ACCESS = (
 )
 NOT_LOGGED_IN = "{thing} is gated and you are not logged in: accept its terms at {page}, then run `hf auth login`"
 NOT_FOUND = (
-    "there is no {thing}: neither here nor on the Hub, or it is private and your token does not open it; check the "
-    "spelling, or run `hf auth login`"
+    "{thing} is neither on this disk nor on the Hub, as far as you may read it: check the spelling, or run `hf auth "
+    "login` if it is private"
 )
 NO_CONFIG = "{thing} holds no config.json that says model_type: give a Hub id or a folder of a whole model"
 OUT_OF_MEMORY = (
@@ -39,8 +39,9 @@ REWORDED = (
     (r"Dataset .* is a gated dataset.*authenticated.*", NOT_LOGGED_IN),
     (r"Dataset .* is a gated dataset.*", NO_ACCESS),
     (r"Dataset .* doesn't exist on the Hub.*", NOT_FOUND),
+    (r"Couldn't find any data file.*", NOT_FOUND),
     (
-        r".*(doesn't contain any data files|Couldn't find any data file).*",
+        r".*doesn't contain any data files.*",
         "{thing} holds no data files: .jsonl, .json, .parquet or .txt",
     ),
     (
@@ -59,8 +60,17 @@ REWORDED = (
         "{thing} holds no weights (model.safetensors): give a Hub id or a folder of a whole model",
     ),
     (
-        r"Target modules (?P<modules>.*) not found in the base model.*",
-        "lora_target_modules: {thing} has no {modules}; use all-linear, or names of its linear layers such as q_proj",
+        r"Target modules \{?(?P<modules>.*?)\}? not found in the base model.*",
+        "lora_target_modules: the model has no {modules}; use all-linear, or names of its linear layers such as q_proj",
+    ),
+    (
+        r".*(index out of range in self|device-side assert).*",
+        "an index lies outside its table, most likely a token id outside the vocabulary: make input_ids with the "
+        "model's own tokenizer",
+    ),
+    (
+        r".*has model type `(?P<kind>.*?)` but Transformers does not recognize.*",
+        "{thing} has model_type {kind}, which this transformers does not know: use another base, or upgrade it",
     ),
     (r".*FlashAttention.*", "{text} Leave attn_implementation out to use what this machine has"),
     (r".*(can't allocate memory|out of memory).*", OUT_OF_MEMORY),
@@ -85,7 +95,8 @@ def _chain(error: BaseException) -> list[BaseException]:
     following: BaseException | None = error
     while following is not None and following not in chain:
         chain.append(following)
-        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+        # Even after `from None`: datasets hides the Hub's answer that way.
+        following = following.__cause__ or following.__context__
     return chain
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from argparse import Namespace
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ class Subject:
     @classmethod
     def parse(cls, text: str) -> Subject:
         label, _, rest = text.rpartition("=")
+        if not rest:
+            raise ValueError(f"--compare {text!r} names no model: write MODEL or LABEL=MODEL")
         name, plus, scaling = rest.partition("+")
         if plus and Path(rest).exists():
             name, plus, scaling = rest, "", ""
@@ -72,7 +73,7 @@ def _measure(subject: Subject, options: Namespace) -> dict[str, Any]:
         window, target = description["pretrained_window"], description["target_length"]
         settings["adapter_sha256"] = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
         settings["rope_scaling_type"] = description["rope_scaling_type"]
-        model, tokenizer = load_adapter(folder, load_in_4bit=not options.no_4bit)
+        model, tokenizer = load_adapter(folder, base_model=options.base_model, load_in_4bit=not options.no_4bit)
         base, adapter = description["base_model"], subject.name
     else:
         with about(subject.name):
@@ -87,7 +88,7 @@ def _measure(subject: Subject, options: Namespace) -> dict[str, Any]:
         ).eval()
         tokenizer, base, adapter = load_tokenizer(subject.name), subject.name, None
     lengths = options.lengths or [window * 2**power for power in range(20) if window * 2**power <= target]
-    settings |= {"pretrained_window": window, "target_length": target, "lengths": lengths, "tasks": options.tasks}
+    settings |= {"pretrained_window": window, "target_length": target}
     # Names only: results are published, local paths are not.
     header = {
         "model": Path(base).name if Path(base).exists() else base,

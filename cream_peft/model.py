@@ -212,9 +212,10 @@ def load_adapter(
     hub_kwargs = {key: model_kwargs[key] for key in ("token", "cache_dir") if key in model_kwargs}
     folder = adapter_folder(repo_or_dir, **hub_kwargs)
     description = read_description(folder, str(repo_or_dir))
-    name = base_model or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
-        "base_model_name_or_path"
-    ]
+    name = (
+        base_model
+        or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    )
     trained = rope.load_base_config(folder)
     with about(name):
         unscaled = AutoConfig.from_pretrained(resolve_base(name), **hub_kwargs)

@@ -80,10 +80,11 @@ class _Parser(TrlParser):
 
 def _unknown_choice(key: str, value: Any, choices: Any) -> RecipeError:
     choices = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(str(value), choices, n=3)
-    shown = choices if len(choices) <= SHOWN_CHOICES else close
-    remedy = f"use one of {', '.join(shown)}" if shown else "`cream-peft train --help` lists what there is"
-    return RecipeError(f"{key}={value!r} is unknown: {remedy}")
+    if len(choices) <= SHOWN_CHOICES:
+        return RecipeError(f"{key}={value!r} is unknown: use one of {', '.join(choices)}")
+    close = [choice for choice in choices if str(value) in choice] or difflib.get_close_matches(str(value), choices)
+    hint = f"did you mean {' or '.join(close[:2])}? " if close else ""
+    return RecipeError(f"{key}={value!r} is unknown: {hint}`cream-peft train --help` lists what there is")
 
 
 def _unknown(names: list[str], known: list[str], what: str) -> RecipeError:
@@ -133,8 +134,10 @@ def _check_keys_and_types(content: dict[str, Any], parser: TrlParser) -> None:
         kinds = {typing.get_origin(part) or part for part in parts}
         kinds |= {bool} if typing.Literal in kinds else set()
         if type(value) not in kinds and not (type(value) is int and float in kinds):
+            # Lists and mappings may be written as text too, but nobody should have to.
+            kinds -= {str} if kinds & {list, dict} else set()
             allowed = " or ".join(words for kind, words in KINDS.items() if kind in kinds)
-            quotes = ", in quotes" if isinstance(value, bool | int | float) and str in kinds else ""
+            quotes = ": put it in quotes" if isinstance(value, bool | int | float) and str in kinds else ""
             raise RecipeError(f"{key}={value!r} must be {allowed}{quotes}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ CPU_PARAMETERS = 1e9
 
 class _ProgressBar(ProgressCallback):
     """The progress bar with the loss in it, instead of a dictionary printed over it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            # Shown from the start, unlike the libraries' bars (cli._quiet): the first step of a 7B takes a while.
+            self.training_bar.delay = 0
+            self.training_bar.refresh()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and logs:
@@ -96,6 +104,21 @@ def _check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
         )
 
 
+def _load_tokenizer(recipe: Recipe) -> Any:
+    tokenizer = load_tokenizer(
+        recipe.model.model_name_or_path,
+        revision=recipe.model.model_revision,
+        trust_remote_code=recipe.run.trust_remote_code,
+    )
+    template = recipe.run.chat_template_path
+    if template:
+        # TRL also takes a model's name here, and then resizes the embeddings.
+        if not Path(template).is_file() or Path(template).suffix not in (".jinja", ".j2"):
+            raise RecipeError(f"chat_template_path={template}: no such .jinja file")
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    return tokenizer
+
+
 def load_data(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
     """(training documents, evaluation documents or None), with the columns of their format only."""
     data, run = recipe.data, recipe.run
@@ -108,7 +131,14 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
         documents = load_documents(data.dataset_name, split, **options)
         if data.max_documents:
             documents = documents.take(data.max_documents)
-        return prepare_columns(documents, data.dataset_name, tokenizer, run.dataset_text_field)
+        documents = prepare_columns(documents, data.dataset_name, tokenizer, run.dataset_text_field)
+        is_text = not {"input_ids", "messages"} & set(documents.column_names or ())
+        if is_text and not (tokenizer.eos_token or run.eos_token):
+            raise DataError(
+                f"{data.dataset_name} holds text and the tokenizer has no end token to close it with: set eos_token to "
+                "one of its tokens, or give token ids in an input_ids column"
+            )
+        return documents
 
     documents = load(data.dataset_train_split)
     if data.dataset_test_split:
@@ -165,22 +195,30 @@ def _checkpoint(recipe: Recipe) -> str | None:
         return None
     if str(wanted).lower() == "true":
         found = newest_checkpoint(Path(recipe.run.output_dir))
-        logger.info(f"resuming from {found}" if found else f"no checkpoint in {recipe.run.output_dir} yet: starting afresh")
+        afresh = f"no checkpoint in {recipe.run.output_dir} yet: starting afresh"
+        logger.info(f"resuming from {found}" if found else afresh)
         return found and str(found)
     if not Path(wanted).is_dir():
         raise RecipeError(f"resume_from_checkpoint={wanted}: no such folder")
     return str(wanted)
 
 
+def _make_output_dir(folder: Path) -> None:
+    """Before anything is downloaded or trained, find out whether the adapter can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output_dir={folder} cannot be made ({error.strerror}): choose another") from error
+    if not os.access(folder, os.W_OK):
+        raise RecipeError(f"output_dir={folder} cannot be written to: choose another")
+
+
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Train the recipe's adapter, save it complete in output_dir, and return a summary of the run."""
     _check_machine(recipe, base_config(recipe))
     checkpoint = _checkpoint(recipe)
-    tokenizer = load_tokenizer(
-        recipe.model.model_name_or_path,
-        revision=recipe.model.model_revision,
-        trust_remote_code=recipe.run.trust_remote_code,
-    )
+    _make_output_dir(Path(recipe.run.output_dir))
+    tokenizer = _load_tokenizer(recipe)
     documents, held_out = load_data(recipe, tokenizer)
     run = recipe.run
     trainer = CREAMTrainer(

@@ -35,7 +35,7 @@ class Repository:
 
 
 class Hub:
-    """`with Hub() as hub:` serves `hub.repositories` ("models/owner/name" or "datasets/owner/name") at `hub.endpoint`."""
+    """`with Hub() as hub:` serves `hub.repositories`, by "models/owner/name" or "datasets/owner/name"."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -49,13 +49,16 @@ class Hub:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """From here on nobody listens; GET /stop does the same."""
         self._server.shutdown()
         self._server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -69,7 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append(f"{self.command} {self.path}")
         path = unquote(urlsplit(self.path).path)
-        if found := RESOLVE.match(path):
+        if path == "/stop":
+            self._send(200, {})
+            threading.Thread(target=self.hub.stop).start()
+        elif found := RESOLVE.match(path):
             kind, name, revision, file = found.groups()
             repository = self._open(kind or "models", name, revision)
             if repository is not None:

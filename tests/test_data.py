@@ -71,7 +71,8 @@ def test_columns_are_recognised_and_others_named(tiny_tokenizer, byte_tokenizer)
     ids = prepare_columns(Dataset.from_dict({"input_ids": [[1]], "attention_mask": [[1]], "labels": [[1]]}), "d",
                           tiny_tokenizer)  # fmt: skip
     assert sorted(ids.column_names) == ["input_ids", "labels"]
-    assert prepare_columns(Dataset.from_dict({"text": ["a"], "meta": [1]}), "d", tiny_tokenizer).column_names == ["text"]
+    texts = prepare_columns(Dataset.from_dict({"text": ["a"], "meta": [1]}), "d", tiny_tokenizer)
+    assert texts.column_names == ["text"]
     with pytest.raises(DataError, match=r"columns body, meta.*input_ids, messages, conversations"):
         prepare_columns(Dataset.from_dict({"body": ["a"], "meta": [1]}), "d", tiny_tokenizer)
     chats = Dataset.from_dict({"conversations": [CONVERSATION, CONVERSATION[:1]], "id": [1, 2]})

@@ -61,7 +61,8 @@ def test_a_subject_is_read_from_the_command_line(tmp_path, monkeypatch):
 
 def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path, capsys):
     adapter, results = tmp_path / "adapter", tmp_path / "results"
-    assert cli.main(["train", "--max_steps", "2", "--output_dir", str(adapter), "--json", str(tmp_path / "t.json")]) == 0
+    train = ["train", "--max_steps", "2", "--output_dir", str(adapter), "--json", str(tmp_path / "t.json")]
+    assert cli.main(train) == 0
     assert json.loads((tmp_path / "t.json").read_text())["steps"] == 2
     evaluate = ["evaluate", "--compare", "base=cream-peft-tiny", "scaled=cream-peft-tiny+ntk", f"tuned={adapter}",
                 "--lengths", "256", "512", "--samples", "4", "--output_dir", str(results)]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cream_peft.tiny import base_folder
+from cream_peft.tiny import make_base as making
 from cream_peft.tiny import recall as task
 from cream_peft.tiny.make_base import make_base, make_tokenizer
 
@@ -183,6 +184,18 @@ def test_make_base_refuses_a_model_that_did_not_learn(tmp_path):
     with pytest.raises(RuntimeError, match="try another seed"):
         make_base(tmp_path / "base", seed=3, steps=1, documents=2)
     assert not (tmp_path / "base").exists()
+
+
+def test_an_initialisation_that_stalls_is_followed_by_another_and_the_attempts_are_bounded(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        making, "pretrain", lambda seed, steps: seeds.append(seed) or (("model", 210) if seed > 2000 else None)
+    )
+    assert making.pretrain_until_learnt(7) == ("model", {"attempts": 3, "echo_steps": 210})
+    assert seeds == [7, 1007, 2007]
+    monkeypatch.setattr(making, "pretrain", lambda seed, steps: None)
+    with pytest.raises(RuntimeError, match="did not begin"):
+        making.pretrain_until_learnt(7)
 
 
 @needs_base

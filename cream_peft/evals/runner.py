@@ -61,7 +61,7 @@ def evaluate(
             results = earlier
     done = {(cell["task"], cell["length"]) for cell in results["cells"]}
     pending = [(name, length) for name in tasks for length in lengths if (name, length) not in done]
-    bar = tqdm(pending, desc=f"evaluate {header['model']}", unit="cell", disable=not pending)
+    bar = tqdm(pending, desc=f"evaluate {header['model']}", unit="cell", disable=not pending, delay=0)
     for name, length in bar:
         bar.set_postfix(task=name, length=length)
         start = time.perf_counter()

@@ -105,7 +105,7 @@ def evaluation_document(
     free_cells = num_cells - NUM_QUERIES - 1
     num_records = min(NUM_KEYS, int(EVALUATION_DENSITY * free_cells))
     if ragged or num_records < NUM_QUERIES:
-        raise ValueError(f"num_tokens must be a multiple of {CELL} and at least 228, got {num_tokens}")
+        raise ValueError(f"a document's length must be a multiple of {CELL} and at least 228 tokens, got {num_tokens}")
     cells = _filler_cells(rng, num_cells)
     places = 1 + np.sort(rng.choice(free_cells, num_records, replace=False))
     keys = FIRST_KEY + rng.permutation(NUM_KEYS)[:num_records]

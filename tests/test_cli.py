@@ -1,0 +1,472 @@
+"""What a user sees: one line for every mistake, through the command itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Hub, Repository
+from transformers import GPT2Config, LlamaConfig
+
+from cream_peft import cli, errors, train
+from cream_peft.tiny import base_folder
+
+COMMAND = [sys.executable, "-m", "cream_peft.cli"]
+LLAMA_2 = "model_name_or_path: meta-llama/Llama-2-7b-hf\ndataset_name: o/documents\ncontext_length: 4096\n"
+LLAMA_2 += "target_length: 32768\noutput_dir: run\nper_device_train_batch_size: 1\ngradient_checkpointing: true\n"
+TINY = "model_name_or_path: cream-peft-tiny\ndataset_name: cream-peft-tiny\noutput_dir: run\n"
+RESULTS = {"model": "m", "adapter": None, "versions": {}, "seed": 0, "settings": {"label": "a"}, "cells": []}
+TALK = {"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"}]}
+
+FILES = {
+    "misspelt.yaml": TINY + "learning_rat: 1.0e-4\n",
+    "words.yaml": TINY + "lora_r: abc\n",
+    "half.yaml": TINY + "lora_r: 1.5\n",
+    "listed.yaml": TINY + "lora_r: [16]\n",
+    "sigma.yaml": TINY + "sigma: high\n",
+    "no.yaml": TINY + "save_strategy: no\n",
+    "packing.yaml": TINY + "packing: true\n",
+    "unprepared.yaml": TINY + "dataset_kwargs: {skip_prepare_dataset: true}\n",
+    "broken.yaml": "lora_r: [16\nseed: 0\n",
+    "list.yaml": "- lora_r\n- seed\n",
+    "empty.yaml": "",
+    "nothing.yaml": "seed: 0\n",
+    "llama-2.yaml": LLAMA_2,
+    "empty.jsonl": "",
+    "table.csv": "text\nhello\n",
+    "broken.jsonl": '{"text": \n',
+    "numbers.jsonl": '{"text": 1}\n',
+    "columns.jsonl": '{"body": "hello", "meta": 1}\n',
+    "text.jsonl": '{"text": "k001 v01"}\n',
+    "talk.jsonl": json.dumps(TALK) + "\n",
+    "short.jsonl": '{"input_ids": [1, 2, 3, 4]}\n' * 3,
+    "nothing/README.md": "",
+    "plain-adapter/adapter_config.json": "{}",
+    "broken.json": "{",
+    "other.json": "[]",
+    "unmeasured.json": json.dumps(RESULTS),
+    "cells.json": json.dumps(RESULTS | {"cells": [{"task": "recall"}]}),
+}
+DATA = ["train", "--max_steps", "1", "--dataset_name"]
+MODEL = ["train", "--max_steps", "1", "--model_name_or_path"]
+
+MISTAKES = {
+    "an unknown command": (["trian"], ["unknown command 'trian'", "train, evaluate, plan, plot"]),
+    "a misspelt key": (
+        ["train", "--config", "misspelt.yaml"],
+        ["misspelt.yaml", "'learning_rat'", "did you mean 'learning_rate'?"],
+    ),
+    "a misspelt option": (["train", "--learning_rat", "1"], ["'--learning_rat'", "did you mean '--learning_rate'?"]),
+    "a misspelt option of evaluate": (["evaluate", "--task", "recall"], ["--task", "cream-peft evaluate --help"]),
+    "an option without its value": (["train", "--learning_rate"], ["--learning_rate needs a value"]),
+    "an option of plan without its value": (["plan", "--gpu"], ["--gpu", "expected one argument"]),
+    "--config without a file": (["train", "--config", "--seed", "1"], ["--config needs a file"]),
+    "a recipe without --config": (["train", "words.yaml"], ["'words.yaml'", "did you mean --config words.yaml?"]),
+    "words for a number": (["train", "--config", "words.yaml"], ["words.yaml: lora_r='abc'", "a whole number"]),
+    "half a number": (["train", "--config", "half.yaml"], ["half.yaml: lora_r=1.5", "a whole number"]),
+    "a list for a number": (["train", "--config", "listed.yaml"], ["lora_r=[16]", "a whole number"]),
+    "a word for sigma": (["train", "--config", "sigma.yaml"], ["sigma.yaml: sigma='high' must be a number"]),
+    "a word for sigma as an option": (["train", "--sigma", "high"], ["error: sigma='high' must be a number"]),
+    "a negative sigma": (["train", "--sigma", "-1"], ["sigma=-1.0", "above 0"]),
+    "YAML's no": (["train", "--config", "no.yaml"], ["save_strategy=False", "put it in quotes"]),
+    "half a JSON": (["train", "--lr_scheduler_kwargs", "{3"], ["{3 is not valid JSON"]),
+    "an unknown strategy": (["train", "--position_strategy", "craem"], ["'craem'", "cream, pose, randpos, contiguous"]),
+    "an unknown scaling": (["train", "--rope_scaling_type", "yarnn"], ["'yarnn'", "linear, ntk, yarn"]),
+    "an unknown way with short documents": (["train", "--short_documents", "cut"], ["'cut'", "shrink, skip, join"]),
+    "an unknown optimizer": (["train", "--optim", "adam"], ["optim='adam'", "did you mean adamw_torch"]),
+    "an unknown dtype": (["train", "--dtype", "float17"], ["dtype='float17'", "bfloat16"]),
+    "packing": (["train", "--config", "packing.yaml"], ["packing=true", "short_documents=join"]),
+    "padding_free": (["train", "--padding_free", "true"], ["padding_free=true", "short_documents=join"]),
+    "max_length": (["train", "--max_length", "1024"], ["max_length=1024", "context_length", "target_length"]),
+    "skip_prepare_dataset": (["train", "--config", "unprepared.yaml"], ["skip_prepare_dataset", "input_ids"]),
+    "skip_prepare_dataset as an option": (
+        ["train", "--dataset_kwargs", '{"skip_prepare_dataset": true}'],
+        ["skip_prepare_dataset", "input_ids"],
+    ),
+    "8 bits": (["train", "--load_in_8bit", "true"], ["load_in_8bit=true", "load_in_4bit=true"]),
+    "full fine-tuning": (["train", "--use_peft", "false"], ["use_peft=false", "adapters"]),
+    "more tokens fed than reached": (
+        ["train", "--context_length", "4096"],
+        ["context_length=4096", "target_length=2048", "raise"],
+    ),
+    "a target below the window": (
+        ["train", "--target_length", "128", "--context_length", "128"],
+        ["target_length 128", "window of 256", "raise it"],
+    ),
+    "a recipe that is not there": (["train", "--config", "none.yaml"], ["no such recipe: none.yaml"]),
+    "a folder for a recipe": (["train", "--config", "nothing"], ["cannot read the recipe nothing", "directory"]),
+    "broken YAML": (["train", "--config", "broken.yaml"], ["broken.yaml is not valid YAML, line 2"]),
+    "a list for a recipe": (["train", "--config", "list.yaml"], ["list.yaml", "`key: value` lines", "a list"]),
+    "an empty recipe": (["train", "--config", "empty.yaml"], ["empty.yaml", "`key: value` lines", "nothing"]),
+    "a recipe without a model": (["train", "--config", "nothing.yaml"], ["model_name_or_path is missing"]),
+    "a file of data that is not there": ([*DATA, "none.jsonl"], ["no such file or folder: none.jsonl"]),
+    "an empty file of data": ([*DATA, "empty.jsonl"], ["empty.jsonl is empty"]),
+    "an unknown type of file": ([*DATA, "table.csv"], ["'.csv'", ".jsonl, .json, .parquet, .txt"]),
+    "broken JSON lines": ([*DATA, "broken.jsonl"], ["broken.jsonl cannot be read as jsonl"]),
+    "a folder without data": ([*DATA, "./nothing"], ["nothing holds no data files", ".jsonl"]),
+    "numbers for text": ([*DATA, "numbers.jsonl"], ["numbers.jsonl", "column text", "int64"]),
+    "no usable column": (
+        [*DATA, "columns.jsonl"],
+        ["columns.jsonl has the columns body, meta", "input_ids, messages, conversations", "dataset_text_field"],
+    ),
+    "conversations without a chat template": ([*DATA, "talk.jsonl"], ["talk.jsonl", "chat_template_path"]),
+    "a chat template that is not there": (
+        [*DATA, "talk.jsonl", "--chat_template_path", "none.jinja"],
+        ["chat_template_path=none.jinja", "no such .jinja file"],
+    ),
+    "text for a tokenizer without an end token": ([*DATA, "text.jsonl"], ["text.jsonl", "eos_token", "input_ids"]),
+    "more held out than there is": (
+        [*DATA, "short.jsonl", "--held_out_documents", "3"],
+        ["held_out_documents=3", "of 3 documents"],
+    ),
+    "a data set of the Hub while offline": ([*DATA, "o/none"], ["data set o/none", "HF_HUB_OFFLINE", "unset it"]),
+    "a model folder that is not there": ([*MODEL, "./none"], ["model_name_or_path=./none: no such folder"]),
+    "a model folder without a config": ([*MODEL, "./nothing"], ["./nothing holds no config.json"]),
+    "a model folder without weights": ([*MODEL, "./llama"], ["./llama holds no weights", "model.safetensors"]),
+    "a model of the Hub while offline": ([*MODEL, "o/none"], ["o/none is not in the cache", "HF_HUB_OFFLINE"]),
+    "a model without RoPE": ([*MODEL, "./gpt2"], ["'gpt2'", "no rope_parameters", "llama, mistral"]),
+    "yarn on a base that is scaled already": (
+        [*MODEL, "./llama-3.1", "--target_length", "4096", "--rope_scaling_type", "yarn"],
+        ["'yarn'", "'llama3'", "use 'ntk'"],
+    ),
+    "a folder that cannot be written": (["train", "--output_dir", "/proc/run"], ["output_dir=/proc/run", "choose"]),
+    "a checkpoint that is not there": (
+        ["train", "--resume_from_checkpoint", "checkpoint-7"],
+        ["resume_from_checkpoint=checkpoint-7: no such folder"],
+    ),
+    "7B on a machine without a GPU": (
+        ["train", "--config", "llama-2.yaml"],
+        ["meta-llama/Llama-2-7b-hf", "6.7 billion", "no CUDA GPU", "`make demo`", "`cream-peft plan`"],
+    ),
+    "an unknown card": (["plan", "--gpu", "RTX"], ["'RTX'", "8GB", "RTX 4090 24GB"]),
+    "an unknown task": (["evaluate", "--tasks", "recal"], ["unknown task 'recal'", "recall"]),
+    "an unknown scaling to evaluate": (["evaluate", "--compare", "m+foo"], ["'foo'", "linear, ntk, yarn"]),
+    "one label twice": (["evaluate", "--compare", "a=x", "a=y"], ["same label (a, a)", "LABEL=MODEL"]),
+    "a label without a model": (["evaluate", "--compare", "a="], ["'a='", "LABEL=MODEL"]),
+    "words for lengths": (["evaluate", "--lengths", "long"], ["--lengths", "'long'"]),
+    "a model to evaluate that is not there": (["evaluate", "--compare", "./none"], ["no such model folder: ./none"]),
+    "a folder that holds no model": (["evaluate", "--compare", "./nothing"], ["neither an adapter", "config.json"]),
+    "a plain PEFT adapter": (
+        ["evaluate", "--compare", "./plain-adapter"],
+        ["./plain-adapter has no", "not a complete adapter of cream-peft"],
+    ),
+    "an adapter with a scaling": (["evaluate", "--compare", "./plain-adapter+ntk"], ["leave out +ntk"]),
+    "no results to draw": (["plot"], ["RESULTS.json", "cream-peft plot --help"]),
+    "results that are not there": (["plot", "none.json"], ["no such results file: none.json", "cream-peft evaluate"]),
+    "results that are no JSON": (["plot", "broken.json"], ["broken.json is not a results file"]),
+    "a JSON of something else": (["plot", "other.json"], ["other.json is not a results file", "cells missing"]),
+    "results without cells": (["plot", "unmeasured.json"], ["unmeasured.json", "nothing was measured"]),
+    "cells that lack what is drawn": (["plot", "cells.json"], ["cells.json", "cells without depth, length"]),
+    "a picture of unknown type": (["plot", "cells.json", "--output", "a.gif"], ["a.gif", ".png or .svg"]),
+}
+"""What is wrong -> (arguments, what the line must say)."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    GPT2Config(n_layer=1, n_embd=32, n_head=2).save_pretrained(folder / "gpt2")
+    shutil.copytree(base_folder(), folder / "llama", ignore=shutil.ignore_patterns("*.safetensors"))
+    scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled["original_max_position_embeddings"] = 256
+    LlamaConfig(max_position_embeddings=2048, rope_parameters=scaled).save_pretrained(folder / "llama-3.1")
+    return folder
+
+
+@pytest.fixture
+def line_of(folder, monkeypatch, capsys):
+    """Runs a command that must fail, and returns its one line."""
+    monkeypatch.chdir(folder)
+
+    def run(arguments: list[str], after_progress: bool = False) -> str:
+        assert cli.main(arguments) == 2
+        captured = capsys.readouterr()
+        *before, line = re.split(r"[\r\n]+", captured.err.removesuffix("\n"))
+        assert line.startswith("error: ")
+        assert "Traceback" not in captured.err
+        assert captured.out == ""
+        assert not any("%|" not in other and other for other in before) if after_progress else not before
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_with_one_line_that_names_it_and_the_remedy(mistake, line_of):
+    arguments, said = MISTAKES[mistake]
+    line = line_of(arguments)
+    assert [words for words in said if words not in line] == [], line
+
+
+def test_no_command_prints_how_to_use_it(capsys):
+    assert cli.main([]) == 2
+    assert "usage: cream-peft COMMAND" in capsys.readouterr().out
+    assert cli.main(["--help"]) == 0
+
+
+def test_skipping_short_documents_until_none_is_left_names_both_ways_out(line_of):
+    line = line_of([*DATA, "short.jsonl", "--short_documents", "skip"], after_progress=True)
+    assert "short_documents=skip leaves none of 3 documents" in line
+    assert "join or shrink, or lower context_length" in line
+
+
+def test_the_recall_task_refuses_a_model_of_another_vocabulary(line_of, folder, make_model):
+    make_model(vocab_size=400, max_position_embeddings=256).save_pretrained(folder / "other")
+    for file in base_folder().glob("tokenizer*"):
+        shutil.copy(file, folder / "other")
+    line = line_of(["evaluate", "--compare", "./other", "--lengths", "256", "--no_4bit"], after_progress=True)
+    assert "task recall is made of the embedded model's 385 tokens; this model has 400" in line
+
+
+def test_a_length_that_the_recall_task_cannot_make_is_refused(line_of):
+    line = line_of(["evaluate", "--lengths", "100"], after_progress=True)
+    assert "multiple of 4 and at least 228 tokens, got 100" in line
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_ctrl_c_says_how_to_go_on_and_exits_with_130(command, monkeypatch, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, command, interrupt)
+    assert cli.main([command]) == 130
+    assert re.fullmatch(r"interrupted, .* goes on .*\n", capsys.readouterr().err)
+
+
+def test_too_little_gpu_memory_is_said_before_anything_is_loaded(line_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (4 * 2**30, 8 * 2**30))
+    line = line_of(["train", "--config", "llama-2.yaml", "--use_cpu", "true"])
+    assert re.search(r"needs about [5-9]\.\d GiB and the GPU has 4\.0 GiB free", line)
+    assert "lower context_length" in line
+
+
+def test_memory_that_runs_out_while_training_is_said_with_its_remedies(line_of, monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError()):
+
+        def run_out(recipe, error=error):
+            raise RuntimeError("in a wrapper") from error
+
+        monkeypatch.setattr(train, "run_recipe", run_out)
+        assert "memory ran out: lower context_length" in line_of(["train"])
+
+
+def test_an_error_that_nobody_foresaw_names_its_type_and_points_to_debug():
+    assert errors.explain(KeyError("x")) == "KeyError: 'x' (--debug shows where)"
+
+
+def test_one_projection_alone_can_be_the_target_of_lora(folder, monkeypatch):
+    """TRL unwraps a list of one name, and PEFT reads a bare name as a pattern of whole paths."""
+    from cream_peft.model import lora_config
+    from cream_peft.recipe import parse_recipe
+
+    arguments = parse_recipe(["--lora_target_modules", "q_proj"]).model
+    assert arguments.lora_target_modules == "q_proj"  # control
+    assert lora_config(arguments).target_modules == {"q_proj"}
+    assert lora_config(parse_recipe(["--lora_target_modules", "all-linear"]).model).target_modules == "all-linear"
+
+
+# Real processes, real client, a Hub of our own
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as hub:
+        tiny = Repository.of_folder(base_folder())
+        hub.repositories["models/o/tiny"] = tiny
+        hub.repositories["models/meta-llama/Llama-2-7b-hf"] = Repository(
+            refusal=(401, "GatedRepo", "Access to model meta-llama/Llama-2-7b-hf is restricted. Please log in.")
+        )
+        answers = {
+            "not-logged-in": (401, "GatedRepo", "Access is restricted. Please log in."),
+            "not-accepted": (403, "GatedRepo", "Access is restricted and you are not in the authorized list."),
+            "bad-token": (401, None, "Invalid credentials in Authorization header"),
+            "forbidden": (403, None, "Forbidden"),
+            "busy": (429, None, "Too many requests"),
+            "failing": (500, None, "Internal error"),
+            "down": (503, None, "Service unavailable"),
+        }
+        for kind in ("models", "datasets"):
+            for name, refusal in answers.items():
+                hub.repositories[f"{kind}/o/{name}"] = Repository(refusal=refusal)
+            hub.repositories[f"{kind}/o/empty"] = Repository({"README.md": b"Nothing here.\n"})
+        hub.repositories["datasets/o/columns"] = Repository({"train.jsonl": b'{"body": "hello"}\n'})
+        card = "---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n---\n"
+        rows = {f"{name}.jsonl": b'{"body": "hello"}\n' for name in "ab"}
+        hub.repositories["datasets/o/two"] = Repository({"README.md": card.encode(), **rows})
+        yield hub
+
+
+@pytest.fixture
+def environment(hub, tmp_path) -> dict[str, str]:
+    """That of a user who is online, has no token and an empty cache."""
+    mine = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TQDM_"))}
+    return mine | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache")}
+
+
+def run_command(arguments: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+DRIVER = """
+import contextlib, io, json, os, sys, threading, time, urllib.request
+
+waits = []
+time.sleep = waits.append
+from cream_peft import cli
+
+for arguments in json.loads(sys.argv[1]):
+    if arguments == ["stop"]:
+        urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/stop").read()
+        threading.Event().wait(0.5)
+        continue
+    waits.clear()
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = cli.main(arguments)
+    print(json.dumps({"code": code, "stderr": stderr.getvalue(), "waited": sum(waits)}))
+"""
+MODEL_ANSWERS = {
+    "o/not-logged-in": ["o/not-logged-in is gated", "not logged in", "{hub}/o/not-logged-in", "`hf auth login`"],
+    "o/not-accepted": ["o/not-accepted is gated", "may not read it", "{hub}/o/not-accepted"],
+    "o/absent": ["o/absent is neither on this disk nor on the Hub", "spelling", "`hf auth login`"],
+    "absent": ["absent is neither on this disk nor on the Hub"],
+    "o/bad-token": ["refuses access to o/bad-token (401)", "`hf auth login`"],
+    "o/forbidden": ["refuses access to o/forbidden (403)", "token"],
+    "o/empty": ["o/empty holds no config.json"],
+    "o/busy": ["o/busy, 429", "wait"],
+    "o/failing": ["500 for o/failing", "later"],
+    "o/down": ["503 for o/down", "later"],
+}
+DATA_ANSWERS = {
+    "o/not-logged-in": ["data set o/not-logged-in is gated", "{hub}/datasets/o/not-logged-in", "`hf auth login`"],
+    "o/not-accepted": ["data set o/not-accepted is gated", "may not read it", "{hub}/datasets/o/not-accepted"],
+    "o/absent": ["data set o/absent is neither on this disk nor on the Hub", "spelling"],
+    "o/forbidden": ["refuses access to data set o/forbidden (403)"],
+    "o/empty": ["data set o/empty holds no data files"],
+    "o/busy": ["data set o/busy, 429", "wait"],
+    "o/down": ["503 for data set o/down"],
+    "o/two": ["data set o/two has several configurations", "dataset_config", "'a', 'b'"],
+    "o/columns": ["o/columns has the columns body"],
+}
+OTHER_ANSWERS = [
+    (
+        ["train", "--config", "llama-2.yaml", "--use_cpu", "true"],
+        ["meta-llama/Llama-2-7b-hf is gated", "accept its terms"],
+    ),
+    ([*MODEL, "o/tiny", "--model_revision", "v9"], ["o/tiny has no such revision", "model_revision"]),
+    ([*DATA, "o/columns", "--dataset_revision", "v9"], ["data set o/columns has no such revision", "dataset_revision"]),
+    ([*DATA, "o/columns", "--dataset_train_split", "valid"], ["o/columns", '"valid"', "train"]),
+    ([*DATA, "o/two", "--dataset_config", "c"], ["data set o/two has no configuration 'c'", "'a', 'b'"]),
+    (["evaluate", "--compare", "o/absent"], ["o/absent is neither"]),
+    (["evaluate", "--compare", "o/not-logged-in"], ["o/not-logged-in is gated", "`hf auth login`"]),
+    (["evaluate", "--compare", "o/down"], ["503 for o/down"]),
+]
+"""What the Hub would not give -> what the line must say."""
+UNREACHABLE = [
+    ([*MODEL, "o/never-seen"], ["o/never-seen is not in the cache", "{hub} cannot be reached", "network"]),
+    ([*DATA, "o/never-seen"], ["data set o/never-seen is not in the cache", "cannot be reached"]),
+    (["evaluate", "--compare", "o/never-seen"], ["o/never-seen is not in the cache", "cannot be reached"]),
+]
+
+
+def test_what_the_hub_refuses_is_said_in_one_line_and_within_half_a_minute(hub, environment, folder):
+    cases = [([*MODEL, name], said) for name, said in MODEL_ANSWERS.items()]
+    cases += [([*DATA, name], said) for name, said in DATA_ANSWERS.items()] + OTHER_ANSWERS
+    arguments = [arguments for arguments, _ in cases] + [["stop"]] + [arguments for arguments, _ in UNREACHABLE]
+    with Hub() as closing:
+        closing.repositories = hub.repositories
+        mine = environment | {"HF_ENDPOINT": closing.endpoint}
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, json.dumps(arguments)],
+            cwd=folder, env=mine, capture_output=True, text=True, timeout=300, check=True,
+        )  # fmt: skip
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    wrong = []
+    for (given, said), answer in zip([*cases, *UNREACHABLE], answers, strict=True):
+        line = answer["stderr"]
+        said = [words.format(hub=closing.endpoint) for words in said]
+        missing = [words for words in said if words not in line]
+        if answer["code"] != 2 or not re.fullmatch(r"error: [^\n]+\n", line) or missing or answer["waited"] > 30:
+            wrong.append((given, missing, answer))
+    assert wrong == []
+    # What the client itself says goes to the process's stderr: one line where it waits, and nothing else.
+    waited = sum(answer["waited"] > 0 for answer in answers)
+    assert done.stderr.splitlines() == ["the Hub does not deliver: trying again, for about half a minute"] * waited
+    assert waited >= 5
+
+
+def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(hub, environment, folder, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--model_name_or_path", "o/tiny", "--max_steps", "2", "--output_dir", str(run)]
+    arguments += [
+        "--per_device_train_batch_size",
+        "2",
+        "--logging_steps",
+        "1",
+        "--json",
+        str(tmp_path / "summary.json"),
+    ]
+    done = run_command(["train", *arguments], environment, folder)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()] == [
+        "", "loss", "time", "redrawn",
+        f"The same as JSON: {tmp_path / 'summary.json'}",
+        f"The adapter is in {run}",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "o/tiny"
+    assert json.loads((run / "cream.json").read_text())["base_model"] == "o/tiny"
+    assert any("/o/tiny/resolve/" in request and request.endswith("/model.safetensors") for request in hub.requests)
+    said = [line for line in re.split(r"[\r\n]+", done.stderr) if line and "%|" not in line]
+    assert said == ["cream positions, 256 tokens per example for a context of 2,048, RoPE scaling ntk"]
+
+
+def test_seven_billion_parameters_without_a_gpu_are_refused_before_the_network_is_asked(hub, environment, folder):
+    if torch.cuda.is_available():
+        environment = environment | {"CUDA_VISIBLE_DEVICES": ""}
+    before = len(hub.requests)
+    done = run_command(["train", "--config", "llama-2.yaml"], environment, folder)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: meta-llama/Llama-2-7b-hf has 6.7 billion parameters")
+    assert len(hub.requests) == before
+
+
+def test_refusing_seven_billion_parameters_takes_less_than_a_second(line_of, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    start = time.process_time()
+    line_of(["train", "--config", "llama-2.yaml"])
+    assert time.process_time() - start < 1
+
+
+def test_debug_shows_the_traceback(environment, folder):
+    done = run_command(["train", "--config", "misspelt.yaml", "--debug"], environment, folder)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last)")
+    assert "RecipeError: misspelt.yaml: unknown key 'learning_rat'" in done.stderr
+
+
+def test_ctrl_c_during_training_leaves_no_traceback(environment, folder, tmp_path):
+    arguments = ["train", "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "2"]
+    process = subprocess.Popen([*COMMAND, *arguments], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any("cream positions" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 130
+    assert "Traceback" not in rest
+    assert rest.splitlines()[-1].startswith("interrupted, what was saved stays: --resume_from_checkpoint true")
