@@ -17,7 +17,7 @@ from cream_peft import CREAMConfig
 from cream_peft.tiny import base_folder
 
 datasets.disable_progress_bars()
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 WINDOW, TARGET = 64, 512
 
