@@ -63,20 +63,20 @@ class CREAMDataCollator:
         length = max(len(row[0]) for row in rows)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        batch = {
-            "input_ids": np.full((len(rows), length), self.pad_token_id, dtype=np.int64),
-            "labels": np.full((len(rows), length), IGNORE_INDEX, dtype=np.int64),
-            "position_ids": np.empty((len(rows), length), dtype=np.int64),
-            "attention_mask": np.zeros((len(rows), length), dtype=np.int64),
-        }
+        shape = (len(rows), length)
+        batch = {name: np.empty(shape, dtype=np.int64) for name in ("input_ids", "labels", "position_ids")}
+        batch["attention_mask"] = np.ones(shape, dtype=np.int64)
         for index, (input_ids, labels, position_ids) in enumerate(rows):
             size = len(input_ids)
             batch["input_ids"][index, :size] = input_ids
             batch["labels"][index, :size] = labels
             batch["position_ids"][index, :size] = position_ids
-            # Padding goes on counting: a repeated smallest position would split the row in flash attention.
-            batch["position_ids"][index, size:] = position_ids[-1] + np.arange(1, length - size + 1)
-            batch["attention_mask"][index, :size] = 1
+            if size < length:
+                batch["input_ids"][index, size:] = self.pad_token_id
+                batch["labels"][index, size:] = IGNORE_INDEX
+                # Padding goes on counting: a repeated smallest position would split the row in flash attention.
+                batch["position_ids"][index, size:] = position_ids[-1] + np.arange(1, length - size + 1)
+                batch["attention_mask"][index, size:] = 0
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _example(self, example: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -88,21 +88,26 @@ class CREAMDataCollator:
         size = min(len(input_ids), self.eval_length or len(input_ids))
         return input_ids[:size], labels[:size], np.arange(size)
 
+    def _count(self, what: int) -> None:
+        worker = get_worker_info()
+        self._counts[what, 0 if worker is None else 1 + worker.id % (_WORKER_SLOTS - 1)] += 1
+
     def _training_example(
         self, input_ids: np.ndarray, labels: np.ndarray, row: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rng = positions.generator(self.seed, int(self._epoch[0]), row)
-        worker = get_worker_info()
-        slot = 0 if worker is None else 1 + worker.id % (_WORKER_SLOTS - 1)
+        rng = positions.generator(self.seed, self._epoch.item(), row)
         for _ in range(DRAWS_PER_ROW):
             tokens, position_ids = self._draw(
                 len(input_ids), self.context_length, self.target_length, rng, **self.strategy_options
             )
-            drawn = labels[tokens]
+            drawn_ids = input_ids.take(tokens)
+            if labels is input_ids:
+                return drawn_ids, drawn_ids, position_ids
+            drawn = labels.take(tokens)
             # The model shifts labels: the first one is never predicted.
             if (drawn[1:] != IGNORE_INDEX).any():
                 break
-            self._counts[0, slot] += 1
+            self._count(0)
         else:
-            self._counts[1, slot] += 1
-        return input_ids[tokens], drawn, position_ids
+            self._count(1)
+        return drawn_ids, drawn, position_ids

@@ -17,7 +17,7 @@ from .errors import about
 from .evals import TASKS, evaluate
 from .model import adapter_folder, is_adapter, load_adapter, load_base, load_tokenizer, read_description, resolve_base
 from .plots import mean_by
-from .trainer import versions
+from .trainer import machine, versions
 
 
 @dataclass
@@ -88,7 +88,7 @@ def _measure(subject: Subject, options: Namespace) -> dict[str, Any]:
         ).eval()
         tokenizer, base, adapter = load_tokenizer(subject.name), subject.name, None
     lengths = options.lengths or [window * 2**power for power in range(20) if window * 2**power <= target]
-    settings |= {"pretrained_window": window, "target_length": target}
+    settings |= {"pretrained_window": window, "target_length": target, "machine": machine()}
     # Names only: results are published, local paths are not.
     header = {
         "model": Path(base).name if Path(base).exists() else base,

@@ -6,6 +6,8 @@ import copy
 import importlib.metadata
 import json
 import logging
+import os
+import platform
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,13 @@ class PositionError(RuntimeError):
 def versions() -> dict[str, str]:
     """Versions of this package and of those that decide what it computes."""
     return {"cream_peft": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def machine() -> str:
+    """The device that computes: the GPU's name, or the CPU's kind and number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {os.cpu_count()} cores"
 
 
 class _SetEpoch(TrainerCallback):
@@ -248,6 +257,7 @@ class CREAMTrainer(SFTTrainer):
                 **counts,
             },
             "steps": self.state.global_step,
+            "machine": machine(),
             "seed": args.seed,
             "versions": versions(),
             "recipe": self.recipe,

@@ -1,10 +1,10 @@
 """Times CREAMTrainer against SFTTrainer, and the position sampler against the authors' preprocessing function.
 
-python tests/bench_cpu.py --output FILE [--authors CHECKOUT] [--rounds 8] [--steps 20]
+python tests/bench_cpu.py --output FILE [--authors CHECKOUT] [--rounds 12] [--steps 120]
 
-Both parts alternate the two sides within one run and compare pair by pair, so that a machine whose speed drifts does
-not decide. The authors' function is taken from src/train.py of a checkout of wutong4012/CREAM; without one that part
-says "not run".
+Both parts alternate the two sides within one process, step by step or round by round, so that a machine whose speed
+drifts does not decide. The authors' function is taken from src/train.py of a checkout of wutong4012/CREAM; without one
+that part says "not run".
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
-import platform
 import random
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -25,9 +24,10 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from cream_peft import CREAMConfig, CREAMDataCollator, CREAMTrainer
@@ -35,66 +35,92 @@ from cream_peft.collator import ROW_COLUMN
 from cream_peft.model import load_base, load_tokenizer
 from cream_peft.tiny import TINY_ID
 from cream_peft.tiny.recall import training_rows
-from cream_peft.trainer import versions
+from cream_peft.trainer import machine, versions
 
 WINDOW, TARGET, BATCH = 256, 2048, 16
 
 
-class _Clock(TrainerCallback):
-    """Seconds per step, data loading included; the first two steps are warm-up."""
+class _Turns(TrainerCallback):
+    """Lets two trainers take one step each in turn, and times each step, data loading included."""
 
-    def __init__(self):
-        self.ends: list[float] = []
+    def __init__(self, mine: threading.Semaphore, other: threading.Semaphore):
+        self.mine, self.other = mine, other
+        self.seconds: list[float] = []
+
+    def start(self) -> None:
+        self.mine.acquire()
+        self.begun = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
+        self.seconds.append(time.perf_counter() - self.begun)
+        self.other.release()
+        if state.global_step < args.max_steps:
+            self.start()
 
-    def seconds(self) -> float:
-        return (self.ends[-1] - self.ends[1]) / (len(self.ends) - 2)
+
+def make_trainer(trainer_class: type, config_class: type, steps: int, scratch: str, **settings: Any) -> SFTTrainer:
+    """A trainer of the tiny model with LoRA, fp32, on documents of the window.
+
+    The learning rate is next to nothing, so that both sides go on computing with the same model.
+    """
+    arguments = config_class(
+        scratch, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=1e-8, save_strategy="no",
+        gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no", report_to="none", bf16=False,
+        use_cpu=True, dataloader_pin_memory=False, seed=0, **settings,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(TINY_ID)
+    tokenizer.eos_token = tokenizer.bos_token
+    trainer = trainer_class(
+        model=load_base(TINY_ID, target_length=TARGET, rope_scaling_type="ntk", load_in_4bit=False),
+        args=arguments,
+        train_dataset=Dataset.from_dict(training_rows(BATCH * steps, WINDOW, seed=1)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def step_seconds(trainer_class: type, config_class: type, steps: int, **settings: Any) -> float:
-    """Mean seconds of a training step of the tiny model with LoRA, fp32."""
+def steps_in_turn(sides: list[tuple[type, type, dict[str, Any]]], steps: int) -> list[list[float]]:
+    """Seconds of the steps of two trainers in one process, in turn; the first five steps are warm-up."""
+    turns = [threading.Semaphore(0), threading.Semaphore(0)]
+    clocks, threads = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = config_class(
-            scratch, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=1e-3, save_strategy="no",
-            gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no", report_to="none", bf16=False,
-            use_cpu=True, dataloader_pin_memory=False, seed=0, **settings,
-        )  # fmt: skip
-        tokenizer = load_tokenizer(TINY_ID)
-        tokenizer.eos_token = tokenizer.bos_token
-        clock = _Clock()
-        trainer = trainer_class(
-            model=load_base(TINY_ID, target_length=TARGET, rope_scaling_type="ntk", load_in_4bit=False),
-            args=arguments,
-            train_dataset=Dataset.from_dict(training_rows(BATCH * steps, WINDOW, seed=1)),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(
-                r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
-            ),
-            callbacks=[clock],
-        )
-        trainer.train()
-        return clock.seconds()
+        for index, (trainer_class, config_class, settings) in enumerate(sides):
+            trainer = make_trainer(trainer_class, config_class, steps, scratch, **settings)
+            clock = _Turns(turns[index], turns[1 - index])
+            trainer.add_callback(clock)
+
+            def run(trainer=trainer, clock=clock):
+                clock.start()
+                trainer.train()
+
+            clocks.append(clock)
+            threads.append(threading.Thread(target=run))
+            threads[-1].start()
+        turns[0].release()
+        for thread in threads:
+            thread.join()
+    return [clock.seconds[5:-1] for clock in clocks]
 
 
-def bench_steps(rounds: int, steps: int) -> dict[str, Any]:
-    ours: list[float] = []
-    theirs: list[float] = []
-    for index in range(rounds):
-        sides = [
-            (theirs, SFTTrainer, SFTConfig, {"max_length": WINDOW}),
-            (ours, CREAMTrainer, CREAMConfig,
-             {"context_length": WINDOW, "target_length": TARGET, "rope_scaling_type": "ntk"}),
-        ]  # fmt: skip
-        for found, trainer_class, config_class, settings in sides if index % 2 == 0 else reversed(sides):
-            found.append(step_seconds(trainer_class, config_class, steps, **settings))
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+def bench_steps(steps: int) -> dict[str, Any]:
+    """Step times of both trainers, each going first once."""
+    sft = (SFTTrainer, SFTConfig, {"max_length": WINDOW})
+    lengths = {"context_length": WINDOW, "target_length": TARGET, "rope_scaling_type": "ntk"}
+    cream = (CREAMTrainer, CREAMConfig, lengths)
+    theirs_first, ours_second = steps_in_turn([sft, cream], steps)
+    ours_first, theirs_second = steps_in_turn([cream, sft], steps)
+    ours, theirs = statistics.median(ours_first + ours_second), statistics.median(theirs_first + theirs_second)
     return {
-        "seconds_per_step_cream_trainer": ours,
-        "seconds_per_step_sft_trainer": theirs,
-        "ratios": ratios,
-        "median_ratio": statistics.median(ratios),
+        "steps": len(ours_first + ours_second),
+        "median_seconds_per_step_sft_trainer": theirs,
+        "median_seconds_per_step_cream_trainer": ours,
+        "ratio_of_medians": ours / theirs,
+        "ratio_when_cream_trainer_goes_first": statistics.median(ours_first) / statistics.median(theirs_second),
+        "ratio_when_sft_trainer_goes_first": statistics.median(ours_second) / statistics.median(theirs_first),
     }
 
 
@@ -146,21 +172,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--authors", type=Path, help="checkout of the authors' repository")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    # One thread: the idle threads of one trainer's pool would spin on the cores of the other.
+    torch.set_num_threads(1)
     datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     results = {
         "command": "make bench-cpu" + (" AUTHORS=CHECKOUT" if options.authors else ""),
         "versions": versions(),
-        "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "architecture": platform.machine()},
-        "trainer": bench_steps(options.rounds, options.steps),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "trainer": bench_steps(options.steps),
         "sampler": bench_sampler(options.authors, options.rounds),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"step time, CREAMTrainer / SFTTrainer: {results['trainer']['median_ratio']:.3f}")
+    print(f"step time, CREAMTrainer / SFTTrainer: {results['trainer']['ratio_of_medians']:.3f}")
     sampler = results["sampler"]
     faster = sampler if isinstance(sampler, str) else f"{sampler['median_times_faster']:.0f} times faster"
     print(f"sampler and collator against the authors' function: {faster}")

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -257,7 +256,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 def report(output: Path) -> None:
     """Write reproduce.json and reproduce.png from the runs that are done."""
-    from cream_peft.trainer import versions
+    from cream_peft.trainer import machine, versions
 
     runs = read_runs(output / "runs.jsonl")
     summary = summarise(runs)
@@ -265,7 +264,7 @@ def report(output: Path) -> None:
     content = {
         "command": "make reproduce",
         "versions": versions(),
-        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine()},
+        "machine": machine(),
         "settings": {
             "context_length": WINDOW,
             "target_length": TARGET,
