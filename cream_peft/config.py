@@ -15,6 +15,11 @@ SHORT_DOCUMENTS = ("shrink", "skip", "join")
 DEFAULT_FACTOR = 8
 
 
+def has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16 itself; torch counts slow emulation in unless told otherwise."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _one_of(name: str, value: Any, allowed: Any) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, allowed))}")
@@ -25,7 +30,8 @@ class CREAMConfig(SFTConfig):
     """SFTConfig with the fields of context extension. Every other field means what it means in TRL.
 
     `max_length` alone differs: the trainer sets it to `target_length`, so that TRL hands whole documents to the
-    position sampler instead of cutting them at 1,024 tokens; a value of your own is refused.
+    position sampler instead of cutting them at 1,024 tokens; a value of your own is refused. `push_to_hub` uploads
+    once, at the end.
 
     Raises:
         ValueError: on an unknown strategy or scaling, lengths that contradict one another, or a TRL option that would
@@ -73,7 +79,7 @@ class CREAMConfig(SFTConfig):
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bfloat16 mixed precision. None: true on a GPU that has it, false on a CPU."},
+        metadata={"help": "bfloat16 mixed precision. None: true on a GPU that has it; an older GPU gets fp16."},
     )
 
     def __post_init__(self):
@@ -89,8 +95,12 @@ class CREAMConfig(SFTConfig):
         self._check_lengths()
         self._refuse_packing()
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available()
-            self.bf16 = self.bf16 and torch.cuda.is_bf16_supported()
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = on_gpu and not self.fp16 and has_bf16()
+            self.fp16 = self.fp16 or (on_gpu and not self.bf16)
+        if self.push_to_hub:
+            # At each checkpoint transformers would upload training_args.bin, with token and paths, but no base_config.
+            self.hub_strategy = "end"
         super().__post_init__()
         # Only now: given as JSON on a command line it was text until here.
         if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):

@@ -64,6 +64,7 @@ def _load(name: str, split: str, kwargs: dict[str, Any]) -> Dataset | IterableDa
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise DataError(f"{name}: unknown file type {path.suffix!r}; use one of {', '.join(FILE_FORMATS)}")
+        _refuse_other_split(name, split)
         options = {"sample_by": "document"} if path.suffix == ".txt" else {}
         kwargs = {key: value for key, value in kwargs.items() if key == "streaming"}
         if not path.stat().st_size:
@@ -83,8 +84,17 @@ def _load(name: str, split: str, kwargs: dict[str, Any]) -> Dataset | IterableDa
         raise
 
 
+def _refuse_other_split(name: str, split: str) -> None:
+    if split != "train":
+        raise DataError(
+            f"{name} holds one set of documents, no split {split!r}: leave dataset_test_split out and set "
+            "held_out_documents"
+        )
+
+
 def _split_of(loaded: Dataset | DatasetDict, name: str, split: str) -> Dataset:
     if isinstance(loaded, Dataset):
+        _refuse_other_split(name, split)
         return loaded
     if split not in loaded:
         raise DataError(f"{name} has no split {split!r}; it has {', '.join(loaded)}")

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 BODY = """# {title}
 
-A LoRA adapter that extends {base} from {window:,} to {target:,} tokens. It was trained at {context:,} tokens per
+A LoRA adapter that extends {base} from {window:,} to {target:,} tokens. It was trained at {context} tokens per
 example with {strategy} positions (CREAM, [arXiv 2406.07138](https://arxiv.org/abs/2406.07138)) and
 {scaling}.
 
@@ -35,7 +35,7 @@ model = AutoModelForCausalLM.from_pretrained("{load_name}", config=config)
 
 ## Measured
 
-{measured}
+Nothing was measured yet.
 
 ## Training
 
@@ -49,22 +49,8 @@ Versions: {versions}.
 """
 
 
-def measured_table(results: dict[str, Any] | None) -> str:
-    """A Markdown table of results (contract: {"cells": [...]}), or the statement that there are none."""
-    if not results or not results["cells"]:
-        return "Nothing was measured yet."
-    rows = ["| task | length (tokens) | depth | metric | value | samples |", "|---|---|---|---|---|---|"]
-    for cell in results["cells"]:
-        depth = "all" if cell["depth"] is None else f"{cell['depth']:.2f}"
-        rows.append(
-            f"| {cell['task']} | {cell['length']:,} | {depth} | {cell['metric']} | {cell['value']:.3f} "
-            f"| {cell['samples']} |"
-        )
-    return "\n".join(rows)
-
-
-def render_card(description: dict[str, Any], results: dict[str, Any] | None = None, repo: str | None = None) -> str:
-    """The card's text from what cream.json records, and from measured results if there are any."""
+def render_card(description: dict[str, Any], repo: str | None = None) -> str:
+    """The card's text from what cream.json records; `repo` is the Hub id that it will have."""
     positions, scaling = description["positions"], description["rope_scaling_type"]
     name = description["base_model"]
     data = ModelCardData(
@@ -75,11 +61,10 @@ def render_card(description: dict[str, Any], results: dict[str, Any] | None = No
         base=name,
         window=description["pretrained_window"],
         target=description["target_length"],
-        context=positions["context_length"],
+        context=positions.get("context_length", "?"),
         strategy=positions["strategy"],
         scaling=f"{scaling} RoPE scaling" if scaling else "no RoPE scaling",
         load_name=repo or "this-repository-or-folder",
-        measured=measured_table(results),
         steps=description["steps"],
         seed=description["seed"],
         recipe=yaml.safe_dump(description["recipe"] or {"recipe": "not recorded"}, sort_keys=False).strip(),
@@ -88,6 +73,6 @@ def render_card(description: dict[str, Any], results: dict[str, Any] | None = No
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
-def write_card(folder: str | Path, description: dict[str, Any], results: dict[str, Any] | None = None) -> None:
+def write_card(folder: str | Path, description: dict[str, Any], repo: str | None = None) -> None:
     """Write README.md, the model card, into an adapter's folder."""
-    ModelCard(render_card(description, results)).save(Path(folder) / "README.md")
+    ModelCard(render_card(description, repo)).save(Path(folder) / "README.md")

@@ -56,7 +56,7 @@ def default_dtype() -> torch.dtype:
     """bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU."""
     if not torch.cuda.is_available():
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def default_attention(dtype: torch.dtype) -> str:
@@ -150,6 +150,7 @@ def lora_config(arguments: Any) -> LoraConfig:
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=[modules] if isinstance(modules, str) and modules.isidentifier() else modules,
+        target_parameters=arguments.lora_target_parameters,
         modules_to_save=arguments.lora_modules_to_save,
         use_rslora=arguments.use_rslora,
         use_dora=arguments.use_dora,
@@ -211,6 +212,8 @@ def load_adapter(
     """
     hub_kwargs = {key: model_kwargs[key] for key in ("token", "cache_dir") if key in model_kwargs}
     folder = adapter_folder(repo_or_dir, **hub_kwargs)
+    if "trust_remote_code" in model_kwargs:
+        hub_kwargs["trust_remote_code"] = model_kwargs["trust_remote_code"]
     description = read_description(folder, str(repo_or_dir))
     name = (
         base_model

@@ -57,7 +57,9 @@ def _plain(value: Any) -> Any:
     """A value for JSON and YAML: an enum's value, a path's last part."""
     if isinstance(value, enum.Enum):
         return value.value
-    is_path = isinstance(value, str) and (Path(value).is_absolute() or value.startswith((".", "~")))
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items() if "token" not in str(key)}
+    is_path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or ("/" in value and Path(value).exists()))
     return Path(value).name if is_path else value
 
 

@@ -95,7 +95,8 @@ def _check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
                 "no CUDA GPU: `make demo` shows the method on a CPU, `cream-peft plan` shows which GPU the recipe fits"
             )
         return
-    needed = planned["terms"]["total"]
+    # What is free is counted without the context, which exists by now.
+    needed = planned["terms"]["total"] - planned["terms"]["cuda_context"]
     free = torch.cuda.mem_get_info()[0] / 2**30
     if needed > free:
         raise RecipeError(
@@ -215,6 +216,8 @@ def _make_output_dir(folder: Path) -> None:
 
 def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Train the recipe's adapter, save it complete in output_dir, and return a summary of the run."""
+    if recipe.run.model_init_kwargs:
+        raise RecipeError("model_init_kwargs is for Python: a recipe has dtype, attn_implementation, model_revision")
     _check_machine(recipe, base_config(recipe))
     checkpoint = _checkpoint(recipe)
     _make_output_dir(Path(recipe.run.output_dir))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
@@ -24,7 +24,7 @@ from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
 from .model import keep_4bit_trainable_on_cpu, load_base, load_tokenizer
-from .tiny import base_folder
+from .tiny import TINY_ID, base_folder
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,13 @@ class _SetEpoch(TrainerCallback):
     def __init__(self, collator: CREAMDataCollator):
         self.collator = collator
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.epoch = int(state.epoch or 0)
+
+    # Counted, not read from state.epoch: with a streamed data set that one lags behind.
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.set_epoch(int(state.epoch or 0))
+        self.collator.set_epoch(self.epoch)
+        self.epoch += 1
 
 
 class CREAMTrainer(SFTTrainer):
@@ -82,6 +87,11 @@ class CREAMTrainer(SFTTrainer):
         tokenizer = kwargs["processing_class"]
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+        if isinstance(train_dataset, IterableDataset) and args.dataloader_num_workers:
+            raise ValueError(
+                f"dataloader_num_workers={args.dataloader_num_workers} cannot go with a streamed data set: each worker "
+                "would number the documents anew. Set it to 0, or do not stream"
+            )
         self._training_documents = train_dataset
         given = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         if not isinstance(model, PeftModel):
@@ -107,10 +117,11 @@ class CREAMTrainer(SFTTrainer):
         if isinstance(self.data_collator, CREAMDataCollator):
             self.add_callback(_SetEpoch(self.data_collator))
         keep_4bit_trainable_on_cpu(self.model)
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                # TRL casts QLoRA adapters to bf16, where most updates at usual learning rates are rounded away.
-                parameter.data = given.get(name, parameter.data).float()
+        if isinstance(self.model, PeftModel):
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    # TRL casts QLoRA adapters to bf16, where most updates at usual learning rates are rounded away.
+                    parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
 
     def _scaled_model(self, model: Any, args: CREAMConfig, quantization_config: Any) -> nn.Module:
         if isinstance(model, str):
@@ -143,6 +154,9 @@ class CREAMTrainer(SFTTrainer):
     # TRL prepares training and evaluation sets here; an evaluation set may be called "train", so the name says nothing.
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         is_training = dataset is self._training_documents
+        if is_training:
+            # The training set comes first; the same object handed over for evaluation is an evaluation set.
+            self._training_documents = None
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if not is_training:
             columns = dataset.column_names or []
@@ -231,7 +245,9 @@ class CREAMTrainer(SFTTrainer):
     def base_model_name(self) -> str:
         """The base's public name: `base_model_id`, its Hub id, or a local folder's last part. Never a path."""
         name = self.args.base_model_id or self.unwrapped_config()._name_or_path
-        return Path(name).name if Path(name).exists() and name != str(base_folder()) else name
+        if name == str(base_folder()):
+            return TINY_ID
+        return Path(name).name if Path(name).exists() else name
 
     def unwrapped_config(self):
         return self.accelerator.unwrap_model(self.model).config
@@ -239,23 +255,26 @@ class CREAMTrainer(SFTTrainer):
     def describe(self) -> dict[str, Any]:
         """What cream.json says: how to scale the base, how positions were drawn, with which versions and seed."""
         args, collator = self.args, self.data_collator
-        counts = {}
+        positions: dict[str, Any] = {"strategy": type(collator).__name__}
         if isinstance(collator, CREAMDataCollator):
-            counts = {"redrawn": collator.redrawn(), "unlabelled": collator.unlabelled()}
-        factor = args.target_length / args.context_length
+            factor = collator.target_length / collator.context_length
+            sigma = collator.strategy_options.get("sigma") or 3 * factor / 8
+            positions = {
+                "strategy": collator.position_strategy,
+                "context_length": collator.context_length,
+                "factor": factor,
+                "sigma": sigma if collator.position_strategy == "cream" else None,
+                "seed": collator.seed,
+                "short_documents": args.short_documents,
+                "redrawn": collator.redrawn(),
+                "unlabelled": collator.unlabelled(),
+            }
         return {
             "base_model": self.base_model_name(),
             "pretrained_window": self.pretrained_window,
             "target_length": args.target_length,
             "rope_scaling_type": args.rope_scaling_type,
-            "positions": {
-                "strategy": args.position_strategy,
-                "context_length": args.context_length,
-                "factor": factor,
-                "sigma": (args.sigma or 3 * factor / 8) if args.position_strategy == "cream" else None,
-                "short_documents": args.short_documents,
-                **counts,
-            },
+            "positions": positions,
             "steps": self.state.global_step,
             "machine": machine(),
             "seed": args.seed,
@@ -277,9 +296,12 @@ class CREAMTrainer(SFTTrainer):
             content["base_model_name_or_path"] = self.base_model_name()
             adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (folder / "cream.json").write_text(json.dumps(self.describe(), indent=2) + "\n", encoding="utf-8")
-        hub.write_card(folder, self.describe())
+        hub.write_card(folder, self.describe(), self._public_name())
+
+    def _public_name(self) -> str | None:
+        return self.hub_model_id if self.args.push_to_hub else None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our card where TRL would put its own."""
         if self.is_world_process_zero():
-            hub.write_card(self.args.output_dir, self.describe())
+            hub.write_card(self.args.output_dir, self.describe(), self._public_name())

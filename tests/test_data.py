@@ -128,3 +128,12 @@ def test_texts_are_tokenised_whole_and_end_with_the_end_token(byte_tokenizer, ma
     assert all(row["input_ids"][-1] == 1 for row in trainer.train_dataset)
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
     assert torch.isfinite(trainer.compute_loss(trainer.model, batch))
+
+
+def test_a_single_file_has_no_other_split_to_evaluate_on(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}')
+    Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "saved")
+    for name in ("rows.jsonl", "saved"):
+        assert len(load_documents(str(tmp_path / name))) == 1
+        with pytest.raises(DataError, match=r"no split 'test'.*held_out_documents"):
+            load_documents(str(tmp_path / name), "test")

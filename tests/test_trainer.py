@@ -3,6 +3,9 @@
 import copy
 import inspect
 import math
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,8 +300,6 @@ def first_gradient(trainer):
 
 
 def has_packed_product():
-    from pathlib import Path
-
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     return "avx512_bf16" in flags
 
@@ -369,3 +370,53 @@ def test_a_collator_of_the_users_own_is_taken(make_model, make_documents, make_c
     )  # fmt: skip
     assert trainer.data_collator is own
     assert math.isfinite(trainer.train().training_loss)
+
+
+def test_the_training_set_handed_over_for_evaluation_is_evaluated_at_plain_positions(make_trainer, make_documents):
+    documents = make_documents(8)
+    trainer = make_trainer(documents=documents, eval_dataset=documents)
+    seen = record_positions(trainer.model)
+    trainer.evaluate()
+    trainer.evaluate(documents)
+    assert seen and all(torch.equal(row, torch.arange(64)) for call in seen for row in call)
+
+
+def test_a_streamed_set_gets_new_draws_in_every_pass_and_refuses_workers(make_trainer, make_documents):
+    def positions(**changes):
+        trainer = make_trainer(documents=make_documents(8).to_iterable_dataset(), max_steps=4, **changes)
+        trainer.prove_positions = lambda: None
+        seen = record_positions(trainer.model)
+        trainer.train()
+        return torch.cat(seen)
+
+    drawn = positions()
+    assert torch.equal(drawn, positions())
+    assert drawn.shape == (16, 64) and not torch.equal(drawn[:8], drawn[8:])
+    with pytest.raises(ValueError, match="dataloader_num_workers=2 cannot go with a streamed"):
+        positions(dataloader_num_workers=2)
+
+
+def test_a_push_holds_no_token_no_training_arguments_and_the_scaled_config(make_trainer, make_model, monkeypatch):
+    uploaded = []
+
+    class Api:
+        def create_repo(self, *args, **kwargs):
+            return SimpleNamespace(repo_id="someone/adapter")
+
+        def upload_folder(self, folder_path, ignore_patterns, **kwargs):
+            paths = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+            files = {str(path.relative_to(folder_path)): path.read_bytes() for path in paths}
+            ignored = {name for name in files for pattern in ignore_patterns if fnmatch(name, pattern)}
+            uploaded.append({name: content for name, content in files.items() if name not in ignored})
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    trainer = make_trainer(
+        push_to_hub=True, hub_token="hf_secret", hub_model_id="someone/adapter", save_strategy="steps", save_steps=1
+    )
+    trainer.train()
+    trainer.save_model()
+    assert uploaded
+    for names in uploaded:
+        assert {"adapter_model.safetensors", "base_config/config.json", "cream.json", "README.md"} <= set(names)
+        assert "training_args.bin" not in names and not any(b"hf_secret" in content for content in names.values())
+        assert b'load_adapter("someone/adapter")' in names["README.md"]
