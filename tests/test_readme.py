@@ -1,11 +1,13 @@
 """What README says can be found: files, targets, keys, and figures in the JSON they link to."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from cream_peft.plots import mean_by
 from cream_peft.recipe import DATACLASSES, EMBEDDED_RECIPE
 
 ROOT = Path(__file__).parent.parent
@@ -38,3 +40,43 @@ def test_every_key_in_the_table_is_a_field_with_the_default_it_says():
 @pytest.mark.parametrize("path", [EMBEDDED_RECIPE, *sorted((ROOT / "recipes").rglob("*.yaml"))], ids=lambda p: p.stem)
 def test_no_file_names_a_path_of_a_machine(path):
     assert not re.search(r"(^|[^A-Za-z0-9_.])/(home|root|work|tmp)/", path.read_text())
+
+
+def printed(value):
+    text = f"{abs(value):.3f}"
+    return text[1:] if text.startswith("0") else "1.00"
+
+
+def test_the_tables_of_the_reproduction_equal_its_json():
+    content = json.loads((ROOT / "recipes/cream-peft-tiny/results/reproduce.json").read_text())
+    assert content["finished_runs"] == content["planned_runs"] == len(content["runs"])
+    rows = {(row["scaling"], row["strategy"], row["documents"]): row for row in content["summary"]["rows"]}
+    pairs = {(row["scaling"], row["documents"], row["against"]): row for row in content["summary"]["cream_minus"]}
+    table, differences, crops = (README.split(head)[1].split("\n\n")[0] for head in (
+        "| RoPE scaling | untuned |", "| CREAM minus |", "| RoPE scaling | PoSE | CREAM |"))  # fmt: skip
+    kinds = [("untuned", None), *((name, "window") for name in ("contiguous", "randpos", "pose", "cream")),
+             ("full", "target")]  # fmt: skip
+    for scaling in ("none", "linear", "ntk", "yarn"):
+        cells = [re.search(rf"\| {scaling} \|(.*)\|", part)[1].split("|") for part in (table, differences, crops)]
+        means = [printed(rows[scaling, *kind]["2048"]["mean"]) for kind in kinds]
+        assert [cell.split()[0] for cell in cells[0]] == means
+        gaps = [pairs[scaling, "window", other][part] for other, part in (
+            ("pose", "2048"), ("pose", "middle"), ("pose", "last tenth"), ("contiguous", "2048"),
+            ("contiguous", "middle"))]  # fmt: skip
+        for cell, gap in zip(cells[1], gaps, strict=True):
+            sign = "+" if gap["mean"] >= 0 else "−"
+            ahead = sum(value > 0 for value in gap["by_base"].values())
+            assert cell.strip() == f"{sign}{printed(gap['mean'])} ± {printed(gap['half_width_95'])} ({ahead}/3)"
+        order = [(part, name) for part in ("2048", "middle") for name in ("pose", "cream")]
+        found = [rows[scaling, name, "target"][part]["mean"] for part, name in order]
+        assert [cell.strip() for cell in cells[2]] == [printed(value) for value in found]
+
+
+def test_the_figures_of_demo_and_bench_equal_their_json():
+    demo = json.loads((ROOT / "recipes/cream-peft-tiny/results/demo.json").read_text())
+    for label, result in demo.items():
+        means = " | ".join(f"{value:.2f}" for value in mean_by(result["cells"], "length").values())
+        assert f"| {label} | {means} |" in README
+    bench = json.loads((ROOT / "recipes/cream-peft-tiny/results/bench-cpu.json").read_text())
+    assert f"takes {bench['trainer']['ratio_of_medians']:.2f} times as long" in README
+    assert f"{bench['sampler']['median_times_faster']:.0f} times faster than the authors'" in README
