@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## extend the embedded tiny model on this CPU and show what changed (3 minutes)
+demo: $(READY)  ## extend the embedded tiny model on this CPU and show what changed (3 minutes at most)
 	@mkdir -p $(DEMO)
 	$(BIN)/cream-peft train --position_strategy contiguous --output_dir $(DEMO)/contiguous
 	$(BIN)/cream-peft train --output_dir $(DEMO)/cream
@@ -30,7 +30,7 @@ demo: $(READY)  ## extend the embedded tiny model on this CPU and show what chan
 		$(DEMO)/results/plain-fine-tune.json $(DEMO)/results/CREAM.json
 	@echo "The adapter is in $(DEMO)/cream"
 
-test: $(READY)  ## lint and the fast tests (10 minutes on two cores)
+test: $(READY)  ## lint and the fast tests (10 minutes at most on two cores)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
 

@@ -77,6 +77,9 @@ def test_the_figures_of_demo_and_bench_equal_their_json():
     for label, result in demo.items():
         means = " | ".join(f"{value:.2f}" for value in mean_by(result["cells"], "length").values())
         assert f"| {label} | {means} |" in README
+    clone = json.loads((ROOT / "recipes/cream-peft-tiny/results/fresh-clone.json").read_text())
+    seconds = [round(clone[name]) for name in ("setup_seconds", "demo_seconds", "test_seconds")]
+    assert "set-up took {} s, the demo {} s and the tests {} s".format(*seconds) in README
     bench = json.loads((ROOT / "recipes/cream-peft-tiny/results/bench-cpu.json").read_text())
     assert f"takes {bench['trainer']['ratio_of_medians']:.2f} times as long" in README
     assert f"{bench['sampler']['median_times_faster']:.0f} times faster than the authors'" in README
