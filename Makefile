@@ -49,7 +49,7 @@ chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CU
 bench-cpu: $(READY)  ## time CREAMTrainer against SFTTrainer (AUTHORS=checkout of wutong4012/CREAM adds the sampler)
 	$(BIN)/python tests/bench_cpu.py --output runs/bench-cpu.json $(if $(AUTHORS),--authors $(AUTHORS))
 
-reproduce: $(READY)  ## every strategy and RoPE scaling on the tiny task (90 minutes, goes on where it stopped)
+reproduce: $(READY)  ## every strategy and RoPE scaling on the tiny task (over an hour, goes on where it stopped)
 	$(BIN)/python recipes/cream-peft-tiny/reproduce.py --output runs/reproduce
 
 tiny-base: $(READY)  ## pretrain the embedded tiny model again (under 5 minutes)

@@ -50,6 +50,8 @@ def printed(value):
 def test_the_tables_of_the_reproduction_equal_its_json():
     content = json.loads((ROOT / "recipes/cream-peft-tiny/results/reproduce.json").read_text())
     assert content["finished_runs"] == content["planned_runs"] == len(content["runs"])
+    seconds = sum(run["train_seconds"] + run["evaluation_seconds"] for run in content["runs"])
+    assert f"add up to {seconds / 2 / 60:.0f} minutes on two workers" in " ".join(README.split())
     rows = {(row["scaling"], row["strategy"], row["documents"]): row for row in content["summary"]["rows"]}
     pairs = {(row["scaling"], row["documents"], row["against"]): row for row in content["summary"]["cream_minus"]}
     table, differences, crops = (README.split(head)[1].split("\n\n")[0] for head in (
