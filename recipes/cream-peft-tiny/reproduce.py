@@ -36,7 +36,7 @@ LEARNING_RATE = {"none": 5e-3, "linear": 1e-2, "ntk": 5e-3, "yarn": 5e-3}
 def all_runs() -> list[dict[str, Any]]:
     """Every run of the grid, those that say most first.
 
-    CREAM, PoSE and contiguous have three seeds a base on documents of the window; the rest has one seed a base.
+    Three seeds a base on documents of the window; one for crops and for full length.
     documents: `window` are documents of 256 tokens; `target` are documents of 2,048 tokens, from which the strategy
     crops 256. contiguous and randpos take the first 256 tokens either way, so they need no second run.
     """
@@ -49,6 +49,7 @@ def all_runs() -> list[dict[str, Any]]:
         ([("pose", "target"), ("cream", "target")], first),
         ([("full", "target")], first),
         ([window["contiguous"]], others),
+        ([window["randpos"]], others),
     ]
     return [
         {"base": base, "scaling": scaling, "strategy": strategy, "documents": documents, "seed": seed}
