@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## extend the embedded tiny model on this CPU and show what changed (3 minutes at most)
-	@mkdir -p $(DEMO)
+	@rm -rf $(DEMO) && mkdir -p $(DEMO)
 	$(BIN)/cream-peft train --position_strategy contiguous --output_dir $(DEMO)/contiguous
 	$(BIN)/cream-peft train --output_dir $(DEMO)/cream
 	$(BIN)/cream-peft evaluate --output_dir $(DEMO)/results --json $(DEMO)/results.json --compare \

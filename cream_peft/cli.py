@@ -103,7 +103,7 @@ def train(arguments: list[str]) -> None:
     from .train import run_recipe
 
     summary = run_recipe(parse_recipe(rest))
-    print(f"\n{'loss':<16}{summary['loss']:.3f} (mean over {summary['steps']} steps)")
+    print(f"\n{'loss':<16}{summary['loss']:.3f} (mean over the run, {summary['steps']} steps in all)")
     print(f"{'time':<16}{summary['seconds']:.0f} s")
     print(f"{'redrawn':<16}{summary['redrawn']} draws held no label, {summary['unlabelled']} examples none at all")
     if summary["peak_gib"] is not None:
@@ -166,6 +166,7 @@ def plan(arguments: list[str]) -> None:
         print(f"{card['card']:<28}{card['gib']:8.1f} GiB  {'fits' if card['fits'] else 'does not fit'}")
     for line in planned["advice"]:
         print(line)
+    print("Planned from the architecture; not measured on these cards.")
     _write_json(options.json, {**planned, "cards": cards})
 
 

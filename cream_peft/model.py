@@ -219,6 +219,11 @@ def load_adapter(
         base_model
         or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     )
+    if base_model is None and description.get("base_is_local"):
+        raise AdapterError(
+            f"{repo_or_dir} was trained on a local base, the folder {name!r}: say where it lies with base_model "
+            "(evaluate: --base_model), or train with base_model_id, its Hub id"
+        )
     trained = rope.load_base_config(folder)
     with about(name):
         unscaled = AutoConfig.from_pretrained(resolve_base(name), **hub_kwargs)

@@ -31,6 +31,17 @@ REWORDED = (
 )
 """What argparse says of an argument, and what we say."""
 SHOWN_CHOICES = 12
+OTHER_NAMES = {
+    "lora_rank": "lora_r",
+    "rank": "lora_r",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "model": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "dataset": "dataset_name",
+}
+"""What other tools call a key that is spelt too differently here to be guessed."""
 
 
 class RecipeError(ValueError):
@@ -92,7 +103,8 @@ def _unknown_choice(key: str, value: Any, choices: Any) -> RecipeError:
 def _unknown(names: list[str], known: list[str], what: str) -> RecipeError:
     hints = []
     for name in names:
-        close = difflib.get_close_matches(name, known, n=1)
+        meant = OTHER_NAMES.get(name.removeprefix("--"))
+        close = [name.replace(name.removeprefix("--"), meant)] if meant else difflib.get_close_matches(name, known, n=1)
         hints.append(repr(name) + (f" (did you mean {close[0]!r}?)" if close else ""))
     remedy = "" if all(hint.endswith("?)") for hint in hints) else "; `cream-peft train --help` lists what there is"
     return RecipeError(f"unknown {what} {', '.join(hints)}{remedy}")

@@ -204,8 +204,10 @@ def _checkpoint(recipe: Recipe) -> str | None:
     return str(wanted)
 
 
-def _make_output_dir(folder: Path) -> None:
+def _make_output_dir(folder: Path, resuming: bool) -> None:
     """Before anything is downloaded or trained, find out whether the adapter can be written."""
+    if not resuming and (newest_checkpoint(folder) or (folder / "cream.json").exists()):
+        logger.warning("%s holds an earlier run, which is overwritten; --resume_from_checkpoint true goes on", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -220,7 +222,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError("model_init_kwargs is for Python: a recipe has dtype, attn_implementation, model_revision")
     _check_machine(recipe, base_config(recipe))
     checkpoint = _checkpoint(recipe)
-    _make_output_dir(Path(recipe.run.output_dir))
+    _make_output_dir(Path(recipe.run.output_dir), checkpoint is not None)
     tokenizer = _load_tokenizer(recipe)
     documents, held_out = load_data(recipe, tokenizer)
     run = recipe.run
@@ -245,6 +247,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     trainer.save_model()
     trainer.create_model_card()
+    if trainer.base_is_local():
+        logger.warning("the base is a local folder: before sharing the adapter set base_model_id, its Hub id")
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     counts = trainer.describe()["positions"]
     return {

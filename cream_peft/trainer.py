@@ -249,6 +249,11 @@ class CREAMTrainer(SFTTrainer):
             return TINY_ID
         return Path(name).name if Path(name).exists() else name
 
+    def base_is_local(self) -> bool:
+        """Whether the name above is a folder's, which says nobody where to find the base."""
+        name = self.unwrapped_config()._name_or_path
+        return self.args.base_model_id is None and name not in (TINY_ID, str(base_folder())) and Path(name).exists()
+
     def unwrapped_config(self):
         return self.accelerator.unwrap_model(self.model).config
 
@@ -271,6 +276,7 @@ class CREAMTrainer(SFTTrainer):
             }
         return {
             "base_model": self.base_model_name(),
+            "base_is_local": self.base_is_local(),
             "pretrained_window": self.pretrained_window,
             "target_length": args.target_length,
             "rope_scaling_type": args.rope_scaling_type,

@@ -122,3 +122,18 @@ def test_the_scaled_base_is_checked_after_loading(monkeypatch):
 def test_the_tokenizer_gets_a_pad_token_without_growing():
     tokenizer = load_tokenizer(TINY_ID)
     assert tokenizer.pad_token is not None and len(tokenizer) == 385
+
+
+def test_an_adapter_of_a_local_base_asks_where_the_base_lies(
+    tmp_path, monkeypatch, make_model, make_documents, make_config, lora, tiny_tokenizer
+):
+    make_model().save_pretrained(tmp_path / "base")
+    trainer = CREAMTrainer(
+        model=str(tmp_path / "base"), args=make_config(), train_dataset=make_documents(8),
+        processing_class=tiny_tokenizer, peft_config=lora(),
+    )  # fmt: skip
+    trainer.save_model()
+    monkeypatch.chdir(tmp_path)  # where a folder of that name happens to lie
+    with pytest.raises(AdapterError, match="trained on a local base, the folder 'base'"):
+        load_adapter(tmp_path / "run")
+    load_adapter(tmp_path / "run", base_model=str(tmp_path / "base"), load_in_4bit=False)
