@@ -8,16 +8,12 @@ from typing import Any
 import torch
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from .model import default_dtype
 from .positions import POSITION_STRATEGIES
 from .rope import ROPE_SCALING_TYPES
 
 SHORT_DOCUMENTS = ("shrink", "skip", "join")
 DEFAULT_FACTOR = 8
-
-
-def has_bf16() -> bool:
-    """Whether the GPU computes in bfloat16 itself; torch counts slow emulation in unless told otherwise."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> None:
@@ -96,7 +92,7 @@ class CREAMConfig(SFTConfig):
         self._refuse_packing()
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = on_gpu and not self.fp16 and has_bf16()
+            self.bf16 = on_gpu and not self.fp16 and default_dtype() == torch.bfloat16
             self.fp16 = self.fp16 or (on_gpu and not self.bf16)
         if self.push_to_hub:
             # At each checkpoint transformers would upload training_args.bin, with token and paths, but no base_config.

@@ -56,6 +56,7 @@ def default_dtype() -> torch.dtype:
     """bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU."""
     if not torch.cuda.is_available():
         return torch.float32
+    # torch counts slow emulation in unless told otherwise.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 

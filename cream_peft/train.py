@@ -246,7 +246,6 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model()
-    trainer.create_model_card()
     if trainer.base_is_local():
         logger.warning("the base is a local folder: before sharing the adapter set base_model_id, its Hub id")
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None

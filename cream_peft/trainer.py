@@ -24,6 +24,7 @@ from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
 from .model import keep_4bit_trainable_on_cpu, load_base, load_tokenizer
+from .positions import SIGMA_PER_FACTOR
 from .tiny import TINY_ID, base_folder
 
 logger = logging.getLogger(__name__)
@@ -263,7 +264,7 @@ class CREAMTrainer(SFTTrainer):
         positions: dict[str, Any] = {"strategy": type(collator).__name__}
         if isinstance(collator, CREAMDataCollator):
             factor = collator.target_length / collator.context_length
-            sigma = collator.strategy_options.get("sigma") or 3 * factor / 8
+            sigma = collator.strategy_options.get("sigma") or SIGMA_PER_FACTOR * factor
             positions = {
                 "strategy": collator.position_strategy,
                 "context_length": collator.context_length,
@@ -301,8 +302,9 @@ class CREAMTrainer(SFTTrainer):
             content = json.loads(adapter_config.read_text(encoding="utf-8"))
             content["base_model_name_or_path"] = self.base_model_name()
             adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (folder / "cream.json").write_text(json.dumps(self.describe(), indent=2) + "\n", encoding="utf-8")
-        hub.write_card(folder, self.describe(), self._public_name())
+        description = self.describe()
+        (folder / "cream.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        hub.write_card(folder, description, self._public_name())
 
     def _public_name(self) -> str | None:
         return self.hub_model_id if self.args.push_to_hub else None
