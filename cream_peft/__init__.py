@@ -6,7 +6,7 @@ _EXPORTS = {
     "CREAMConfig": "cream_peft.config",
     "CREAMDataCollator": "cream_peft.collator",
     "CREAMTrainer": "cream_peft.trainer",
-    "load_adapter": "cream_peft.model",
+    "load_adapter": "cream_peft.adapter",
 }
 __all__ = sorted(_EXPORTS)
 

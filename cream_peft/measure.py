@@ -12,10 +12,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from . import rope
+from .adapter import adapter_folder, is_adapter, load_adapter, read_description
 from .config import DEFAULT_FACTOR
 from .errors import about
 from .evals import TASKS, evaluate
-from .model import adapter_folder, is_adapter, load_adapter, load_base, load_tokenizer, read_description, resolve_base
+from .model import load_base, load_tokenizer, resolve_base
 from .plots import mean_by
 from .trainer import machine, versions
 

@@ -1,17 +1,12 @@
-"""The 4-bit base with its RoPE scaled, its tokenizer, LoRA on it, and a trained adapter loaded back."""
+"""The 4-bit base with its RoPE scaled, its tokenizer, and LoRA on it."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import json
-import logging
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,25 +21,6 @@ from transformers import (
 from . import rope
 from .errors import about
 from .tiny import TINY_ID, base_folder
-
-logger = logging.getLogger(__name__)
-
-REQUIRED_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_config/config.json", "cream.json"]
-ADAPTER_FILES = [*REQUIRED_FILES, "*token*", "*.jinja"]
-SHAPE_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-
-
-class AdapterError(ValueError):
-    """An adapter folder that is incomplete, or a base that is not the one it was trained on."""
 
 
 def resolve_base(name: str) -> str:
@@ -157,85 +133,3 @@ def lora_config(arguments: Any) -> LoraConfig:
         use_dora=arguments.use_dora,
         task_type="CAUSAL_LM",
     )
-
-
-def adapter_folder(repo_or_dir: str | Path, **hub_kwargs: Any) -> Path:
-    """The local folder of an adapter: itself, or the snapshot of a Hub repository."""
-    if Path(repo_or_dir).is_dir():
-        return Path(repo_or_dir)
-    return Path(snapshot_download(str(repo_or_dir), allow_patterns=ADAPTER_FILES, **hub_kwargs))
-
-
-def is_adapter(repo_or_dir: str | Path) -> bool:
-    """Whether a local folder holds an adapter."""
-    return (Path(repo_or_dir) / "adapter_config.json").is_file()
-
-
-def _refuse_other_base(found: PreTrainedConfig, trained: PreTrainedConfig, scaling: dict[str, Any], name: str) -> None:
-    scaled = rope.scaled_config(found, scaling["target_length"], scaling["rope_scaling_type"])
-    pairs = [(field, getattr(scaled, field, None), getattr(trained, field, None)) for field in SHAPE_FIELDS]
-    pairs.append(("rope_parameters", scaled.rope_parameters, trained.rope_parameters))
-    for field, got, wanted in pairs:
-        if got != wanted:
-            raise AdapterError(
-                f"{name} is not the base this adapter was trained on: its {field} is {got}, trained with {wanted}. "
-                "Pass base_model with the right Hub id or folder"
-            )
-
-
-def read_description(folder: Path, name: str) -> dict[str, Any]:
-    """What cream.json says of the adapter in `folder`, once all of its files are there. `name` is for the error."""
-    for required in REQUIRED_FILES:
-        if not (folder / required).is_file():
-            raise AdapterError(
-                f"{name} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter "
-                "does not say how its base was scaled; train it again with `cream-peft train`"
-            )
-    try:
-        return json.loads((folder / "cream.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise AdapterError(f"cream.json of {name} is damaged ({error}): train the adapter again") from error
-
-
-def load_adapter(
-    repo_or_dir: str | Path, *, base_model: str | None = None, load_in_4bit: bool = True, **model_kwargs: Any
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a trained adapter on its base with the RoPE it was trained with.
-
-    Args:
-        repo_or_dir: Hub id or local folder of the adapter.
-        base_model: Hub id or folder to take the base from, instead of the one the adapter names.
-        load_in_4bit: NF4 base, or one in `dtype`.
-        model_kwargs: for `load_base` (dtype, attn_implementation, token, device_map, ...).
-
-    Raises:
-        AdapterError: when files are missing, or when the base differs in a field that matters; the field is named.
-    """
-    hub_kwargs = {key: model_kwargs[key] for key in ("token", "cache_dir") if key in model_kwargs}
-    folder = adapter_folder(repo_or_dir, **hub_kwargs)
-    if "trust_remote_code" in model_kwargs:
-        hub_kwargs["trust_remote_code"] = model_kwargs["trust_remote_code"]
-    description = read_description(folder, str(repo_or_dir))
-    name = (
-        base_model
-        or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    )
-    if base_model is None and description.get("base_is_local"):
-        raise AdapterError(
-            f"{repo_or_dir} was trained on a local base, the folder {name!r}: say where it lies with base_model "
-            "(evaluate: --base_model), or train with base_model_id, its Hub id"
-        )
-    trained = rope.load_base_config(folder)
-    with about(name):
-        unscaled = AutoConfig.from_pretrained(resolve_base(name), **hub_kwargs)
-    _refuse_other_base(unscaled, trained, description, name)
-    model = load_base(
-        name,
-        target_length=description["target_length"],
-        rope_scaling_type=description["rope_scaling_type"],
-        load_in_4bit=load_in_4bit,
-        config=copy.deepcopy(unscaled),
-        **model_kwargs,
-    )
-    adapted = PeftModel.from_pretrained(model, str(folder))
-    return adapted.eval(), load_tokenizer(str(folder))

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from . import __version__, hub, rope
+from .adapter import fingerprint
 from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
@@ -137,6 +138,7 @@ class CREAMTrainer(SFTTrainer):
         self.scaled_config = rope.scaled_config(unscaled, args.target_length, args.rope_scaling_type)
         rope.apply_scaling(model, self.scaled_config)
         model.unscaled_config = unscaled
+        self.base_fingerprint = fingerprint(model)
         return model
 
     @staticmethod
@@ -278,6 +280,8 @@ class CREAMTrainer(SFTTrainer):
         return {
             "base_model": self.base_model_name(),
             "base_is_local": self.base_is_local(),
+            "base_revision": getattr(self.unwrapped_config(), "_commit_hash", None),
+            "base_fingerprint": self.base_fingerprint,
             "pretrained_window": self.pretrained_window,
             "target_length": args.target_length,
             "rope_scaling_type": args.rope_scaling_type,

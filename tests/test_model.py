@@ -7,7 +7,8 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from cream_peft import CREAMTrainer, load_adapter, rope
-from cream_peft.model import AdapterError, load_base, load_tokenizer, lora_config
+from cream_peft.adapter import AdapterError
+from cream_peft.model import load_base, load_tokenizer, lora_config
 from cream_peft.recipe import parse_recipe
 from cream_peft.tiny import TINY_ID
 

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cream_peft import memory, train
-from cream_peft.model import load_adapter, load_base
+from cream_peft.adapter import load_adapter
+from cream_peft.model import load_base
 from cream_peft.recipe import RecipeError, parse_recipe
 from cream_peft.rope import pretrained_window
 

@@ -1,0 +1,199 @@
+"""A trained adapter: found, checked against its base, and loaded with the RoPE it was trained with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import rope
+from .errors import about
+from .model import load_base, load_tokenizer, resolve_base
+
+REQUIRED_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_config/config.json", "cream.json"]
+ADAPTER_FILES = [*REQUIRED_FILES, "*token*", "*.jinja"]
+CHECKPOINTS = ["last-checkpoint/*", "checkpoint-*/*"]
+SHAPE_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+HUB_OPTIONS = ("token", "cache_dir", "trust_remote_code")
+FINGERPRINT_VALUES = 64
+FINGERPRINT_TOLERANCE = 0.01
+"""Relative; rounding to bfloat16 changes a value by at most 0.004."""
+
+
+class AdapterError(ValueError):
+    """An adapter folder that is incomplete, or a base that is not the one it was trained on."""
+
+
+def adapter_folder(repo_or_dir: str | Path, **hub_kwargs: Any) -> Path:
+    """The local folder of an adapter: itself, or the snapshot of a Hub repository."""
+    if Path(repo_or_dir).is_dir():
+        return Path(repo_or_dir)
+    found = snapshot_download(
+        str(repo_or_dir), allow_patterns=ADAPTER_FILES, ignore_patterns=CHECKPOINTS, **hub_kwargs
+    )
+    return Path(found)
+
+
+def is_adapter(repo_or_dir: str | Path) -> bool:
+    """Whether a local folder holds an adapter."""
+    return (Path(repo_or_dir) / "adapter_config.json").is_file()
+
+
+def _refuse_other_base(found: PreTrainedConfig, trained: PreTrainedConfig, scaling: dict[str, Any], name: str) -> None:
+    scaled = rope.scaled_config(found, scaling["target_length"], scaling["rope_scaling_type"])
+    pairs = [(field, getattr(scaled, field, None), getattr(trained, field, None)) for field in SHAPE_FIELDS]
+    pairs.append(("rope_parameters", scaled.rope_parameters, trained.rope_parameters))
+    for field, got, wanted in pairs:
+        if got != wanted:
+            raise AdapterError(
+                f"{name} is not the base this adapter was trained on: its {field} is {got}, trained with {wanted}. "
+                "Pass base_model with the right Hub id or folder"
+            )
+
+
+def fingerprint(model: PreTrainedModel) -> list[float]:
+    """Some values of the input embeddings, which quantization leaves alone: they tell bases of one shape apart."""
+    weight = model.get_input_embeddings().weight.detach().flatten()
+    if not weight.is_floating_point() or weight.is_meta or len(weight) < FINGERPRINT_VALUES:
+        return []
+    places = torch.linspace(0, len(weight) - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
+    return [float(f"{value:.4g}") for value in weight[places.to(weight.device)].float().tolist()]
+
+
+def refuse_other_weights(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Refuse a base whose weights are not those trained on, such as a chat model in place of its base model.
+
+    Raises:
+        AdapterError: if the fingerprints differ by more than rounding.
+    """
+    wanted, found = adapter.description.get("base_fingerprint") or [], fingerprint(model)
+    if not wanted or len(found) != len(wanted):
+        return
+    wanted, found = torch.tensor(wanted), torch.tensor(found)
+    if (found - wanted).norm() > FINGERPRINT_TOLERANCE * wanted.norm():
+        raise AdapterError(
+            f"{adapter.base_name} has other weights than the base this adapter was trained on "
+            f"({adapter.description['base_model']}): its embeddings differ. Pass base_model with the right one"
+        )
+
+
+def read_description(folder: Path, name: str) -> dict[str, Any]:
+    """What cream.json says of the adapter in `folder`, once all of its files are there. `name` is for the error."""
+    for required in REQUIRED_FILES:
+        if not (folder / required).is_file():
+            raise AdapterError(
+                f"{name} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter "
+                "does not say how its base was scaled; train it again with `cream-peft train`"
+            )
+    try:
+        return json.loads((folder / "cream.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"cream.json of {name} is damaged ({error}): train the adapter again") from error
+
+
+@dataclass
+class Adapter:
+    """A trained adapter, opened but not loaded, and the base that it belongs to."""
+
+    folder: Path
+    """Its files on this disk."""
+    description: dict[str, Any]
+    """What cream.json says of it."""
+    base_name: str
+    """Hub id or folder of the base."""
+    base_options: dict[str, Any]
+    """revision, token, ... to open the base with."""
+    base_config: PreTrainedConfig
+    """The base's own config, unscaled, as found at base_name."""
+    scaled_config: PreTrainedConfig
+    """The config of the base that the adapter was trained on, its RoPE scaled."""
+
+
+def open_adapter(
+    repo_or_dir: str | Path,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **hub_kwargs: Any,
+) -> Adapter:
+    """Find an adapter and its base, and make sure that they belong together; no weights of the base are read.
+
+    Args:
+        repo_or_dir: Hub id or local folder of the adapter.
+        base_model: Hub id or folder to take the base from, instead of the one that the adapter names.
+        revision: branch, tag or commit of the adapter's repository. The base's is the one trained on.
+        hub_kwargs: token, cache_dir.
+
+    Raises:
+        AdapterError: when files are missing, or when the base differs in a field that matters; the field is named.
+    """
+    folder = adapter_folder(repo_or_dir, revision=revision, **hub_kwargs)
+    description = read_description(folder, str(repo_or_dir))
+    if base_model is None and description.get("base_is_local"):
+        raise AdapterError(
+            f"{repo_or_dir} was trained on a local base, the folder {description['base_model']!r}: say where it lies "
+            "with base_model (on a command line --base_model), or train with base_model_id, its Hub id"
+        )
+    base_options = dict(hub_kwargs)
+    if trust_remote_code:
+        base_options["trust_remote_code"] = True
+    if base_model is None and description.get("base_revision"):
+        base_options["revision"] = description["base_revision"]
+    name, trained = base_model or description["base_model"], rope.load_base_config(folder)
+    with about(name):
+        base_config = AutoConfig.from_pretrained(resolve_base(name), **base_options)
+    _refuse_other_base(base_config, trained, description, name)
+    return Adapter(folder, description, name, base_options, base_config, trained)
+
+
+def load_adapter(
+    repo_or_dir: str | Path,
+    *,
+    base_model: str | None = None,
+    load_in_4bit: bool = True,
+    revision: str | None = None,
+    **model_kwargs: Any,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load a trained adapter on its base with the RoPE it was trained with.
+
+    Args:
+        repo_or_dir: Hub id or local folder of the adapter.
+        base_model: Hub id or folder to take the base from, instead of the one the adapter names.
+        load_in_4bit: NF4 base, or one in `dtype`.
+        revision: branch, tag or commit of the adapter's repository.
+        model_kwargs: for `load_base` (dtype, attn_implementation, token, device_map, ...).
+
+    Raises:
+        AdapterError: when files are missing, or when the base differs in a field that matters; the field is named.
+    """
+    hub_kwargs = {key: model_kwargs.pop(key) for key in HUB_OPTIONS if key in model_kwargs}
+    adapter = open_adapter(repo_or_dir, base_model=base_model, revision=revision, **hub_kwargs)
+    model = load_base(
+        adapter.base_name,
+        target_length=adapter.description["target_length"],
+        rope_scaling_type=adapter.description["rope_scaling_type"],
+        load_in_4bit=load_in_4bit,
+        config=copy.deepcopy(adapter.base_config),
+        **adapter.base_options,
+        **model_kwargs,
+    )
+    refuse_other_weights(model, adapter)
+    adapted = PeftModel.from_pretrained(model, str(adapter.folder))
+    return adapted.eval(), load_tokenizer(str(adapter.folder))
