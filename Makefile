@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint base chat bench-cpu reproduce tiny-base clean
+.PHONY: help demo test test-slow lint base chat push bench-cpu reproduce tiny-base clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GP
 
 chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CUDA GPU)
 	$(BIN)/cream-peft train --config recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml
+
+push: $(READY)  ## publish an adapter: make push ADAPTER=DIR REPO=user/name RESULTS="FILE ..."
+	$(BIN)/cream-peft push --adapter "$(ADAPTER)" --repo "$(REPO)" $(if $(RESULTS),--results $(RESULTS))
 
 bench-cpu: $(READY)  ## time CREAMTrainer against SFTTrainer (AUTHORS=checkout of wutong4012/CREAM adds the sampler)
 	$(BIN)/python tests/bench_cpu.py --output runs/bench-cpu.json $(if $(AUTHORS),--authors $(AUTHORS))

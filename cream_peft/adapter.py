@@ -18,7 +18,8 @@ from .errors import about
 from .model import load_base, load_tokenizer, resolve_base
 
 REQUIRED_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_config/config.json", "cream.json"]
-ADAPTER_FILES = [*REQUIRED_FILES, "*token*", "*.jinja"]
+MERGED_FILES = ["config.json", "cream.json"]
+ADAPTER_FILES = [*REQUIRED_FILES, "config.json", "*token*", "*.jinja"]
 CHECKPOINTS = ["last-checkpoint/*", "checkpoint-*/*"]
 SHAPE_FIELDS = (
     "model_type",
@@ -31,7 +32,7 @@ SHAPE_FIELDS = (
     "head_dim",
 )
 HUB_OPTIONS = ("token", "cache_dir", "trust_remote_code")
-FINGERPRINT_VALUES = 64
+FINGERPRINT_VALUES = 32
 FINGERPRINT_TOLERANCE = 0.01
 """Relative; rounding to bfloat16 changes a value by at most 0.004."""
 
@@ -44,9 +45,7 @@ def adapter_folder(repo_or_dir: str | Path, **hub_kwargs: Any) -> Path:
     """The local folder of an adapter: itself, or the snapshot of a Hub repository."""
     if Path(repo_or_dir).is_dir():
         return Path(repo_or_dir)
-    found = snapshot_download(
-        str(repo_or_dir), allow_patterns=ADAPTER_FILES, ignore_patterns=CHECKPOINTS, **hub_kwargs
-    )
+    found = snapshot_download(str(repo_or_dir), allow_patterns=ADAPTER_FILES, ignore_patterns=CHECKPOINTS, **hub_kwargs)
     return Path(found)
 
 
@@ -94,8 +93,12 @@ def refuse_other_weights(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def read_description(folder: Path, name: str) -> dict[str, Any]:
-    """What cream.json says of the adapter in `folder`, once all of its files are there. `name` is for the error."""
-    for required in REQUIRED_FILES:
+    """What cream.json says of the adapter (or merged model) in `folder`, once all of its files are there.
+
+    `name` is for the error.
+    """
+    is_merged = (folder / "config.json").is_file() and not is_adapter(folder)
+    for required in MERGED_FILES if is_merged else REQUIRED_FILES:
         if not (folder / required).is_file():
             raise AdapterError(
                 f"{name} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter "
@@ -146,6 +149,10 @@ def open_adapter(
     """
     folder = adapter_folder(repo_or_dir, revision=revision, **hub_kwargs)
     description = read_description(folder, str(repo_or_dir))
+    if description.get("merged"):
+        raise AdapterError(
+            f"{repo_or_dir} is a merged model, not an adapter: load it with AutoModelForCausalLM.from_pretrained"
+        )
     if base_model is None and description.get("base_is_local"):
         raise AdapterError(
             f"{repo_or_dir} was trained on a local base, the folder {description['base_model']!r}: say where it lies "

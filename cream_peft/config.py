@@ -26,8 +26,7 @@ class CREAMConfig(SFTConfig):
     """SFTConfig with the fields of context extension. Every other field means what it means in TRL.
 
     `max_length` alone differs: the trainer sets it to `target_length`, so that TRL hands whole documents to the
-    position sampler instead of cutting them at 1,024 tokens; a value of your own is refused. `push_to_hub` uploads
-    once, at the end.
+    position sampler instead of cutting them at 1,024 tokens; a value of your own is refused.
 
     Raises:
         ValueError: on an unknown strategy or scaling, lengths that contradict one another, or a TRL option that would
@@ -70,6 +69,10 @@ class CREAMConfig(SFTConfig):
         default=None,
         metadata={"help": "Hub id that the adapter names as its base when the base was loaded from a local folder."},
     )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence on the model card, as the Hub names it. None: the one on the base's card."},
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Set by the trainer to target_length; not to be set by hand."}
     )
@@ -94,9 +97,6 @@ class CREAMConfig(SFTConfig):
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_gpu and not self.fp16 and default_dtype() == torch.bfloat16
             self.fp16 = self.fp16 or (on_gpu and not self.bf16)
-        if self.push_to_hub:
-            # At each checkpoint transformers would upload training_args.bin, with token and paths, but no base_config.
-            self.hub_strategy = "end"
         super().__post_init__()
         # Only now: given as JSON on a command line it was text until here.
         if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):

@@ -1,78 +1,273 @@
-"""The model card of an adapter, from what the run recorded."""
+"""Publish an adapter, or a merged model, to the Hugging Face Hub: complete, in one commit, with what was measured."""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import HFValidationError
 
-BODY = """# {title}
+from .adapter import read_description
+from .card import adapter_sha256, own_results, tasks_of, write_card
+from .evals import read_results
 
-A LoRA adapter that extends {base} from {window:,} to {target:,} tokens. It was trained at {context} tokens per
-example with {strategy} positions (CREAM, [arXiv 2406.07138](https://arxiv.org/abs/2406.07138)) and
-{scaling}.
+logger = logging.getLogger(__name__)
 
-## Load it
+PUBLISHED = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "base_config/config.json",
+    "cream.json",
+    "README.md",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.jinja",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "results/*.json",
+    "results/*.png",
+)
+"""What goes to the Hub's root. An allow-list: training_args.bin holds the token, logs hold host names."""
 
-The base must be loaded with its RoPE scaled; a plain PEFT load does not do that and fails silently.
+NEVER_PUBLISHED = ("training_args.bin", "README.md")
+"""Left out of a whole checkpoint; README.md speaks of the root."""
 
-```python
-from cream_peft import load_adapter
+RETRY_AFTER = (2, 8)
+"""Seconds before each further try of what the Hub's client does not try again itself."""
+PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
 
-model, tokenizer = load_adapter("{load_name}")
-```
-
-Without this package, with the scaled config that lies in `base_config/`:
-
-```python
-from transformers import AutoConfig, AutoModelForCausalLM
-
-config = AutoConfig.from_pretrained("{load_name}", subfolder="base_config")
-model = AutoModelForCausalLM.from_pretrained("{load_name}", config=config)
-```
-
-## Measured
-
-Nothing was measured yet.
-
-## Training
-
-{steps} steps, seed {seed}. The recipe:
-
-```yaml
-{recipe}
-```
-
-Versions: {versions}.
-"""
+T = TypeVar("T")
 
 
-def render_card(description: dict[str, Any], repo: str | None = None) -> str:
-    """The card's text from what cream.json records; `repo` is the Hub id that it will have."""
-    positions, scaling = description["positions"], description["rope_scaling_type"]
-    name = description["base_model"]
-    data = ModelCardData(
-        base_model=name, library_name="peft", pipeline_tag="text-generation", tags=["cream", "long-context", "lora"]
-    )
-    body = BODY.format(
-        title=(repo or f"{name.split('/')[-1]}-{positions['strategy']}-{description['target_length']}").split("/")[-1],
-        base=name,
-        window=description["pretrained_window"],
-        target=description["target_length"],
-        context=positions.get("context_length", "?"),
-        strategy=positions["strategy"],
-        scaling=f"{scaling} RoPE scaling" if scaling else "no RoPE scaling",
-        load_name=repo or "this-repository-or-folder",
-        steps=description["steps"],
-        seed=description["seed"],
-        recipe=yaml.safe_dump(description["recipe"] or {"recipe": "not recorded"}, sort_keys=False).strip(),
-        versions=", ".join(f"{key} {value}" for key, value in description["versions"].items()),
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+class PushError(ValueError):
+    """What could not be published, why, and what to do."""
 
 
-def write_card(folder: str | Path, description: dict[str, Any], repo: str | None = None) -> None:
-    """Write README.md, the model card, into an adapter's folder."""
-    ModelCard(render_card(description, repo)).save(Path(folder) / "README.md")
+class _Busy(Exception):
+    """Another operation on the repository is in progress."""
+
+
+def _will_pass(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in PASSING
+    # By name: some versions of the Hub's client use httpx, some httpx2.
+    return isinstance(error, _Busy) or any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
+def _explain(error: Exception, repo: str) -> str:
+    """One line: what the Hub said, and the remedy."""
+    if isinstance(error, HFValidationError):
+        return f"repo {repo!r} is not a Hub id: write user/name"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{repo} cannot be published while HF_HUB_OFFLINE is set: unset it"
+    if isinstance(error, ConnectionError):
+        # From hf_xet, which has tried several times by itself.
+        said = re.sub(r"(https?://[^/ ]+)\S*", r"\1", str(error))
+        return f"the large files of {repo} do not get through to Xet storage ({said}): set HF_HUB_DISABLE_XET=1"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 409 if isinstance(error, _Busy) else 0
+    permanent = {
+        400: f"the Hub refuses {repo} (400): {getattr(error, 'server_message', None) or error}",
+        401: f"the Hub does not accept the token for {repo} (401): run `hf auth login` with one that may write",
+        403: f"the token may not write to {repo} (403): use one with write access, or another --repo",
+        404: f"{repo} is not on the Hub as far as the token sees (404): check the spelling and --revision",
+    }
+    if status in permanent:
+        return permanent[status]
+    passing = {
+        0: f"the connection to the Hub broke while publishing {repo} ({type(error).__name__}): check the network",
+        409: f"{repo} is being changed by another operation (409): try again in a minute",
+        412: f"{repo} is being changed by another operation (412): try again in a minute",
+        429: f"the Hub refuses more requests for now ({repo}, 429): wait some minutes",
+    }
+    said = passing.get(status, f"the Hub answers {status} for {repo}: try again later")
+    return f"{said}. Nothing half-finished is visible there, and what has arrived is not sent again"
+
+
+def _hub_call(call: Callable[[], T], repo: str) -> T:
+    """`call`, tried again after refusals that pass; it must be safe to repeat."""
+    for seconds in (*RETRY_AFTER, None):
+        try:
+            return call()
+        except Exception as raised:
+            # The client wraps what goes wrong with one file.
+            wrapped = isinstance(raised, RuntimeError) and isinstance(raised.__cause__, Exception)
+            error = raised.__cause__ if wrapped else raised
+            if _will_pass(error) and seconds is not None:
+                logger.info("the Hub did not take %s: trying again in %d s", repo, seconds)
+                time.sleep(seconds)
+            elif _will_pass(error) or isinstance(error, HfHubHTTPError | HFValidationError | ConnectionError):
+                raise PushError(_explain(error, repo)) from raised
+            else:
+                raise
+    raise AssertionError("not reached")
+
+
+def _create(api: HfApi, repo: str, private: bool | None) -> str:
+    try:
+        return api.create_repo(repo, private=private, exist_ok=True).repo_id
+    except KeyError as error:
+        # The client takes every 409 for "it exists", and misses that one's address.
+        raise _Busy from error
+
+
+def create_repository(repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make sure that the repository exists and may be written to; returns its whole id, user/name."""
+    if not (token or get_token()):
+        raise PushError(f"you are not logged in, and {repo} is to be published: run `hf auth login`")
+    api = HfApi(token=token)
+    repo = _hub_call(lambda: _create(api, repo, private), repo)
+    if private and not _hub_call(lambda: api.model_info(repo).private, repo):
+        raise PushError(f"{repo} exists and is public: make it private on its page first, or choose another name")
+    return repo
+
+
+def name_base(folder: Path, base_model_id: str) -> None:
+    """Put the base's Hub id into an adapter that was trained on a local copy of it."""
+    for file, key in (("cream.json", "base_model"), ("adapter_config.json", "base_model_name_or_path")):
+        path = folder / file
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8")) | {key: base_model_id}
+            content |= {"base_is_local": False} if file == "cream.json" else {}
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def add_results(folder: Path, files: Iterable[str | Path]) -> None:
+    """Copy results of `cream-peft evaluate` to <folder>/results and draw their pictures there.
+
+    Raises:
+        PushError: if none of them was measured on this adapter as it is now.
+    """
+    from .plots import plot_accuracy
+
+    sha256 = adapter_sha256(folder)
+    read = [(Path(file), read_results(file)) for file in files]
+    if read and not any(result["settings"].get("adapter_sha256") == sha256 for _, result in read):
+        raise PushError(
+            f"none of the results was measured on the adapter in {folder} as it is now: run `cream-peft evaluate "
+            f"--compare {folder}` again"
+        )
+    (folder / "results").mkdir(exist_ok=True)
+    for file, _ in read:
+        if file.resolve().parent != (folder / "results").resolve():
+            shutil.copy(file, folder / "results" / file.name)
+    results = own_results(folder, {})
+    for task in tasks_of(results):
+        of_task = {
+            label: {**result, "cells": [cell for cell in result["cells"] if cell["task"] == task]}
+            for label, result in results.items()
+        }
+        window = next(iter(results.values()))["settings"].get("pretrained_window")
+        plot_accuracy(of_task, folder / "results" / f"{task}.png", window, task)
+
+
+def _published_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if any(fnmatch(path.relative_to(folder).as_posix(), p) for p in PUBLISHED)]
+
+
+def _additions(folder: Path, files: list[Path], below: str, secrets: list[str]) -> list[CommitOperationAdd]:
+    """The files as a commit takes them, small ones searched for what must not become public."""
+    additions = []
+    for path in files:
+        content: bytes | str = str(path)
+        if path.suffix not in (".safetensors", ".pt", ".bin"):
+            content = path.read_bytes()
+            if path.name == "trainer_state.json":
+                content = _without_paths(content)
+            if any(secret.encode() in content for secret in secrets):
+                raise PushError(f"{path} holds your token or a path of this machine: remove it there, then push again")
+        additions.append(CommitOperationAdd(below + path.relative_to(folder).as_posix(), content))
+    return additions
+
+
+def _without_paths(trainer_state: bytes) -> bytes:
+    state = json.loads(trainer_state)
+    if state.get("best_model_checkpoint"):
+        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+    return json.dumps(state, indent=2).encode()
+
+
+def _licence_of(base: str, api: HfApi) -> str | None:
+    """The base's licence as its own card says, None where that cannot be read."""
+    try:
+        data = api.model_info(base).card_data
+    except Exception as error:
+        logger.debug("the licence of %s is not known: %s", base, error)
+        return None
+    return data.license if data and isinstance(data.license, str) else None
+
+
+def push_folder(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    base_model_id: str | None = None,
+    license: str | None = None,
+    results: Iterable[str | Path] = (),
+    message: str | None = None,
+    checkpoint_in_repo: str | None = None,
+) -> str:
+    """Publish a trained adapter or a merged model in one commit, with a card made anew; returns the commit's URL.
+
+    Args:
+        folder: what `cream-peft train` or `cream-peft merge` left.
+        repo: Hub id, user/name; created if it does not exist.
+        revision: branch to publish to; created if it does not exist.
+        base_model_id: the base's Hub id, for an adapter that was trained on a local folder.
+        results: files that `cream-peft evaluate` wrote, for the card.
+        checkpoint_in_repo: also publish everything that training goes on from, in this folder of the repository.
+
+    Raises:
+        AdapterError: if the folder is not complete.
+        PushError: if the Hub refuses; nothing is published then.
+    """
+    folder, api = Path(folder), HfApi(token=token)
+    description = read_description(folder, str(folder))
+    if base_model_id:
+        name_base(folder, base_model_id)
+    elif description.get("base_is_local"):
+        raise PushError(
+            f"{folder} was trained on a local base, the folder {description['base_model']!r}, which nobody else has: "
+            "say its Hub id with base_model_id (--base_model_id)"
+        )
+    description = read_description(folder, str(folder))
+    if results:
+        add_results(folder, results)
+    repo = create_repository(repo, private=private, token=token)
+    description["license"] = license or description.get("license") or _licence_of(description["base_model"], api)
+    if not description["license"]:
+        logger.warning("the licence of the base is not known: say it with license (--license llama2, apache-2.0, ...)")
+    write_card(folder, description, repo)
+
+    secrets = [secret for secret in (token or get_token(), str(folder.resolve()), str(Path.home()) + "/") if secret]
+    additions = _additions(folder, _published_files(folder), "", secrets)
+    if checkpoint_in_repo:
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NEVER_PUBLISHED]
+        additions += _additions(folder, files, f"{checkpoint_in_repo}/", secrets)
+    if revision:
+        _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
+    message = message or f"{description['base_model']} to {description['target_length']} tokens with cream-peft"
+
+    def commit() -> str:
+        # Made anew for each try: the client refuses operations that it has sent before.
+        fresh = [CommitOperationAdd(addition.path_in_repo, addition.path_or_fileobj) for addition in additions]
+        return api.create_commit(repo, fresh, commit_message=message, revision=revision).commit_url
+
+    return _hub_call(commit, repo)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from argparse import Namespace
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from transformers import AutoConfig
 
 from . import rope
 from .adapter import adapter_folder, is_adapter, load_adapter, read_description
+from .card import adapter_sha256
 from .config import DEFAULT_FACTOR
 from .errors import about
-from .evals import TASKS, evaluate
+from .evals import TASKS, evaluate, mean_by
 from .model import load_base, load_tokenizer, resolve_base
-from .plots import mean_by
-from .trainer import machine, versions
+from .provenance import machine, versions
 
 
 @dataclass
@@ -72,7 +71,7 @@ def _measure(subject: Subject, options: Namespace) -> dict[str, Any]:
             )
         description = read_description(folder, subject.name)
         window, target = description["pretrained_window"], description["target_length"]
-        settings["adapter_sha256"] = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+        settings["adapter_sha256"] = adapter_sha256(folder)
         settings["rope_scaling_type"] = description["rope_scaling_type"]
         model, tokenizer = load_adapter(folder, base_model=options.base_model, load_in_4bit=not options.no_4bit)
         base, adapter = description["base_model"], subject.name

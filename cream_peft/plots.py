@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from .evals import mean_by
+
 # Told apart by marker and dash too, so that a black-and-white print still reads.
 STYLES = [("#888888", "o", ":"), ("#e08214", "s", "--"), ("#2166ac", "^", "-."), ("#b2182b", "D", "-")]
-
-
-def mean_by(cells: list[dict[str, Any]], key: str) -> dict[Any, float]:
-    """Accuracy of all samples pooled, for each value of `key` (length or depth)."""
-    right, asked = defaultdict(float), defaultdict(int)
-    for cell in cells:
-        right[cell[key]] += cell["value"] * cell["samples"]
-        asked[cell[key]] += cell["samples"]
-    return {value: right[value] / asked[value] for value in sorted(asked)}
 
 
 def plot_accuracy(

@@ -199,8 +199,8 @@ def _published_factor(parameters: dict[str, Any]) -> float:
     return parameters["factor"] if parameters["rope_type"] == "linear" else 1
 
 
-def save_base_config(config: PreTrainedConfig, folder: str | Path) -> Path:
-    """Write the scaled `config` to <folder>/base_config/config.json; returns that path.
+def published_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config.json says of a scaled `config`, for every runtime.
 
     Readable by transformers 4.57 (rope_theta, rope_scaling), by 5 (rope_parameters) and by vLLM. save_pretrained drops
     the old keys, and transformers 4 then reads the model as unscaled, hence JSON of our own. How and from where the
@@ -222,9 +222,14 @@ def save_base_config(config: PreTrainedConfig, folder: str | Path) -> Path:
     }
     for key in ("_name_or_path", "quantization_config"):
         content.pop(key, None)
+    return content
+
+
+def save_base_config(config: PreTrainedConfig, folder: str | Path) -> Path:
+    """Write `published_config(config)` to <folder>/base_config/config.json; returns that path."""
     path = Path(folder) / "base_config" / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(published_config(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path
 
 

@@ -17,7 +17,9 @@ from . import memory, rope
 from .config import CREAMModelArguments
 from .data import DataError, load_documents, prepare_columns
 from .errors import about
+from .hub import PushError
 from .model import default_dtype, load_base, load_tokenizer, lora_config, quantization_config, resolve_base
+from .provenance import peak_gib
 from .recipe import Recipe, RecipeError
 from .trainer import CREAMTrainer
 
@@ -245,17 +247,22 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     start = time.perf_counter()
     output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
-    trainer.save_model()
+    try:
+        trainer.save_model()
+    except PushError as error:
+        raise PushError(
+            f"the adapter is saved in {run.output_dir}, but not published: {error}. "
+            f"`cream-peft push --adapter {run.output_dir} --repo {trainer.hub_model_id}` publishes it"
+        ) from error
     if trainer.base_is_local():
         logger.warning("the base is a local folder: before sharing the adapter set base_model_id, its Hub id")
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     counts = trainer.describe()["positions"]
     return {
         "output_dir": run.output_dir,
         "steps": output.global_step,
         "loss": output.training_loss,
         "seconds": seconds,
-        "peak_gib": peak,
+        "peak_gib": peak_gib(),
         "redrawn": counts["redrawn"],
         "unlabelled": counts["unlabelled"],
     }

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-from contextlib import ExitStack
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +14,23 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
-from . import __version__, hub, rope
+from . import hub, rope
 from .adapter import fingerprint
+from .card import write_card
 from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
 from .model import keep_4bit_trainable_on_cpu, load_base, load_tokenizer
 from .positions import SIGMA_PER_FACTOR
+from .proof import prove_positions
+from .provenance import machine, peak_gib, versions
 from .tiny import TINY_ID, base_folder
 
 logger = logging.getLogger(__name__)
 
-PROOF_TOKENS = 64
-LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
-
-
-class PositionError(RuntimeError):
-    """The model does not see what the position sampler drew."""
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and of those that decide what it computes."""
-    return {"cream_peft": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
-
-
-def machine() -> str:
-    """The device that computes: the GPU's name, or the CPU's kind and number of cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()}, {os.cpu_count()} cores"
 
 
 class _SetEpoch(TrainerCallback):
@@ -56,6 +39,7 @@ class _SetEpoch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.epoch = int(state.epoch or 0)
+        self.first_step = state.global_step
 
     # Counted, not read from state.epoch: with a streamed data set that one lags behind.
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -83,6 +67,7 @@ class CREAMTrainer(SFTTrainer):
         if not isinstance(args, CREAMConfig):
             raise TypeError(f"args must be a CREAMConfig, got {type(args).__name__}")
         self.recipe: dict[str, Any] = {}
+        self.seconds: float | None = None
         model = self._scaled_model(model, args, kwargs.pop("quantization_config", None))
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = load_tokenizer(model.config._name_or_path)
@@ -117,7 +102,8 @@ class CREAMTrainer(SFTTrainer):
         self.chat_template = template or self.chat_template
 
         if isinstance(self.data_collator, CREAMDataCollator):
-            self.add_callback(_SetEpoch(self.data_collator))
+            self._set_epoch = _SetEpoch(self.data_collator)
+            self.add_callback(self._set_epoch)
         keep_4bit_trainable_on_cpu(self.model)
         if isinstance(self.model, PeftModel):
             for name, parameter in self.model.named_parameters():
@@ -178,72 +164,14 @@ class CREAMTrainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any):
         self.prove_positions()
-        return super().train(*args, **kwargs)
+        start = time.perf_counter()
+        output = super().train(*args, **kwargs)
+        self.seconds = time.perf_counter() - start
+        return output
 
     def prove_positions(self) -> None:
-        """Show on this model, through this trainer's own loss, that positions arrive and attention crosses segments.
-
-        Feeds the first tokens of one training document twice, the second time with other tokens in the head segment.
-        The rotary embedding must be given the drawn positions, and what the model makes of the last token must change.
-
-        Raises:
-            PositionError: if either fails.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            logger.warning("positions are not proved before training: the model is not on one device yet")
-            return
-        row = next(iter(self.train_dataset))
-        input_ids = row["input_ids"][:PROOF_TOKENS]
-        example = {"input_ids": input_ids, "labels": input_ids, ROW_COLUMN: row.get(ROW_COLUMN, 0)}
-        batch = self.data_collator([example])
-        if "position_ids" not in batch:
-            raise PositionError(f"{type(self.data_collator).__name__} emits no position_ids: use CREAMDataCollator")
-        wanted = batch["position_ids"][0]
-        jumps = torch.nonzero(wanted.diff() != 1).flatten()
-        head_length = int(jumps[0]) + 1 if len(jumps) else max(1, len(wanted) // 2)
-        changed = {name: tensor.clone() for name, tensor in batch.items()}
-        changed["input_ids"][:, :head_length] += 1
-        changed["input_ids"] %= self.scaled_config.vocab_size
-
-        arrived, last = self._observe(batch)
-        _, last_changed = self._observe(changed)
-        if not torch.equal(arrived.flatten()[-len(wanted) :], wanted.to(arrived)):
-            raise PositionError(
-                "the drawn position_ids do not reach the model's rotary embedding: something between the data "
-                "collator and the model replaces them"
-            )
-        if len(wanted) > head_length and torch.equal(last, last_changed):
-            raise PositionError(
-                "attention does not cross the segments: the last token does not see the head. Without an "
-                "attention_mask transformers takes each jump of the positions for a new document"
-            )
-
-    def _observe(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [tokens] that the rotary embedding got, and the last token's hidden state, both on the CPU."""
-        seen: dict[str, torch.Tensor] = {}
-
-        def positions_hook(module, args, kwargs):
-            seen["positions"] = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-
-        def hidden_hook(module, args, output):
-            seen["hidden"] = output[0][:, -1]
-
-        decoder = self.accelerator.unwrap_model(self.model)
-        decoder = (decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder).get_decoder()
-        was_training = self.model.training
-        self.model.eval()
-        with ExitStack() as stack:
-            for module in decoder.modules():
-                if "RotaryEmbedding" in type(module).__name__:
-                    hook = module.register_forward_pre_hook(positions_hook, with_kwargs=True)
-                    stack.callback(hook.remove)
-            stack.callback(decoder.register_forward_hook(hidden_hook).remove)
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(self.compute_loss_context_manager())
-            self.compute_loss(self.model, self._prepare_inputs(dict(batch)))
-        self.model.train(was_training)
-        self._metrics["eval"].clear()
-        return seen["positions"].cpu(), seen["hidden"].float().cpu()
+        """Show that positions arrive and attention crosses the segments, see `proof.prove_positions`."""
+        prove_positions(self)
 
     def base_model_name(self) -> str:
         """The base's public name: `base_model_id`, its Hub id, or a local folder's last part. Never a path."""
@@ -286,7 +214,12 @@ class CREAMTrainer(SFTTrainer):
             "target_length": args.target_length,
             "rope_scaling_type": args.rope_scaling_type,
             "positions": positions,
+            "load_in_4bit": bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
+            "license": args.license,
             "steps": self.state.global_step,
+            "first_step": getattr(getattr(self, "_set_epoch", None), "first_step", 0),
+            "seconds": self.seconds and round(self.seconds, 1),
+            "peak_gib": peak_gib(),
             "machine": machine(),
             "seed": args.seed,
             "versions": versions(),
@@ -308,12 +241,58 @@ class CREAMTrainer(SFTTrainer):
             adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         description = self.describe()
         (folder / "cream.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        hub.write_card(folder, description, self._public_name())
+        write_card(folder, description, self._public_name())
 
     def _public_name(self) -> str | None:
         return self.hub_model_id if self.args.push_to_hub else None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write our card where TRL would put its own."""
+        """Nothing: `_save` has written our card, and TRL's would take its place."""
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the Hub repository, before anything is trained that could not be published."""
+        if self.base_is_local():
+            raise hub.PushError(
+                f"push_to_hub with a local base, {self.base_model_name()!r}: set base_model_id, its Hub id, so that "
+                "others find it"
+            )
         if self.is_world_process_zero():
-            hub.write_card(self.args.output_dir, self.describe(), self._public_name())
+            repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            private = self.args.hub_private_repo if private is None else private
+            self.hub_model_id = hub.create_repository(repo, private=private, token=token or self.args.hub_token)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """Publish the adapter in one commit, see `hub.push_folder`; returns the commit's URL. It always blocks."""
+        self.save_model(_internal_call=True)
+        return self._push(self.args.output_dir, commit_message, token=token, revision=revision)
+
+    def _push(self, folder: str, message: str | None, **options: Any) -> str | None:
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=options.get("token"))
+        if not self.is_world_process_zero():
+            return None
+        options["token"] = options.get("token") or self.args.hub_token
+        options["revision"] = options.get("revision") or self.args.hub_revision
+        return hub.push_folder(
+            folder, self.hub_model_id, private=self.args.hub_private_repo, message=message, **options
+        )
+
+    # transformers would write training_args.bin, with the token, once more, publish the root without base_config, and
+    # lose its errors in a thread.
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        strategy = self.args.hub_strategy
+        if strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        below = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            self._push(checkpoint_folder, message, checkpoint_in_repo=below.get(strategy))
+        except hub.PushError as error:
+            logger.warning("step %d was not published: %s", self.state.global_step, error)

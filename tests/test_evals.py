@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from cream_peft import cli
-from cream_peft.evals import recall, runner
+from cream_peft.evals import mean_by, recall, runner
 from cream_peft.measure import Subject, table_of
-from cream_peft.plots import mean_by, plot_accuracy
+from cream_peft.plots import plot_accuracy
 
 
 class Oracle:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cream_peft.plots import mean_by
+from cream_peft.evals import mean_by
 from cream_peft.recipe import DATACLASSES, EMBEDDED_RECIPE
 
 ROOT = Path(__file__).parent.parent

@@ -3,9 +3,7 @@
 import copy
 import inspect
 import math
-from fnmatch import fnmatch
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from cream_peft import CREAMTrainer, rope
 from cream_peft.collator import ROW_COLUMN, CREAMDataCollator
 from cream_peft.model import keep_4bit_trainable_on_cpu, quantization_config
-from cream_peft.trainer import PositionError
+from cream_peft.proof import PositionError
 
 
 @pytest.fixture
@@ -394,29 +392,3 @@ def test_a_streamed_set_gets_new_draws_in_every_pass_and_refuses_workers(make_tr
     assert drawn.shape == (16, 64) and not torch.equal(drawn[:8], drawn[8:])
     with pytest.raises(ValueError, match="dataloader_num_workers=2 cannot go with a streamed"):
         positions(dataloader_num_workers=2)
-
-
-def test_a_push_holds_no_token_no_training_arguments_and_the_scaled_config(make_trainer, make_model, monkeypatch):
-    uploaded = []
-
-    class Api:
-        def create_repo(self, *args, **kwargs):
-            return SimpleNamespace(repo_id="someone/adapter")
-
-        def upload_folder(self, folder_path, ignore_patterns, **kwargs):
-            paths = [path for path in Path(folder_path).rglob("*") if path.is_file()]
-            files = {str(path.relative_to(folder_path)): path.read_bytes() for path in paths}
-            ignored = {name for name in files for pattern in ignore_patterns if fnmatch(name, pattern)}
-            uploaded.append({name: content for name, content in files.items() if name not in ignored})
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Api)
-    trainer = make_trainer(
-        push_to_hub=True, hub_token="hf_secret", hub_model_id="someone/adapter", save_strategy="steps", save_steps=1
-    )
-    trainer.train()
-    trainer.save_model()
-    assert uploaded
-    for names in uploaded:
-        assert {"adapter_model.safetensors", "base_config/config.json", "cream.json", "README.md"} <= set(names)
-        assert "training_args.bin" not in names and not any(b"hf_secret" in content for content in names.values())
-        assert b'load_adapter("someone/adapter")' in names["README.md"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,12 @@ def evaluate(
     if not path.is_file():
         _write(path, results)
     return results
+
+
+def mean_by(cells: list[dict[str, Any]], key: str) -> dict[Any, float]:
+    """Accuracy of all samples pooled, for each value of `key` (length or depth)."""
+    right, asked = defaultdict(float), defaultdict(int)
+    for cell in cells:
+        right[cell[key]] += cell["value"] * cell["samples"]
+        asked[cell[key]] += cell["samples"]
+    return {value: right[value] / asked[value] for value in sorted(asked)}

@@ -1,0 +1,282 @@
+"""The model card of an adapter or of a merged model, from what the run recorded and from what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .evals import mean_by, read_results
+from .tiny import TINY_ID
+
+BODY = """# {title}
+
+{what} that extends {base} from {window:,} to {target:,} tokens. It was trained at {context} tokens per example with
+{strategy} positions (CREAM, [arXiv 2406.07138](https://arxiv.org/abs/2406.07138)) and {scaling}.
+
+{usage}
+
+## Measured
+
+{measured}
+
+## Training
+
+{training}
+
+The recipe:
+
+```yaml
+{recipe}
+```
+
+Versions: {versions}.
+
+## Limits
+
+{limits}
+"""
+
+ADAPTER_USAGE = """## Load it
+
+The base must be loaded with its RoPE scaled. A plain PEFT load does not do that, and fails silently: short prompts
+look right, long ones do not.
+
+```python
+from cream_peft import load_adapter
+
+model, tokenizer = load_adapter("{name}")  # load_in_4bit=False for a 16-bit base
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""
+
+ELSEWHERE = """
+Without this package, with the scaled config that lies in `base_config/`:
+
+```python
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained("{name}", subfolder="base_config")
+model = AutoModelForCausalLM.from_pretrained("{name}", config=config)
+```
+
+Serve it with vLLM (not run here):
+
+```bash
+{vllm}
+```
+
+For llama.cpp and everything else that wants one model, merge it into the 16-bit base:
+
+```bash
+cream-peft merge --adapter {name} --output merged
+python convert_hf_to_gguf.py merged --outfile model.gguf  # a script of llama.cpp's repository
+```
+"""
+
+MERGED_USAGE = """## Load it
+
+Base and adapter in one, RoPE scaling included:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+Serve it with vLLM (not run here): `vllm serve {name} --max-model-len {target}`. For llama.cpp:
+`python convert_hf_to_gguf.py FOLDER --outfile model.gguf`, a script of llama.cpp's repository.
+"""
+
+
+def adapter_sha256(folder: Path) -> str | None:
+    """The digest by which results name the adapter they were measured on."""
+    path = folder / "adapter_model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def own_results(folder: Path, description: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Label -> results in <folder>/results that go on the card: this adapter's and those it is compared with.
+
+    Nothing, if none of them was measured on this very adapter: results of an earlier training do not speak for it.
+    """
+    sha256 = description.get("adapter_sha256") or adapter_sha256(folder)
+    found = [read_results(path) for path in sorted((folder / "results").glob("*.json"))]
+    found = [r for r in found if r["cells"] and r["settings"].get("adapter_sha256") in (None, sha256)]
+    found.sort(key=lambda result: result["settings"].get("adapter_sha256") is not None)
+    if not any(result["settings"].get("adapter_sha256") for result in found):
+        return {}
+    return {str(result["settings"].get("label") or result["model"]): result for result in found}
+
+
+def tasks_of(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The tasks that were measured, in alphabetical order."""
+    return sorted({cell["task"] for result in results.values() for cell in result["cells"]})
+
+
+def _cells(result: dict[str, Any], task: str) -> list[dict[str, Any]]:
+    return [cell for cell in result["cells"] if cell["task"] == task]
+
+
+def _table(results: dict[str, dict[str, Any]], task: str) -> list[str]:
+    """Markdown: a row a model, a column a length."""
+    cells = {label: _cells(result, task) for label, result in results.items()}
+    lengths = sorted({cell["length"] for found in cells.values() for cell in found})
+    metric = next(cell["metric"] for found in cells.values() for cell in found)
+    lines = [f"{task}: {metric} by length in tokens", ""]
+    lines += [f"| | {' | '.join(f'{length:,}' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
+    for label, found in cells.items():
+        values = mean_by(found, "length")
+        row = " | ".join(f"{values[length]:.2f}" if length in values else "not run" for length in lengths)
+        lines.append(f"| {label} | {row} |")
+    return lines
+
+
+def _measured(folder: Path, results: dict[str, dict[str, Any]]) -> str:
+    if not results:
+        return "Nothing was measured yet."
+    lines: list[str] = []
+    for task in tasks_of(results):
+        lines += [*_table(results, task), ""]
+        if (folder / "results" / f"{task}.png").is_file():
+            lines += [f"![{task} by length and by depth](results/{task}.png)", ""]
+    one = next(result for result in reversed(results.values()) if result["settings"].get("adapter_sha256"))
+    settings, lengths = one["settings"], sorted({cell["length"] for cell in one["cells"]})
+    asked = sorted({sum(cell["samples"] for cell in one["cells"] if cell["length"] == length) for length in lengths})
+    lines.append(
+        f"Samples a length: {asked[0]:,} to {asked[-1]:,}; seed {one['seed']}; {settings.get('machine', 'machine?')}. "
+        "Every number with its settings lies in `results/*.json`, as `cream-peft evaluate` wrote it."
+    )
+    return "\n".join(lines)
+
+
+def _eval_results(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
+    """What was measured on this adapter, for the metadata's model-index."""
+    found = []
+    for result in results.values():
+        if not result["settings"].get("adapter_sha256"):
+            continue
+        for task in sorted({cell["task"] for cell in result["cells"]}):
+            cells = _cells(result, task)
+            for length, value in mean_by(cells, "length").items():
+                found.append(
+                    EvalResult(
+                        task_type="text-generation",
+                        dataset_type=task,
+                        dataset_name=f"{task}, {length:,} tokens",
+                        # Results of one data set and configuration are taken for one.
+                        dataset_config=f"{length} tokens",
+                        metric_type=cells[0]["metric"],
+                        metric_value=round(value, 4),
+                    )
+                )
+    return found
+
+
+def vllm_command(folder: Path, description: dict[str, Any], name: str) -> str:
+    """The vLLM line that serves the adapter on its base, the RoPE scaled as in training."""
+    config = json.loads((folder / "base_config" / "config.json").read_text(encoding="utf-8"))
+    overrides = {key: config[key] for key in ("max_position_embeddings", "rope_parameters")}
+    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    return " \\\n  ".join(
+        [
+            f"vllm serve {shlex.quote(description['base_model'])}",
+            f"--hf-overrides {shlex.quote(json.dumps(overrides))}",
+            f"--max-model-len {description['target_length']}",
+            f"--enable-lora --max-lora-rank {max(8, rank)} --lora-modules {name.split('/')[-1]}={name}",
+        ]
+    )
+
+
+def _training(description: dict[str, Any]) -> str:
+    seconds, peak = description.get("seconds"), description.get("peak_gib")
+    started = description.get("first_step") or 0
+    took = "time not recorded" if seconds is None else f"{seconds:,.0f} s"
+    took += f" since step {started}, where it was resumed" if started and seconds is not None else ""
+    memory = "not recorded (no GPU)" if peak is None else f"{peak:.2f} GiB"
+    base = "4-bit (NF4)" if description.get("load_in_4bit") else "unquantized"
+    return (
+        f"{description['steps']} steps on a base held {base}, seed {description['seed']}, on "
+        f"{description['machine']}: {took}; peak memory {memory}."
+    )
+
+
+def _limits(description: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+    lines = [f"- The target of {description['target_length']:,} tokens is what was trained for, not a promise."]
+    measured = [c["length"] for r in results.values() if r["settings"].get("adapter_sha256") for c in r["cells"]]
+    if measured:
+        lines.append(f"- Measured up to {max(measured):,} tokens, with synthetic tasks. Nothing else is known of it.")
+    else:
+        lines.append("- Whether it uses its long context was not measured.")
+    if description.get("load_in_4bit"):
+        lines.append("- It was trained on the 4-bit base; on a 16-bit base the outputs differ slightly.")
+    lines.append("- The base's licence, its biases and its limits hold for it too.")
+    return "\n".join(lines)
+
+
+def _metadata(description: dict[str, Any], results: dict[str, dict[str, Any]], title: str) -> ModelCardData:
+    merged, dataset = description.get("merged"), str((description["recipe"] or {}).get("dataset_name") or "")
+    base = description["base_model"]
+    return ModelCardData(
+        # A local folder's name and the embedded model are nowhere on the Hub.
+        base_model=None if base == TINY_ID or description.get("base_is_local") else base,
+        base_model_relation=None if base == TINY_ID else "merge" if merged else "adapter",
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="text-generation",
+        tags=["cream", "long-context"] + ([] if merged else ["lora"]),
+        license=description.get("license"),
+        # What is left of a local path has no owner before it.
+        datasets=[dataset] if dataset.count("/") == 1 else None,
+        model_name=title if results else None,
+        eval_results=_eval_results(results) or None,
+    )
+
+
+def render_card(folder: Path, description: dict[str, Any], repo: str | None = None) -> str:
+    """The card's text for the adapter (or merged model) in `folder`.
+
+    Args:
+        folder: holds adapter_config.json and base_config/, and in results/ what `cream-peft evaluate` wrote.
+        description: what cream.json says.
+        repo: the Hub id that it will have.
+    """
+    positions, scaling, base = description["positions"], description["rope_scaling_type"], description["base_model"]
+    name = repo or "this-repository-or-folder"
+    title = repo or f"{base.split('/')[-1]}-{positions['strategy']}-{description['target_length']}"
+    title = title.split("/")[-1]
+    results = own_results(folder, description)
+    if description.get("merged"):
+        usage = MERGED_USAGE.format(name=name, target=description["target_length"])
+    else:
+        usage = ADAPTER_USAGE.format(name=name)
+        # The embedded model comes with this package, and nothing else finds it.
+        usage += ELSEWHERE.format(name=name, vllm=vllm_command(folder, description, name)) if base != TINY_ID else ""
+    body = BODY.format(
+        title=title,
+        what="A merged model" if description.get("merged") else "A LoRA adapter",
+        base=base,
+        window=description["pretrained_window"],
+        target=description["target_length"],
+        context=positions.get("context_length", "?"),
+        strategy=positions["strategy"],
+        scaling=f"{scaling} RoPE scaling" if scaling else "no RoPE scaling",
+        usage=usage.strip(),
+        measured=_measured(folder, results),
+        training=_training(description),
+        recipe=yaml.safe_dump(description["recipe"] or {"recipe": "not recorded"}, sort_keys=False).strip(),
+        versions=", ".join(f"{key} {value}" for key, value in description["versions"].items()),
+        limits=_limits(description, results),
+    )
+    return f"---\n{_metadata(description, results, title).to_yaml()}\n---\n\n{body}"
+
+
+def write_card(folder: str | Path, description: dict[str, Any], repo: str | None = None) -> None:
+    """Write README.md, the model card, into an adapter's folder."""
+    ModelCard(render_card(Path(folder), description, repo)).save(Path(folder) / "README.md")

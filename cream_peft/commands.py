@@ -1,0 +1,260 @@
+"""The commands of cream-peft: each reads its options, calls the package and prints what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PLOTTED = ("length", "depth", "value", "samples")
+
+
+class UserError(ValueError):
+    """Something the user can mend; its message is the one line that is printed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def _write_json(path: str | None, content: Any) -> None:
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"The same as JSON: {path}")
+
+
+def train(arguments: list[str]) -> None:
+    """Train an adapter from a recipe and leave it complete in output_dir."""
+    parser = _Parser(prog="cream-peft train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--help", "-h", action="store_true")
+    options, rest = parser.parse_known_args(arguments)
+    if options.help:
+        from .recipe import DATACLASSES, TrlParser
+
+        TrlParser(DATACLASSES, prog="cream-peft train").print_help()
+        return
+    from .recipe import parse_recipe
+    from .train import run_recipe
+
+    summary = run_recipe(parse_recipe(rest))
+    print(f"\n{'loss':<16}{summary['loss']:.3f} (mean over the run, {summary['steps']} steps in all)")
+    print(f"{'time':<16}{summary['seconds']:.0f} s")
+    print(f"{'redrawn':<16}{summary['redrawn']} draws held no label, {summary['unlabelled']} examples none at all")
+    if summary["peak_gib"] is not None:
+        print(f"{'peak memory':<16}{summary['peak_gib']:.2f} GiB")
+    _write_json(options.json, summary)
+    print(f"The adapter is in {summary['output_dir']}")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure one model or several, print one table, keep one JSON file each."""
+    parser = _Parser(prog="cream-peft evaluate", description=evaluate.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=["cream-peft-tiny"],
+        metavar="MODEL",
+        help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE to --target_length; "
+        "LABEL=MODEL names it in the table",
+    )
+    parser.add_argument("--tasks", nargs="+", default=["recall"], help="tasks to run (default: recall)")
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens; default: doubling from window to target")
+    parser.add_argument("--target_length", type=int, help="tokens; default: the adapter's, or 8 windows")
+    parser.add_argument("--samples", type=int, default=32, help="documents a length (default: 32)")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the documents (default: 1000)")
+    parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
+    parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
+    parser.add_argument("--output_dir", default="runs/evaluate", help="folder of the results (default: runs/evaluate)")
+    parser.add_argument("--json", metavar="FILE", help="write the table's content as JSON")
+    options = parser.parse_args(arguments)
+    from .measure import evaluate_models, table_of
+
+    results = evaluate_models(options)
+    print()
+    for line in table_of(results):
+        print(line)
+    _write_json(options.json, results)
+    print(f"The results are in {options.output_dir}")
+
+
+def plan(arguments: list[str]) -> None:
+    """Print the peak memory of a recipe, term by term, and the cards that it fits."""
+    parser = _Parser(prog="cream-peft plan", description=plan.__doc__, allow_abbrev=False)
+    parser.add_argument("--gpu", help="a card's name or its memory, such as 'RTX 4090' or 8GB")
+    parser.add_argument("--json", metavar="FILE")
+    options, rest = parser.parse_known_args(arguments)
+    from . import memory
+    from .recipe import parse_recipe
+    from .train import base_config, plan_of
+
+    gib = memory.parse_gpu(options.gpu) if options.gpu else None
+    recipe = parse_recipe(rest)
+    planned = plan_of(recipe, base_config(recipe))
+    for term, size in planned["terms"].items():
+        print(f"{term:<28}{size:8.2f} GiB")
+    print()
+    cards = planned["cards"]
+    if gib is not None:
+        cards = [{"card": options.gpu, "gib": gib, "fits": planned["terms"]["total"] <= gib}]
+    for card in cards:
+        print(f"{card['card']:<28}{card['gib']:8.1f} GiB  {'fits' if card['fits'] else 'does not fit'}")
+    for line in planned["advice"]:
+        print(line)
+    print("Planned from the architecture; not measured on these cards.")
+    _write_json(options.json, {**planned, "cards": cards})
+
+
+def plot(arguments: list[str]) -> None:
+    """Draw results files over one another: accuracy by length, and by depth at the longest length."""
+    parser = _Parser(prog="cream-peft plot", description=plot.__doc__, allow_abbrev=False)
+    parser.add_argument("results", nargs="+", metavar="RESULTS.json")
+    parser.add_argument("--output", default="runs/accuracy.png", help="picture, .png or .svg")
+    parser.add_argument("--title", default="")
+    options = parser.parse_args(arguments)
+    from .evals import read_results
+    from .plots import plot_accuracy
+
+    for name in options.results:
+        if not Path(name).is_file():
+            raise UserError(f"no such results file: {name}; `cream-peft evaluate` writes them")
+    if Path(options.output).suffix not in (".png", ".svg"):
+        raise UserError(f"--output {options.output}: the ending must be .png or .svg")
+    labelled = {}
+    for name in options.results:
+        result = read_results(name)
+        label = result["settings"].get("label") or Path(name).stem
+        lacking = {key for cell in result["cells"] for key in PLOTTED if key not in cell}
+        if lacking or not result["cells"]:
+            reason = f"cells without {', '.join(sorted(lacking))}" if lacking else "nothing was measured in it yet"
+            raise UserError(f"{name} cannot be drawn: {reason}; `cream-peft evaluate` fills it")
+        labelled[f"{label} ({name})" if label in labelled else label] = result
+    window = next(iter(labelled.values()))["settings"].get("pretrained_window")
+    print(f"The picture is {plot_accuracy(labelled, options.output, window, options.title)}")
+
+
+def push(arguments: list[str]) -> None:
+    """Publish an adapter on the Hub: everything it needs in one commit, with a card made from what was measured."""
+    parser = _Parser(prog="cream-peft push", description=push.__doc__, allow_abbrev=False)
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="folder that `cream-peft train` left")
+    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create it as a private repository")
+    parser.add_argument("--revision", help="branch to publish to; created if it does not exist")
+    parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help="results of `cream-peft evaluate`")
+    parser.add_argument("--base_model_id", help="Hub id of the base, where it was trained on a local folder")
+    parser.add_argument("--license", help="licence in the card's metadata; default: the one on the base's card")
+    parser.add_argument("--with-merged", "--with_merged", action="store_true", help="also publish USER/NAME-merged")
+    parser.add_argument("--base_model", help="folder or Hub id to take the base from, to merge")
+    options = parser.parse_args(arguments)
+    folder = Path(options.adapter)
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}; `cream-peft train` leaves an adapter in its output_dir")
+    from .hub import push_folder
+
+    shared = {"private": options.private or None, "revision": options.revision, "license": options.license}
+    url = push_folder(folder, options.repo, base_model_id=options.base_model_id, results=options.results, **shared)
+    if options.with_merged:
+        from .merge import merge_adapter
+
+        merged = folder.with_name(f"{folder.name}-merged")
+        merge_adapter(folder, merged, base_model=options.base_model)
+        print(f"The merged model is {push_folder(merged, f'{options.repo}-merged', **shared)}")
+    print(f"The adapter is {url}")
+
+
+def check(arguments: list[str]) -> None:
+    """Say what an adapter (or merged model) is, whether it fits its base, and what a plain load makes of it."""
+    parser = _Parser(prog="cream-peft check", description=check.__doc__, allow_abbrev=False)
+    parser.add_argument("--adapter", required=True, metavar="ID_OR_DIR")
+    parser.add_argument("--base_model", help="folder or Hub id to take the base from, instead of the one named")
+    parser.add_argument("--revision", help="branch, tag or commit of the adapter's repository")
+    parser.add_argument("--json", metavar="FILE", help="write the table's content as JSON")
+    options = parser.parse_args(arguments)
+    from .check import check_adapter
+
+    rows = check_adapter(options.adapter, base_model=options.base_model, revision=options.revision)
+    for row in rows:
+        print(f"{row['item']:<20}{row['verdict']:<8}{row['found']}")
+    _write_json(options.json, rows)
+    wrong = [row["item"] for row in rows if row["verdict"] == "wrong"]
+    if wrong:
+        raise UserError(f"{options.adapter} is not right: {', '.join(wrong)} (see above)")
+
+
+def merge(arguments: list[str]) -> None:
+    """Merge an adapter into its 16-bit base, shard by shard, and leave a model that loads in the usual way."""
+    parser = _Parser(prog="cream-peft merge", description=merge.__doc__, allow_abbrev=False)
+    parser.add_argument("--adapter", required=True, metavar="ID_OR_DIR")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the merged model")
+    parser.add_argument("--base_model", help="folder or Hub id to take the base from, instead of the one named")
+    parser.add_argument("--revision", help="branch, tag or commit of the adapter's repository")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the base files' own")
+    parser.add_argument(
+        "--max_shard_size", default="1GB", help="size of a file, and about what merging holds in memory"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the summary as JSON")
+    options = parser.parse_args(arguments)
+    from .merge import merge_adapter
+
+    summary = merge_adapter(
+        options.adapter,
+        options.output,
+        base_model=options.base_model,
+        revision=options.revision,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+    )
+    for key, value in summary.items():
+        print(f"{key:<16}{value:,.2f}" if isinstance(value, float) else f"{key:<16}{value}")
+    _write_json(options.json, summary)
+    print(f"The merged model is in {options.output}")
+
+
+def _typed() -> Iterator[str]:
+    """What the user types, or what comes through a pipe, until it ends."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def chat(arguments: list[str]) -> None:
+    """Talk to an adapter, over a long document if you like. Ctrl-C stops an answer, Ctrl-D or /exit leaves."""
+    parser = _Parser(prog="cream-peft chat", description=chat.__doc__, allow_abbrev=False)
+    parser.add_argument("--adapter", required=True, metavar="ID_OR_DIR")
+    parser.add_argument("--document", metavar="FILE", help="text file to talk about (UTF-8)")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system message, for a chat template")
+    parser.add_argument(
+        "--kv_cache", default="default", choices=["default", "quantized", "offloaded"],
+        help="quantized: 4 bits, needs `pip install hqq`; offloaded: in main memory, needs a CUDA GPU",
+    )  # fmt: skip
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most (default: 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time")
+    parser.add_argument("--base_model", help="folder or Hub id to take the base from, instead of the one named")
+    parser.add_argument("--revision", help="branch, tag or commit of the adapter's repository")
+    parser.add_argument("--no_4bit", action="store_true", help="load the base unquantized")
+    options = parser.parse_args(arguments)
+    from .chat import ChatSettings, load_chat, read_document, talk
+
+    document = read_document(options.document) if options.document else ""
+    settings = ChatSettings(document, options.system, options.kv_cache, options.max_new_tokens, options.temperature)
+    load_options = {"base_model": options.base_model, "revision": options.revision, "load_in_4bit": not options.no_4bit}
+    talk(load_chat(options.adapter, settings, **load_options), _typed(), lambda text: print(text, end="", flush=True))
+
+
+COMMANDS = {
+    "train": train,
+    "evaluate": evaluate,
+    "plan": plan,
+    "plot": plot,
+    "push": push,
+    "check": check,
+    "merge": merge,
+    "chat": chat,
+}

@@ -1,0 +1,346 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from measure_merge import GIB, make_base
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from cream_peft import CREAMTrainer, load_adapter, merge
+from cream_peft.adapter import AdapterError
+from cream_peft.merge import MergeError, merge_adapter
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.fixture
+def adapted(tmp_path, make_model, make_documents, make_config, lora, tiny_tokenizer):
+    """Saves a small base and trains an adapter of it for two steps; the folders of both."""
+
+    def make(scaling="ntk", dtype=torch.float32, base=(), **settings):
+        model = make_model(**dict(base)).to(dtype)
+        model.save_pretrained(tmp_path / "base")
+        trainer = CREAMTrainer(
+            model=str(tmp_path / "base"),
+            args=make_config(rope_scaling_type=scaling, learning_rate=5e-2),
+            train_dataset=make_documents(8),
+            processing_class=tiny_tokenizer,
+            peft_config=lora(**settings),
+        )
+        trainer.train()
+        trainer.save_model()
+        return tmp_path / "run", str(tmp_path / "base")
+
+    return make
+
+
+def logits(model, tokens=400):
+    ids = torch.arange(tokens)[None] % 385
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def error(found, wanted):
+    """The largest difference of logits, in units of their spread."""
+    return ((found - wanted).abs().max() / wanted.std()).item()
+
+
+def stored(folder):
+    """Every tensor in a folder's files, and how many files there are."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}, len(files)
+
+
+@pytest.mark.parametrize(
+    "scaling, settings",
+    [
+        ("yarn", {}),
+        ("ntk", {"use_rslora": True, "alpha_pattern": {"q_proj": 32}}),
+        ("linear", {"use_dora": True}),
+        ("yarn", {"target_modules": "all-linear", "rank_pattern": {"down_proj": 2}}),
+        ("linear", {"target_modules": [*ATTENTION, "embed_tokens"], "modules_to_save": ["lm_head", "norm"]}),
+    ],
+    ids=["plain", "rslora", "dora", "all-linear", "embeddings-and-head"],
+)
+def test_a_merge_has_the_logits_of_its_adapter_far_beyond_the_window(adapted, tmp_path, scaling, settings):
+    folder, base = adapted(scaling, base={"attention_bias": True}, **settings)
+    summary = merge_adapter(folder, tmp_path / "merged", base_model=base, max_shard_size="60KB")
+    wanted, _ = load_adapter(folder, base_model=base, load_in_4bit=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert error(logits(merged), logits(wanted)) < 1e-4
+    with wanted.disable_adapter():
+        assert error(logits(merged), logits(wanted)) > 0.1  # control: the adapter matters
+    unscaled = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", config=AutoConfig.from_pretrained(base))
+    assert error(logits(unscaled), logits(wanted)) > 0.05  # control: the scaling matters
+
+    tensors, files = stored(tmp_path / "merged")
+    assert summary["shards"] == files > 3
+    assert summary["parameters"] == sum(map(torch.numel, tensors.values())) == merged.num_parameters()
+    assert summary["bytes"] == 4 * summary["parameters"] and summary["dtype"] == "float32"
+    embeddings = "modules_to_save" in settings
+    assert summary["merged_layers"] == 2 * (7 if settings.get("target_modules") == "all-linear" else 4) + embeddings
+    assert summary["replaced_tensors"] == 2 * embeddings
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["plain", "dora"])
+def test_a_bfloat16_base_stays_bfloat16_and_is_merged_in_fp32(adapted, tmp_path, settings):
+    folder, base = adapted("yarn", dtype=torch.bfloat16, **settings)
+    assert merge_adapter(folder, tmp_path / "merged", base_model=base)["dtype"] == "bfloat16"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16 and merged.model.rotary_emb.inv_freq.dtype == torch.float32
+    exact, _ = load_adapter(folder, base_model=base, load_in_4bit=False, dtype="float32")
+    name = "model.layers.1.self_attn.v_proj"
+    rounded = exact.merge_and_unload().get_submodule(name).weight.to(torch.bfloat16)
+    assert torch.equal(merged.get_submodule(name).weight, rounded)
+    assert error(logits(merged.float()), logits(exact)) < 0.1
+
+
+def test_the_dtype_asked_for_is_that_of_every_weight_and_of_the_config(adapted, tmp_path):
+    folder, base = adapted()
+    merge_adapter(folder, tmp_path / "merged", base_model=base, dtype="float16")
+    assert {tensor.dtype for tensor in stored(tmp_path / "merged")[0].values()} == {torch.float16}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float16"
+    assert json.loads((tmp_path / "merged" / "cream.json").read_text())["dtype"] == "float16"
+    wanted, _ = load_adapter(folder, base_model=base, load_in_4bit=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32")
+    assert error(logits(merged), logits(wanted)) < 0.02
+    with pytest.raises(MergeError, match="dtype is 'int8': choose one of bfloat16, float16, float32"):
+        merge_adapter(folder, tmp_path / "merged", base_model=base, dtype="int8")
+
+
+def test_a_base_with_tied_embeddings_stays_tied(adapted, tmp_path):
+    folder, base = adapted(base={"tie_word_embeddings": True})
+    merge_adapter(folder, tmp_path / "merged", base_model=base)
+    assert "lm_head.weight" not in stored(tmp_path / "merged")[0]
+    wanted, _ = load_adapter(folder, base_model=base, load_in_4bit=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert error(logits(merged), logits(wanted)) < 1e-4
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_every_runtime_finds_the_scaling_and_nobody_finds_a_local_path(adapted, tmp_path):
+    folder, base = adapted("yarn")
+    generation = {"max_length": 64, "eos_token_id": 7, "do_sample": True}
+    (Path(base) / "generation_config.json").write_text(json.dumps(generation))
+    merge_adapter(folder, tmp_path / "merged", base_model=base)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["max_position_embeddings"] == 512
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000
+    assert config["rope_scaling"] == {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert written == generation | {"max_length": 512}
+    settings = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and settings["model_max_length"] == 512
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("some words")["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(folder)("some words")["input_ids"]
+    note = json.loads((tmp_path / "merged" / "cream.json").read_text())
+    assert note == json.loads((folder / "cream.json").read_text()) | {"merged": True, "dtype": "float32"}
+    texts = [path for path in (tmp_path / "merged").iterdir() if path.suffix != ".safetensors"]
+    assert len(texts) == 5 and not any(str(tmp_path) in path.read_text() for path in texts)
+
+
+def test_special_tokens_and_the_chat_template_come_along_under_names_that_transformers_4_knows(adapted, tmp_path):
+    folder, base = adapted()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "</s>"]})
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.model_max_length = 4096
+    tokenizer.save_pretrained(folder)
+    merge_adapter(folder, tmp_path / "merged", base_model=base)
+    settings = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert "extra_special_tokens" not in settings and settings["additional_special_tokens"] == ["<s>", "</s>"]
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.chat_template == tokenizer.chat_template and merged.model_max_length == 4096
+    assert merged.all_special_tokens == tokenizer.all_special_tokens
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["save_file", "_describe"])
+def test_a_merge_killed_half_way_leaves_nothing_that_loads_and_an_earlier_one_as_it_was(
+    adapted, tmp_path, monkeypatch, moment
+):
+    folder, base = adapted()
+    merged = tmp_path / "merged"
+    merge_adapter(folder, merged, base_model=base, dtype="float16")
+    before, calls = stored(merged)[0], []
+
+    def kill(*arguments, **keywords):
+        calls.append(arguments)
+        if moment == "_describe" or len(calls) == 3:
+            raise Killed
+        save_file(*arguments, **keywords)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, moment, kill)
+        for output in (merged, tmp_path / "new"):
+            calls.clear()
+            with pytest.raises(Killed):
+                merge_adapter(folder, output, base_model=base, max_shard_size="60KB")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged", "run"]
+        after = stored(merged)[0]
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        calls.clear()
+        patched.setattr(shutil, "rmtree", lambda *arguments, **keywords: None)  # what SIGKILL leaves
+        with pytest.raises(Killed):
+            merge_adapter(folder, tmp_path / "new", base_model=base, max_shard_size="60KB")
+    assert not (tmp_path / "new").exists() and list((tmp_path / ".new.part").glob("model-*"))
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / ".new.part")
+    merge_adapter(folder, tmp_path / "new", base_model=base)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert not (tmp_path / ".new.part").exists()
+
+
+def test_an_earlier_merge_is_replaced_and_anything_else_is_left_alone(adapted, tmp_path):
+    folder, base = adapted()
+    (tmp_path / "merged").mkdir()
+    merge_adapter(folder, tmp_path / "merged", base_model=base, max_shard_size="60KB")
+    merge_adapter(folder, tmp_path / "merged", base_model=base, dtype="bfloat16")
+    assert stored(tmp_path / "merged")[1] == 1 and not (tmp_path / "merged" / merge.INDEX).exists()
+    for taken in (folder, base):
+        before = sorted(Path(taken).iterdir())
+        with pytest.raises(MergeError, match=r"holds other things than an earlier merge.*choose another output_dir"):
+            merge_adapter(folder, taken, base_model=base)
+        assert sorted(Path(taken).iterdir()) == before
+
+
+def edit(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+SOME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.update({"stray.lora_A.weight": torch.ones(2)}), r"stray.lora_A.weight .* no place"),
+        (lambda tensors: tensors.pop(SOME), f"{SOME} .* is missing"),
+        (lambda tensors: tensors.update({SOME: tensors[SOME][:1]}), f"{SOME} .* another shape"),
+        (lambda tensors: tensors[SOME].fill_(float("nan")), "layers.0.self_attn.q_proj.weight cannot be merged: NaNs"),
+        (lambda tensors: tensors[SOME].fill_(1e7), "q_proj.weight holds values beyond float16"),
+    ],
+    ids=["surplus", "missing", "shape", "nan", "overflow"],
+)
+def test_a_tensor_of_the_adapter_that_cannot_be_used_is_named(adapted, tmp_path, change, message):
+    folder, base = adapted()
+    edit(folder / "adapter_model.safetensors", change)
+    with pytest.raises(MergeError, match=message):
+        merge_adapter(folder, tmp_path / "merged", base_model=base, dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+@pytest.mark.parametrize(
+    "base, settings, message",
+    [
+        ({"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"]}, "lm_head.weight is adapted, .* ties"),
+        ({"tie_word_embeddings": True}, {"target_modules": ["embed_tokens"]}, "embed_tokens.weight .* ties"),
+        ({"attention_bias": True}, {"bias": "lora_only"}, "q_proj.base_layer.bias is of a kind that cannot be merged"),
+        ({"attention_bias": True}, {"lora_bias": True}, "lora_B.default.bias is of a kind that cannot be merged"),
+        ({}, {"trainable_token_indices": [3, 4]}, "trainable_tokens.* of a kind that cannot be merged"),
+        ({}, {"init_lora_weights": "olora"}, "not LoRA alone .*init_lora_weights 'olora'"),
+    ],
+    ids=["tied-head", "tied-embeddings", "bias", "lora_bias", "tokens", "olora"],
+)
+def test_what_cannot_be_merged_is_named_and_never_dropped(adapted, tmp_path, base, settings, message):
+    folder, name = adapted(base=base, **settings)
+    with pytest.raises(MergeError, match=message):
+        merge_adapter(folder, tmp_path / "merged", base_model=name)
+
+
+def test_a_base_that_cannot_be_merged_into_is_named(adapted, tmp_path):
+    folder, base = adapted()
+    merge_adapter(folder, tmp_path / "sharded", base_model=base, max_shard_size="60KB")  # control: it can
+    weights = Path(base) / "model.safetensors"
+
+    def refused(message, kind=MergeError, **settings):
+        with pytest.raises(kind, match=message):
+            merge_adapter(folder, tmp_path / "merged", base_model=base, **settings)
+
+    name = "model.layers.1.self_attn.k_proj.weight"
+    edit(weights, lambda tensors: tensors.pop(name))
+    refused(f"{name} is adapted, but not in the base's files")
+    edit(weights, lambda tensors: tensors["model.embed_tokens.weight"].mul_(-1))
+    refused("other weights than the base", AdapterError)
+    weights.write_bytes(weights.read_bytes()[:5000])
+    refused("model.safetensors is missing or damaged")
+    weights.unlink()
+    refused("holds no model.safetensors")
+    shutil.copy(tmp_path / "sharded" / merge.INDEX, base)
+    refused("model-00001-of-.* is missing or damaged")
+    config = Path(base) / "config.json"
+    quantized = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantized))
+    refused("is quantized: pass the 16-bit model")
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(adapted, tmp_path, monkeypatch):
+    folder, base = adapted()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1000))
+    monkeypatch.setattr(merge, "save_file", None)
+    with pytest.raises(MergeError, match=r"has 0.0 GiB free and the model takes"):
+        merge_adapter(folder, tmp_path / "merged", base_model=base)
+
+
+def test_of_a_hub_repository_only_one_copy_of_the_weights_is_downloaded(adapted, tmp_path, monkeypatch):
+    folder, base = adapted()
+    for other in ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "README.md"):
+        (Path(base) / other).parent.mkdir(exist_ok=True)
+        (Path(base) / other).touch()
+    fetched = []
+
+    def snapshot(name, *, allow_patterns, ignore_patterns, **options):
+        files = [str(path.relative_to(base)) for path in Path(base).rglob("*") if path.is_file()]
+        fetched.extend(
+            filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        )
+        assert (name, options) == ("owner/base", {"token": "hf_x", "revision": "abc"})
+        return base
+
+    adapter = merge.open_adapter(folder, base_model=base)
+    adapter.base_name = "owner/base"
+    adapter.base_options = {"token": "hf_x", "revision": "abc", "trust_remote_code": True}
+    monkeypatch.setattr(merge, "open_adapter", lambda *arguments, **keywords: adapter)
+    monkeypatch.setattr(merge, "snapshot_download", snapshot)
+    merge_adapter(folder, tmp_path / "merged")
+    assert sorted(fetched) == ["generation_config.json", "model.safetensors"]
+
+
+def test_the_frequencies_in_the_files_of_old_llamas_are_left_out(adapted, tmp_path):
+    folder, base = adapted()
+    stray = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    edit(Path(base) / "model.safetensors", lambda tensors: tensors.update(stray))
+    merge_adapter(folder, tmp_path / "merged", base_model=base)
+    assert not any("inv_freq" in name for name in stored(tmp_path / "merged")[0])
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["plain", "dora"])
+def test_a_merge_takes_far_less_memory_than_the_model_has(tmp_path, lora):
+    pytest.importorskip("resource")
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("reads /proc")
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8
+    )
+    size = make_base(tmp_path, config, torch.float16, max_shard_size="1GB", **lora) / GIB
+    script = Path(__file__).with_name("measure_merge.py")
+    taken = {}
+    for name in ("merge_adapter", "merge_and_unload"):
+        command = [sys.executable, script, "--child", name, "--folder", tmp_path, "--max_shard_size", "20MB"]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        measured = json.loads(done.stdout)
+        taken[name] = measured["peak_gib"] - measured["start_gib"]
+    assert taken["merge_adapter"] < 0.6 * size < size < taken["merge_and_unload"]

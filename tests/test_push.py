@@ -1,0 +1,315 @@
+"""Push and pull against a Hub of our own, with every way in which the real one says no."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import Hub
+from huggingface_hub import ModelCard, constants
+
+from cream_peft.adapter import read_description
+from cream_peft.card import adapter_sha256
+from cream_peft.hub import PushError, push_folder
+from cream_peft.recipe import parse_recipe
+from cream_peft.tiny import base_folder
+from cream_peft.train import run_recipe
+
+REPO = "someone/adapter"
+COMPLETE = {"adapter_model.safetensors", "adapter_config.json", "base_config/config.json", "cream.json", "README.md"}
+COMPLETE |= {"tokenizer.json", "tokenizer_config.json"}
+CALLS = ("create", "validate-yaml", "preupload", "lfs-batch", "put", "verify", "commit")
+FAULTS = (401, 403, 404, 409, 412, 429, 500, 503, "drop-early", "half", "drop", "lost")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run_recipe(parse_recipe(["--max_steps", "2", "--output_dir", str(folder), "--save_strategy", "no"]))
+    return folder
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that the client in this process talks to, and no waiting."""
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server
+
+
+def files(hub, repo=REPO, branch="main"):
+    repository = hub.repositories.get(f"models/{repo}")
+    return dict(repository.at(branch).files) if repository else {}
+
+
+def results_of(folder, sha256, label="CREAM", value=0.75):
+    """A results file of `cream-peft evaluate`; `sha256` names the adapter measured, None a base."""
+    cell = {"task": "recall", "metric": "accuracy", "value": value, "samples": 20, "seconds": 1}
+    settings = {"label": label, "pretrained_window": 256, "machine": "CPU"}
+    content = {
+        "model": "cream-peft-tiny",
+        "adapter": None,
+        "versions": {},
+        "seed": 7,
+        "settings": settings | ({"adapter_sha256": sha256} if sha256 else {}),
+        "cells": [cell | {"length": length, "depth": depth} for length in (256, 2048) for depth in (0.25, 0.75)],
+    }
+    path = folder / f"{label}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_push_is_one_commit_of_a_complete_adapter_without_token_or_local_path(hub, adapter):
+    (adapter / "training_args.bin").write_bytes(hub.token.encode())
+    (adapter / "notes.txt").write_text("mine")
+    push_folder(adapter, REPO)
+    repository = hub.repositories[f"models/{REPO}"]
+    assert len(repository.commits) == 2  # the Hub's own first one, and ours
+    assert set(files(hub)) == COMPLETE | {".gitattributes"}
+    for secret in (hub.token, str(adapter), str(Path.home())):
+        assert not hub.carrying(secret)
+    assert hub.carrying("cream-peft-tiny")  # control: the search does find what was sent
+
+
+def test_a_file_with_the_token_or_a_local_path_is_not_published(hub, adapter):
+    for secret in (hub.token, str(adapter)):
+        path = adapter / "adapter_config.json"
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | {"note": f"see {secret}/x"}))
+        with pytest.raises(PushError, match=r"adapter_config.json holds your token or a path of this machine"):
+            push_folder(adapter, REPO)
+        assert set(files(hub)) <= {".gitattributes"} and not hub.carrying(secret)
+        path.write_text(before)
+
+
+def test_what_is_pushed_is_pulled_by_a_fresh_process_with_equal_logits(hub, adapter, tmp_path):
+    from cream_peft import load_adapter
+
+    push_folder(adapter, REPO, private=True)
+    script = f"""
+import torch
+from cream_peft import load_adapter
+model, tokenizer = load_adapter("{REPO}", load_in_4bit=False)
+ids = torch.arange(1, 600).remainder(300)[None]
+torch.save(model(ids).logits, "logits.pt")
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": hub.token}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=300)
+    model, _ = load_adapter(adapter, load_in_4bit=False)
+    ids = torch.arange(1, 600).remainder(300)[None]
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
+    del environment["HF_TOKEN"]
+    anonymous = environment | {"HF_HOME": str(tmp_path / "other")}
+    refused = subprocess.run(
+        [sys.executable, "-m", "cream_peft.cli", "check", "--adapter", REPO],
+        cwd=tmp_path, env=anonymous, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "neither on this disk nor on the Hub" in refused.stderr
+
+
+def test_pushing_again_sends_no_weights_and_makes_no_empty_commit(hub, adapter):
+    push_folder(adapter, REPO)
+    push_folder(adapter, REPO)
+    assert len(hub.repositories[f"models/{REPO}"].commits) == 2
+    assert hub.received == {adapter_sha256(adapter): 1}
+
+
+def test_a_branch_is_created_and_main_stays(hub, adapter):
+    push_folder(adapter, REPO, revision="v2")
+    assert set(files(hub, branch="v2")) >= COMPLETE and set(files(hub)) == {".gitattributes"}
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, adapter):
+    push_folder(adapter, REPO)
+    (adapter / "cream.json").write_text(json.dumps(read_description(adapter, "") | {"seed": 99}))
+    with pytest.raises(PushError, match="exists and is public"):
+        push_folder(adapter, REPO, private=True)
+    assert b'"seed": 99' not in files(hub)["cream.json"]
+
+
+def test_the_base_of_a_local_folder_must_be_named_by_its_hub_id(hub, adapter):
+    (adapter / "cream.json").write_text(
+        json.dumps(read_description(adapter, "") | {"base_model": "my-base", "base_is_local": True})
+    )
+    with pytest.raises(PushError, match="trained on a local base, the folder 'my-base'"):
+        push_folder(adapter, REPO)
+    push_folder(adapter, REPO, base_model_id="owner/base")
+    sent = files(hub)
+    assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "owner/base"
+    assert json.loads(sent["cream.json"])["base_model"] == "owner/base" and b"my-base" not in sent["README.md"]
+
+
+def test_the_card_has_what_was_measured_and_says_where_nothing_was(hub, adapter, tmp_path):
+    push_folder(adapter, REPO)
+    assert b"Nothing was measured yet." in files(hub)["README.md"]
+    assert ModelCard(files(hub)["README.md"].decode()).data.eval_results is None
+    base = results_of(tmp_path, None, "untouched", 0.25)
+    push_folder(adapter, REPO, results=[base, results_of(tmp_path, adapter_sha256(adapter))])
+    sent = files(hub)
+    card = ModelCard(sent["README.md"].decode())
+    assert "| untouched | 0.25 | 0.25 |\n| CREAM | 0.75 | 0.75 |" in card.content
+    assert "![recall by length and by depth](results/recall.png)" in card.content
+    assert sent["results/recall.png"].startswith(b"\x89PNG") and "results/CREAM.json" in sent
+    # The base's figures are in the table only.
+    measured = {(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results}
+    assert measured == {("recall, 256 tokens", "accuracy", 0.75), ("recall, 2,048 tokens", "accuracy", 0.75)}
+    assert f'load_adapter("{REPO}")' in card.content and "`results/*.json`" in card.content
+    assert card.data.license == "apache-2.0" and card.data.library_name == "peft"
+    card.validate()
+    # The card stays when the adapter is pushed again without results.
+    push_folder(adapter, REPO)
+    assert files(hub)["README.md"] == sent["README.md"]
+
+
+def test_results_of_another_training_do_not_speak_for_this_adapter(hub, adapter, tmp_path):
+    with pytest.raises(PushError, match="none of the results was measured on the adapter"):
+        push_folder(adapter, REPO, results=[results_of(tmp_path, "0" * 64)])
+    (adapter / "results").mkdir(exist_ok=True)
+    results_of(adapter / "results", "0" * 64)
+    push_folder(adapter, REPO)
+    assert b"Nothing was measured yet." in files(hub)["README.md"]
+
+
+def test_the_card_takes_licence_base_and_data_from_the_recipe(hub, adapter):
+    recipe = {"dataset_name": "owner/documents"}
+    changes = {"base_model": "meta-llama/Llama-2-7b-hf", "license": "llama2", "recipe": recipe}
+    (adapter / "cream.json").write_text(json.dumps(read_description(adapter, "") | changes))
+    push_folder(adapter, REPO)
+    data = ModelCard(files(hub)["README.md"].decode()).data
+    assert (data.base_model, data.license, data.datasets) == ("meta-llama/Llama-2-7b-hf", "llama2", ["owner/documents"])
+    # Without one in the recipe it is the base's own, read from its card.
+    push_folder(adapter, "meta-llama/Llama-2-7b-hf")
+    (adapter / "cream.json").write_text(json.dumps(read_description(adapter, "") | changes | {"license": None}))
+    push_folder(adapter, "someone/other")
+    assert ModelCard(files(hub, "someone/other")["README.md"].decode()).data.license == "llama2"
+
+
+def is_published(hub, adapter, call, fault, times):
+    """Whether a push gets through, after making sure that nothing is lost, half-published or sent twice for nothing."""
+    hub.repositories.clear()
+    hub.received.clear()
+    hub.fail(call, fault, times)
+    published = True
+    try:
+        push_folder(adapter, REPO)
+    except PushError as error:
+        published = False
+        assert REPO in str(error) and "\n" not in str(error) and len(str(error)) < 250
+        # "lost": the commit was made, and only the answer is missing.
+        assert set(files(hub)) in (set(), {".gitattributes"}, COMPLETE | {".gitattributes"})
+    hub._faults.clear()
+    push_folder(adapter, REPO)
+    assert set(files(hub)) == COMPLETE | {".gitattributes"}
+    assert len(hub.repositories[f"models/{REPO}"].commits) == 2
+    # Only a large file whose receipt was lost is sent again, by the client itself.
+    assert hub.received[adapter_sha256(adapter)] == 1 or (call, fault) == ("put", "lost")
+    return published
+
+
+def test_after_every_fault_a_push_gets_through_or_says_why_in_one_line_and_the_next_completes_it(hub, adapter):
+    lines = ["| call | once: published | once: one line | for ever: published | for ever: one line |", "|---" * 5 + "|"]
+    for call in CALLS:
+        cells = []
+        for times in (1, None):
+            came_through = {fault: is_published(hub, adapter, call, fault, times) for fault in FAULTS}
+            for wanted in (True, False):
+                cells.append(", ".join(str(fault) for fault, published in came_through.items() if published == wanted))
+        lines.append(f"| {call} | " + " | ".join(cell or "none" for cell in cells) + " |")
+    table = "\n".join(lines)
+    assert table in (Path(__file__).parent / "README.md").read_text(), f"tests/README.md should say\n{table}"
+
+
+def test_with_xet_on_the_client_asks_for_xet_and_the_remedy_is_named(hub, adapter, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(PushError, match="HF_HUB_DISABLE_XET=1"):
+        push_folder(adapter, REPO)
+    assert any("xet-write-token" in request for request in hub.requests)
+    assert not any("lfs" in request for request in hub.requests)
+    assert set(files(hub)) == {".gitattributes"}
+
+
+def train_and_push(folder, *extra):
+    arguments = ["--output_dir", str(folder), "--max_steps", "4", "--save_steps", "2", "--push_to_hub", "true"]
+    return run_recipe(parse_recipe([*arguments, "--hub_model_id", REPO, "--hub_token", "hf_test_token", *extra]))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "commits", "below"),
+    [("end", 1, set()), ("every_save", 3, set()), ("checkpoint", 3, {"last-checkpoint"}),
+     ("all_checkpoints", 3, {"checkpoint-2", "checkpoint-4"})],
+)  # fmt: skip
+def test_every_hub_strategy_keeps_the_root_complete(hub, tmp_path, strategy, commits, below):
+    train_and_push(tmp_path / "run", "--hub_strategy", strategy)
+    repository = hub.repositories[f"models/{REPO}"]
+    _, *ours = repository.commits.values()
+    assert 1 <= len(ours) <= commits
+    for commit in ours:
+        assert set(commit.files) >= COMPLETE and not any("training_args" in name for name in commit.files)
+    assert {name.split("/")[0] for name in files(hub) if "checkpoint" in name} == below
+    for secret in (hub.token, str(tmp_path), str(Path.home()) + "/"):
+        assert not hub.carrying(secret)
+    assert f'load_adapter("{REPO}")' in files(hub)["README.md"].decode()
+
+
+def test_training_goes_on_from_the_checkpoint_on_the_hub(hub, tmp_path):
+    train_and_push(tmp_path / "whole", "--save_steps", "2")
+    train_and_push(tmp_path / "half", "--hub_strategy", "checkpoint", "--save_steps", "2", "--save_total_limit", "1")
+    # As after a kill: only what the Hub had after step 2 is left.
+    commits = hub.repositories[f"models/{REPO}"].commits.values()
+    earlier = next(commit for commit in commits if "last-checkpoint/trainer_state.json" in commit.files)
+    assert earlier.message.endswith("step 2")
+    for name, content in earlier.files.items():
+        if name.startswith("last-checkpoint/"):
+            path = tmp_path / "pulled" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    checkpoint = str(tmp_path / "pulled" / "last-checkpoint")
+    train_and_push(tmp_path / "resumed", "--resume_from_checkpoint", checkpoint)
+    assert adapter_sha256(tmp_path / "resumed") == adapter_sha256(tmp_path / "whole")
+
+
+def test_a_failed_push_of_a_checkpoint_does_not_stop_training_and_the_last_one_completes(hub, tmp_path, caplog):
+    caplog.set_level("WARNING", logger="cream_peft")
+    hub.fail("commit", 503, times=3)  # as often as one push tries
+    train_and_push(tmp_path / "run", "--hub_strategy", "every_save")
+    assert "step 2 was not published: the Hub answers 503" in caplog.text
+    assert set(files(hub)) >= COMPLETE
+
+
+def test_a_failed_last_push_says_where_the_adapter_is_and_how_to_publish_it(hub, tmp_path):
+    hub.fail("commit", 403, times=None)
+    with pytest.raises(PushError) as caught:
+        train_and_push(tmp_path / "run")
+    said = str(caught.value)
+    assert f"the adapter is saved in {tmp_path / 'run'}" in said
+    assert f"`cream-peft push --adapter {tmp_path / 'run'} --repo {REPO}`" in said
+    hub._faults.clear()
+    push_folder(tmp_path / "run", REPO)
+    assert set(files(hub)) >= COMPLETE
+
+
+def test_what_could_not_be_published_is_not_trained(hub, tmp_path, monkeypatch):
+    local = Path(shutil.copytree(base_folder(), tmp_path / "my-base"))
+    with pytest.raises(PushError, match="push_to_hub with a local base, 'my-base'"):
+        train_and_push(tmp_path / "run", "--model_name_or_path", str(local))
+    hub.fail("create", 403, times=None)
+    with pytest.raises(PushError, match=r"may not write to someone/adapter \(403\)"):
+        train_and_push(tmp_path / "run")
+    assert not (tmp_path / "run" / "cream.json").exists()
