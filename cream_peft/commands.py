@@ -55,31 +55,31 @@ def train(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """Measure one model or several, print one table, keep one JSON file each."""
     parser = _Parser(prog="cream-peft evaluate", description=evaluate.__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        default=["cream-peft-tiny"],
-        metavar="MODEL",
-        help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE to --target_length; "
-        "LABEL=MODEL names it in the table",
-    )
-    parser.add_argument("--tasks", nargs="+", default=["recall"], help="tasks to run (default: recall)")
-    parser.add_argument("--lengths", nargs="+", type=int, help="tokens; default: doubling from window to target")
-    parser.add_argument("--target_length", type=int, help="tokens; default: the adapter's, or 8 windows")
-    parser.add_argument("--samples", type=int, default=32, help="documents a length (default: 32)")
-    parser.add_argument("--seed", type=int, default=1000, help="seed of the documents (default: 1000)")
-    parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
-    parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
-    parser.add_argument("--output_dir", default="runs/evaluate", help="folder of the results (default: runs/evaluate)")
+    from .measure import add_options, evaluate_models
+
+    add_options(parser)
+    parser.add_argument("--paper", action="store_true", help="print what the paper reports for the same tasks")
     parser.add_argument("--json", metavar="FILE", help="write the table's content as JSON")
     options = parser.parse_args(arguments)
-    from .measure import evaluate_models, table_of
+    from .evals.table import comparisons, effective_lengths, paper_table, table_of
 
+    if options.paper:
+        print("\n".join(paper_table()))
+        if "--compare" not in arguments:
+            return
     results = evaluate_models(options)
+    if options.dump_prompts:
+        print(f"The prompts are in {options.dump_prompts}; nothing was measured")
+        return
     print()
-    for line in table_of(results):
+    for line in table_of(results, options.threshold):
         print(line)
-    _write_json(options.json, results)
+    content = {
+        "results": results,
+        "comparisons": comparisons(results),
+        "effective_lengths": effective_lengths(results, options.threshold),
+    }
+    _write_json(options.json, content)
     print(f"The results are in {options.output_dir}")
 
 

@@ -1,23 +1,73 @@
-"""Models named on the command line, measured with the tasks of evals, and put in one table."""
+"""Models named on the command line, measured with the tasks of evals."""
 
 from __future__ import annotations
 
 import re
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from . import rope
+from . import memory, rope
 from .adapter import adapter_folder, is_adapter, load_adapter, read_description
 from .card import adapter_sha256
 from .config import DEFAULT_FACTOR
 from .errors import about
-from .evals import TASKS, evaluate, mean_by
+from .evals import TASKS, evaluate
+from .evals.prompts import STYLES
 from .model import load_base, load_tokenizer, resolve_base
 from .provenance import machine, versions
+from .tiny.recall import VOCABULARY_SIZE
+
+GENERATED = ("kv_retrieval", "longchat_lines", "needle", "passkey")
+TAKEN_BY = {
+    "keys": ("kv_retrieval",),
+    "key_length": ("kv_retrieval",),
+    "lines": ("longchat_lines",),
+    "haystack": ("needle",),
+    "text": ("perplexity",),
+    "stride": ("perplexity",),
+    "depths": GENERATED,
+    "style": GENERATED,
+    "batch_size": GENERATED,
+    "chunk_length": (*GENERATED, "perplexity"),
+}
+"""Option on the command line -> the tasks that take it."""
+KV_CACHES = ("auto", "default", "quantized", "offloaded")
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of `cream-peft evaluate`."""
+    parser.add_argument(
+        "--compare", nargs="+", default=["cream-peft-tiny"], metavar="MODEL",
+        help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE to --target_length; "
+        "LABEL=MODEL names it in the table",
+    )  # fmt: skip
+    parser.add_argument("--tasks", nargs="+", default=["kv_retrieval", "needle"], help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens; default: doubling from window to target")
+    parser.add_argument("--target_length", type=int, help="tokens; default: the adapter's, or 8 windows")
+    parser.add_argument("--samples", type=int, default=32, help="at each length and depth (default: 32)")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the prompts (default: 1000)")
+    parser.add_argument("--threshold", type=float, default=0.85, help="accuracy that counts as of use (default: 0.85)")
+    parser.add_argument("--depths", nargs="+", type=float, help="where the answer stands, 0 to 1; default: the task's")
+    parser.add_argument("--keys", type=int, help="kv_retrieval: so many keys, as the paper's 75 and 140, not a length")
+    parser.add_argument("--key_length", type=int, help="kv_retrieval: keys of so many digits instead of UUIDs")
+    parser.add_argument("--lines", type=int, help="longchat_lines: so many lines, not a length")
+    parser.add_argument("--haystack", metavar="PATH", help="needle: text file or folder to hide it in")
+    parser.add_argument("--text", metavar="PATH", help="perplexity: text file, or folder of .txt and .md files")
+    parser.add_argument("--stride", type=int, help="perplexity: tokens between windows (default: half the length)")
+    parser.add_argument("--style", choices=STYLES, help="form of the prompt (default: chat where there is a template)")
+    parser.add_argument("--batch_size", type=int, help="prompts answered together (default: 1)")
+    parser.add_argument("--chunk_length", type=int, help="tokens read at once (default: 1024)")
+    parser.add_argument(
+        "--kv_cache", choices=KV_CACHES, default="auto", help="default: 16-bit where it fits, else quantized, offloaded"
+    )
+    parser.add_argument("--dump_prompts", "--dump-prompts", metavar="DIR", help="write the prompts, measure nothing")
+    parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
+    parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
+    parser.add_argument("--output_dir", default="runs/evaluate", help="folder of the results (default: runs/evaluate)")
 
 
 @dataclass
@@ -61,45 +111,103 @@ def _adapter(name: str) -> Path | None:
         return adapter_folder(name) if file_exists(name, "adapter_config.json") else None
 
 
-def _measure(subject: Subject, options: Namespace) -> dict[str, Any]:
+def _task_options(options: Namespace) -> dict[str, dict[str, Any]]:
+    """Task -> what was set for it; an option that no task of this run takes is refused."""
+    found: dict[str, dict[str, Any]] = {task: {} for task in options.tasks}
+    for name, takers in TAKEN_BY.items():
+        value = getattr(options, name)
+        if value is None:
+            continue
+        mine = [task for task in options.tasks if task in takers]
+        if not mine:
+            raise ValueError(f"--{name} is for {', '.join(takers)}, and --tasks has {', '.join(options.tasks)}")
+        for task in mine:
+            found[task][name] = value
+    return found
+
+
+def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
+    if "recall" in tasks and config.vocab_size != VOCABULARY_SIZE:
+        raise ValueError(f"task recall is for the embedded model's vocabulary, {name} has another: leave it out")
+
+
+def _open(subject: Subject, options: Namespace) -> tuple[Path | None, dict[str, Any], str, PreTrainedConfig]:
+    """(adapter's folder or None, settings, base's name, base's config), before any weights are read."""
     folder = _adapter(subject.name)
     settings: dict[str, Any] = {"label": subject.label, "samples": options.samples, "load_in_4bit": not options.no_4bit}
-    if folder is not None:
-        if subject.rope_scaling_type:
-            raise ValueError(
-                f"{subject.name} is an adapter and brings its RoPE scaling: leave out +{subject.rope_scaling_type}"
-            )
-        description = read_description(folder, subject.name)
-        window, target = description["pretrained_window"], description["target_length"]
-        settings["adapter_sha256"] = adapter_sha256(folder)
-        settings["rope_scaling_type"] = description["rope_scaling_type"]
-        model, tokenizer = load_adapter(folder, base_model=options.base_model, load_in_4bit=not options.no_4bit)
-        base, adapter = description["base_model"], subject.name
-    else:
+    if folder is None:
         with about(subject.name):
-            window = rope.pretrained_window(AutoConfig.from_pretrained(resolve_base(subject.name)))
-        target = options.target_length or DEFAULT_FACTOR * window
-        settings["rope_scaling_type"] = subject.rope_scaling_type
-        model = load_base(
-            subject.name,
-            target_length=target,
-            rope_scaling_type=subject.rope_scaling_type,
-            load_in_4bit=not options.no_4bit,
-        ).eval()
-        tokenizer, base, adapter = load_tokenizer(subject.name), subject.name, None
+            config = AutoConfig.from_pretrained(resolve_base(subject.name))
+        window = rope.pretrained_window(config)
+        settings |= {"rope_scaling_type": subject.rope_scaling_type, "pretrained_window": window}
+        settings["target_length"] = options.target_length or DEFAULT_FACTOR * window
+        return None, settings, subject.name, config
+    if subject.rope_scaling_type:
+        raise ValueError(
+            f"{subject.name} is an adapter and brings its RoPE scaling: leave out +{subject.rope_scaling_type}"
+        )
+    description = read_description(folder, subject.name)
+    settings |= {key: description[key] for key in ("pretrained_window", "target_length", "rope_scaling_type")}
+    settings["adapter_sha256"] = adapter_sha256(folder)
+    return folder, settings, description["base_model"], rope.load_base_config(folder)
+
+
+def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    folder, settings, base, config = _open(subject, options)
+    _refuse_other_vocabulary(options.tasks, config, subject.name)
+    window, target = settings["pretrained_window"], settings["target_length"]
     lengths = options.lengths or [window * 2**power for power in range(20) if window * 2**power <= target]
-    settings |= {"pretrained_window": window, "target_length": target, "machine": machine()}
+    if options.dump_prompts:
+        return _dump(subject, options, task_options, lengths, str(folder or subject.name))
+    if folder is not None:
+        model, tokenizer = load_adapter(folder, base_model=options.base_model, load_in_4bit=not options.no_4bit)
+    else:
+        scaling = {"target_length": target, "rope_scaling_type": subject.rope_scaling_type}
+        model = load_base(subject.name, **scaling, load_in_4bit=not options.no_4bit).eval()
+        tokenizer = load_tokenizer(subject.name)
+    kv_cache = options.kv_cache
+    if kv_cache == "auto":
+        kv_cache = memory.fitting_kv_cache(config, max(lengths), options.batch_size or 1)
+    given = {task: dict(own) for task, own in task_options.items()}
+    for task in given:
+        if task in TAKEN_BY["chunk_length"]:
+            given[task]["kv_cache"] = kv_cache
+        if task == "perplexity":
+            # Every length scores the same documents.
+            given[task]["min_tokens"] = max(lengths)
     # Names only: results are published, local paths are not.
+    public = {
+        task: {key: Path(value).name if key in ("text", "haystack") else value for key, value in own.items()}
+        for task, own in given.items()
+    }
     header = {
         "model": Path(base).name if Path(base).exists() else base,
-        "adapter": adapter and (Path(adapter).name if Path(adapter).exists() else adapter),
+        "adapter": folder and (Path(subject.name).name if Path(subject.name).exists() else subject.name),
         "versions": versions(),
         "seed": options.seed,
-        "settings": settings,
+        "settings": settings | {"machine": machine(), "options": public},
     }
     path = Path(options.output_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', subject.label)}.json"
     tasks = {name: TASKS[name] for name in options.tasks}
-    return evaluate(model, tokenizer, tasks, lengths=lengths, samples=options.samples, path=path, header=header)
+    return evaluate(
+        model, tokenizer, tasks, lengths=lengths, samples=options.samples, path=path, header=header, options=given
+    )
+
+
+def _dump(
+    subject: Subject, options: Namespace, task_options: dict[str, dict[str, Any]], lengths: list[int], source: str
+) -> dict[str, Any]:
+    """Write the prompts that the subject would be asked to <dump_prompts>/LABEL-TASK-LENGTH.jsonl."""
+    tokenizer = load_tokenizer(source)
+    for task in options.tasks:
+        if task not in GENERATED:
+            raise ValueError(f"task {task} has no prompts to write out: leave it out of --tasks")
+        for length in lengths:
+            path = Path(options.dump_prompts) / f"{subject.label}-{task}-{length}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            list(TASKS[task](None, tokenizer, length, options.samples, options.seed, dump=path, **task_options[task]))
+    return {}
 
 
 def evaluate_models(options: Namespace) -> dict[str, dict[str, Any]]:
@@ -113,27 +221,12 @@ def evaluate_models(options: Namespace) -> dict[str, dict[str, Any]]:
             raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     if options.samples < 1 or any(length < 1 for length in options.lengths or []):
         raise ValueError("--samples and --lengths must be at least 1")
-    subjects = [Subject.parse(text) for text in options.compare]
+    for name in ("text", "haystack"):
+        value = getattr(options, name)
+        if value is not None and not Path(value).exists():
+            raise ValueError(f"--{name} {value}: no such file or folder")
+    subjects, task_options = [Subject.parse(text) for text in options.compare], _task_options(options)
     labels = [subject.label for subject in subjects]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two models have the same label ({', '.join(labels)}): write LABEL=MODEL")
-    return {subject.label: _measure(subject, options) for subject in subjects}
-
-
-def table_of(results: dict[str, dict[str, Any]]) -> list[str]:
-    """The table's lines: a block a task, a row a model and length, accuracy over all depths and at each depth."""
-    lines = []
-    width = max(len(label) for label in results)
-    for task in sorted({cell["task"] for result in results.values() for cell in result["cells"]}):
-        cells = {label: [c for c in result["cells"] if c["task"] == task] for label, result in results.items()}
-        depths = sorted({cell["depth"] for found in cells.values() for cell in found})
-        lines.append(f"{task}: accuracy by length (tokens) and depth")
-        head = " ".join(f"{depth:>5.0%}" for depth in depths)
-        lines.append(f"{'model':<{width}}  {'length':>7}  {'all':>5}  {head}")
-        for label, found in cells.items():
-            for length, value in mean_by(found, "length").items():
-                here = mean_by([cell for cell in found if cell["length"] == length], "depth")
-                row = " ".join(f"{here[depth]:>5.2f}" if depth in here else "    -" for depth in depths)
-                lines.append(f"{label:<{width}}  {length:>7,}  {value:>5.2f}  {row}")
-            lines.append("")
-    return lines
+    return {subject.label: _measure(subject, options, task_options) for subject in subjects}

@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import is_hqq_available
 
 GIB = 2**30
 
@@ -246,3 +248,23 @@ def parse_gpu(text: str) -> float:
     if matches:
         return CARDS[matches[0]]
     raise ValueError(f"GPU {text!r} is not known: give its memory (8GB), or one of {', '.join(CARDS)}")
+
+
+def kv_cache_bytes(config: PreTrainedConfig, length: int, batch_size: int = 1) -> int:
+    """Bytes of the 16-bit keys and values of `batch_size` sequences of `length` tokens."""
+    _, keys = _widths(config)
+    return 2 * 2 * config.num_hidden_layers * keys * length * batch_size
+
+
+def fitting_kv_cache(config: PreTrainedConfig, length: int, batch_size: int = 1) -> str:
+    """The fastest KV cache that fits what the GPU has free: default (16-bit), quantized (4-bit) or offloaded.
+
+    On a CPU always default. A quarter is left for what is computed meanwhile; a quantized cache takes about a third of
+    the 16-bit one, scales and the tokens not yet quantized included.
+    """
+    if not torch.cuda.is_available():
+        return "default"
+    free, needed = 0.75 * torch.cuda.mem_get_info()[0], kv_cache_bytes(config, length, batch_size)
+    if needed <= free:
+        return "default"
+    return "quantized" if needed / 3 <= free and is_hqq_available() else "offloaded"

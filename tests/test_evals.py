@@ -8,7 +8,8 @@ import pytest
 
 from cream_peft import cli
 from cream_peft.evals import mean_by, recall, runner
-from cream_peft.measure import Subject, table_of
+from cream_peft.evals.table import table_of
+from cream_peft.measure import Subject
 from cream_peft.plots import plot_accuracy
 
 
@@ -70,14 +71,16 @@ def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path,
                 "--lengths", "256", "512", "--samples", "4", "--output_dir", str(results)]  # fmt: skip
     assert cli.main([*evaluate, "--json", str(tmp_path / "table.json")]) == 0
     printed = capsys.readouterr().out
-    for line in ("The adapter is in", "recall: accuracy by length (tokens) and depth", "The results are in"):
+    for line in ("The adapter is in", "kv_retrieval: accuracy by length (tokens) and depth", "The results are in"):
         assert line in printed
     found = runner.read_results(results / "tuned.json")
     assert found["model"] == "cream-peft-tiny" and found["adapter"] == "adapter" and found["seed"] == 1000
     assert str(tmp_path) not in (results / "tuned.json").read_text()
     assert {cell["length"] for cell in found["cells"]} == {256, 512}
-    assert set(found["cells"][0]) == {"task", "length", "depth", "metric", "value", "samples", "seconds"}
-    assert json.loads((tmp_path / "table.json").read_text())["tuned"] == found
+    assert {"task", "length", "depth", "metric", "value", "samples", "seconds"} <= set(found["cells"][0])
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["results"]["tuned"] == found
+    assert {(row["model"], row["against"]) for row in table["comparisons"]} == {("scaled", "base"), ("tuned", "base")}
     inside = mean_by(runner.read_results(results / "base.json")["cells"], "length")
     assert inside[256] > 0.9 > inside[512]
     assert table_of({"tuned": found})[2].split()[:2] == ["tuned", "256"]

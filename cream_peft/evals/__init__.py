@@ -1,9 +1,22 @@
 """Evaluation: tasks measured by length and depth, one JSON file a model."""
 
+from .kv_retrieval import kv_retrieval
+from .longchat_lines import longchat_lines
+from .needle import needle
+from .passkey import passkey
+from .perplexity import perplexity
 from .recall import recall
 from .runner import evaluate, mean_by, read_results
 
-TASKS = {"recall": recall}
-"""name -> function(model, tokenizer, length, samples, seed) that yields cells: depth, metric, value, samples."""
+TASKS = {
+    "kv_retrieval": kv_retrieval,
+    "longchat_lines": longchat_lines,
+    "needle": needle,
+    "passkey": passkey,
+    "perplexity": perplexity,
+    "recall": recall,
+}
+"""name -> function(model, tokenizer, length, samples, seed, done=depths, **options) that yields cells: depth, metric,
+value, samples. Written out after each."""
 
 __all__ = ["TASKS", "evaluate", "mean_by", "read_results"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,15 @@ from ..tiny.recall import VOCABULARY_SIZE, evaluate_recall
 TENTHS = 10
 
 
-def recall(model: Any, tokenizer: Any, length: int, samples: int, seed: int) -> Iterator[dict[str, Any]]:
+def recall(
+    model: Any, tokenizer: Any, length: int, samples: int, seed: int, *, done: Collection[float] = ()
+) -> Iterator[dict[str, Any]]:
     """Share of asked keys whose value comes first of the whole vocabulary, for each tenth of the document.
 
     Args:
         length: document length in tokens, the questions included.
         samples: documents; each asks 16 keys, spread over its depth.
+        done: depths to leave out.
 
     Raises:
         ValueError: if the model does not speak the embedded vocabulary.
@@ -30,11 +33,12 @@ def recall(model: Any, tokenizer: Any, length: int, samples: int, seed: int) -> 
     answers = evaluate_recall(model, length, samples, seed)
     tenth = np.minimum((answers["depth"] * TENTHS).astype(int), TENTHS - 1)
     for index in range(TENTHS):
-        correct = answers["correct"][tenth == index]
-        if len(correct):
+        correct, depth = answers["correct"][tenth == index], round((index + 0.5) / TENTHS, 3)
+        if len(correct) and depth not in done:
             yield {
-                "depth": round((index + 0.5) / TENTHS, 3),
+                "depth": depth,
                 "metric": "accuracy",
                 "value": float(correct.mean()),
                 "samples": len(correct),
+                "correct": "".join(str(int(one)) for one in correct),
             }

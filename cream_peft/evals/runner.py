@@ -47,36 +47,43 @@ def evaluate(
     samples: int,
     path: str | Path,
     header: dict[str, Any],
+    options: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Measure every task at every length (tokens) and return the results, written to `path` after each length.
+    """Measure every task at every length (tokens) and return the results, written to `path` after each cell.
 
     `header` holds model, adapter, versions, seed and settings. A results file at `path` with the same header is gone
-    on with; one with another header is started over.
+    on with; one with another header is started over. `options`: task -> keyword arguments of its own.
     """
-    path = Path(path)
+    path, options = Path(path), options or {}
     path.parent.mkdir(parents=True, exist_ok=True)
     results = {**header, "cells": []}
     if path.is_file():
         earlier = read_results(path)
         if {key: earlier[key] for key in HEADER} == json.loads(json.dumps(header)):
             results = earlier
-    done = {(cell["task"], cell["length"]) for cell in results["cells"]}
-    pending = [(name, length) for name in tasks for length in lengths if (name, length) not in done]
-    bar = tqdm(pending, desc=f"evaluate {header['model']}", unit="cell", disable=not pending, delay=0)
-    for name, length in bar:
-        bar.set_postfix(task=name, length=length)
-        start = time.perf_counter()
-        cells = list(tasks[name](model, tokenizer, length, samples, header["seed"]))
-        seconds = (time.perf_counter() - start) / max(1, len(cells))
-        results["cells"] += [{"task": name, "length": length, **cell, "seconds": round(seconds, 3)} for cell in cells]
-        _write(path, results)
+    pending = [(name, length) for name in tasks for length in lengths]
+    # By tokens, not by cells: one at 32K takes as long as eight at 4K.
+    total = sum(length for _, length in pending)
+    label = header["settings"].get("label") or header["model"]
+    with tqdm(total=total, desc=f"evaluate {label}", unit="tok", unit_scale=True, delay=0) as bar:
+        for name, length in pending:
+            bar.set_postfix(task=name, length=length)
+            done = [cell["depth"] for cell in results["cells"] if (cell["task"], cell["length"]) == (name, length)]
+            start = time.perf_counter()
+            given = {"done": done, **options.get(name, {})}
+            for cell in tasks[name](model, tokenizer, length, samples, header["seed"], **given):
+                seconds = round(time.perf_counter() - start, 3)
+                results["cells"].append({"task": name, "length": length, **cell, "seconds": seconds})
+                _write(path, results)
+                start = time.perf_counter()
+            bar.update(length)
     if not path.is_file():
         _write(path, results)
     return results
 
 
 def mean_by(cells: list[dict[str, Any]], key: str) -> dict[Any, float]:
-    """Accuracy of all samples pooled, for each value of `key` (length or depth)."""
+    """Mean over all samples pooled, for each value of `key` (length or depth)."""
     right, asked = defaultdict(float), defaultdict(int)
     for cell in cells:
         right[cell[key]] += cell["value"] * cell["samples"]

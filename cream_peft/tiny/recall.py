@@ -35,7 +35,7 @@ def vocabulary() -> list[str]:
     return ["<s>", *fillers, *keys, *values]
 
 
-def _filler_cells(rng: np.random.Generator, num_cells: int) -> np.ndarray:
+def filler_cells(rng: np.random.Generator, num_cells: int) -> np.ndarray:
     """int64 [num_cells, 4] of fillers, the first token `<s>`."""
     cells = rng.integers(FIRST_FILLER, FIRST_KEY, (num_cells, CELL))
     cells[0, 0] = BEGIN
@@ -61,7 +61,7 @@ def training_document(
             heads that recall needs; without it pretraining stalls.
     """
     num_cells = -(-num_tokens // CELL)
-    cells = _filler_cells(rng, num_cells)
+    cells = filler_cells(rng, num_cells)
     labels = np.full_like(cells, IGNORED)
     places = 1 + np.flatnonzero(rng.random(num_cells - 1) < density)
 
@@ -106,7 +106,7 @@ def evaluation_document(
     num_records = min(NUM_KEYS, int(EVALUATION_DENSITY * free_cells))
     if ragged or num_records < NUM_QUERIES:
         raise ValueError(f"a document's length must be a multiple of {CELL} and at least 228 tokens, got {num_tokens}")
-    cells = _filler_cells(rng, num_cells)
+    cells = filler_cells(rng, num_cells)
     places = 1 + np.sort(rng.choice(free_cells, num_records, replace=False))
     keys = FIRST_KEY + rng.permutation(NUM_KEYS)[:num_records]
     values = rng.integers(FIRST_VALUE, VOCABULARY_SIZE, num_records)

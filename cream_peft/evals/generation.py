@@ -1,0 +1,234 @@
+"""Greedy short answers to long prompts in the memory of one chunk: never a row of logits for each token of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    QuantizedCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from .prompts import Prompt, TaskError, Writer, dump_prompts
+
+CHUNK_LENGTH = 1024
+KV_CACHES = ("default", "offloaded", "quantized")
+
+
+def new_cache(config: PreTrainedConfig, kv_cache: str = "default") -> Cache:
+    """An empty cache of keys and values: on the GPU, offloaded to the CPU layer by layer, or in 4 bits.
+
+    Raises:
+        TaskError: if `kv_cache` is none of these, or needs what this machine lacks.
+    """
+    if kv_cache not in KV_CACHES:
+        raise TaskError(f"kv_cache={kv_cache!r} is unknown: use one of {', '.join(KV_CACHES)}")
+    if kv_cache == "quantized":
+        installed = {"hqq": is_hqq_available(), "quanto": is_optimum_quanto_available()}
+        backend = next((name for name in installed if installed[name]), None)
+        if backend is None:
+            raise TaskError("kv_cache=quantized needs hqq: pip install hqq (or optimum-quanto), or kv_cache=offloaded")
+        return QuantizedCache(backend=backend, config=config)
+    if kv_cache == "offloaded" and not torch.cuda.is_available():
+        raise TaskError("kv_cache=offloaded needs a GPU to be offloaded from: use kv_cache=default")
+    return DynamicCache(config=config, offloading=kv_cache == "offloaded")
+
+
+@torch.no_grad()
+def chunked_logits(
+    model: Any, tokens: list[int], cache: Cache, chunk_length: int, first: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Feed those of `tokens` that the cache does not hold yet, chunk by chunk; yield the logits from token `first` on.
+
+    Yields:
+        (begin, logits): logits [rows, vocabulary] of the tokens begin..begin + rows - 1, at most `chunk_length` rows.
+    """
+    ids = torch.tensor([tokens], device=model.device)
+    for begin in range(cache.get_seq_length(), len(tokens), chunk_length):
+        end = min(begin + chunk_length, len(tokens))
+        rows = max(0, end - max(begin, first))
+        output = model(
+            input_ids=ids[:, begin:end],
+            attention_mask=torch.ones_like(ids[:, :end]),
+            position_ids=torch.arange(begin, end, device=ids.device)[None],
+            past_key_values=cache,
+            use_cache=True,
+            # 0 would keep them all.
+            logits_to_keep=max(1, rows),
+        )
+        if rows:
+            yield end - rows, output.logits[0]
+
+
+class _LineEnds(StoppingCriteria):
+    """Stops a row once a line that says something is over."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        replies = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        return torch.tensor(["\n" in reply.lstrip() for reply in replies], device=input_ids.device)
+
+
+def _generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    cache: Cache,
+    answer_tokens: int,
+    one_line: bool,
+    chunk_length: int,
+) -> list[str]:
+    width = max(map(len, prompts))
+    eos = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    # On the left, and masked: transformers numbers each row's own tokens from 0.
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)
+    mask = (torch.arange(width, device=model.device) >= width - lengths).long()
+    settings = GenerationConfig(
+        max_new_tokens=answer_tokens,
+        do_sample=False,
+        num_beams=1,
+        # Some checkpoints bring a penalty, and the answer always repeats the prompt.
+        repetition_penalty=1.0,
+        # transformers 5.17 would feed all chunks again into a cache that already holds some.
+        prefill_chunk_size=None if cache.get_seq_length() else chunk_length,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad,
+    )
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        generation_config=settings,
+        stopping_criteria=StoppingCriteriaList([_LineEnds(tokenizer, width)] if one_line else []),
+    )
+    replies = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [reply.strip().split("\n")[0] if one_line else reply.strip() for reply in replies]
+
+
+def answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    answer_tokens: int,
+    one_line: bool = False,
+    shared_prefix: bool = False,
+    chunk_length: int = CHUNK_LENGTH,
+    kv_cache: str = "default",
+) -> list[str]:
+    """The greedy answer to each prompt (in tokens), at most `answer_tokens` long; prompts are read in chunks.
+
+    Args:
+        one_line: stop at the end of the first line that is not blank, as base models go on for ever.
+        shared_prefix: read once the tokens that all prompts begin with, then answer one after the other.
+    """
+    if shared_prefix and kv_cache != "default":
+        raise TaskError(f"shared_document needs kv_cache=default, which can be cut back, not {kv_cache}")
+    settings = {"answer_tokens": answer_tokens, "one_line": one_line, "chunk_length": chunk_length}
+    cache = new_cache(model.config, kv_cache)
+    if not shared_prefix:
+        return _generate(model, tokenizer, prompts, cache, **settings)
+    # Each prompt needs one token of its own, whose logits begin the answer.
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    replies = []
+    for prompt in prompts:
+        for _ in chunked_logits(model, prompt[:-1], cache, chunk_length, first=len(prompt)):
+            pass
+        replies += _generate(model, tokenizer, [prompt], cache, **settings)
+        cache.crop(len(prefix) - cache.get_seq_length())
+    return replies
+
+
+def _cell(depth: float, correct: list[int], tokens: list[int]) -> dict[str, Any]:
+    value, mean = sum(correct) / len(correct), sum(tokens) / len(tokens)
+    cell = {"depth": depth, "metric": "accuracy", "value": value, "samples": len(correct)}
+    return cell | {"tokens": round(mean, 1), "correct": "".join(map(str, correct))}
+
+
+def measure(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    samples: int,
+    seed: int,
+    *,
+    prompt: Callable[..., Prompt],
+    grade: Callable[[str, str], bool],
+    depths: Collection[float],
+    answer_tokens: int,
+    done: Collection[float] = (),
+    style: str = "auto",
+    batch_size: int = 1,
+    shared_document: bool = False,
+    chunk_length: int = CHUNK_LENGTH,
+    kv_cache: str = "default",
+    dump: str | Path | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Accuracy of the answers to `samples` prompts at each depth that is not in `done`.
+
+    Args:
+        length: tokens that a prompt and its answer may take together.
+        prompt: (writer, length, depth, index, seed, answer_tokens=, **options) -> Prompt.
+        grade: (reply, answer) -> whether it is right.
+        style: form of the prompt; see `prompts.Writer`.
+        batch_size: prompts answered together, padded on the left.
+        shared_document: ask all depths of one document before the next, which a task whose document is the same at
+            every depth then reads once. The cells come together, at the end.
+        chunk_length, kv_cache: see `answers`.
+        dump: add the prompts to this file, and ask the model nothing.
+        options: the task's own.
+
+    Yields:
+        cells: depth, metric, value, samples, tokens (mean length of the prompts, without the answers) and correct (a
+        text of 0 and 1, one for each sample).
+    """
+    if min(samples, batch_size, chunk_length) < 1 or not all(0 <= depth <= 1 for depth in depths):
+        raise TaskError("samples, batch_size and chunk_length must be at least 1, and depths between 0 and 1")
+    writer = Writer(tokenizer, style)
+    pending = [depth for depth in depths if depth not in done]
+    if shared_document:
+        groups = [[(depth, index) for depth in pending] for index in range(samples)] if pending else []
+    else:
+        cuts = [range(samples)[cut : cut + batch_size] for cut in range(0, samples, batch_size)]
+        groups = [[(depth, index) for index in indices] for depth in pending for indices in cuts]
+    correct: dict[float, list[int]] = {depth: [] for depth in pending}
+    tokens: dict[float, list[int]] = {depth: [] for depth in pending}
+    for group in groups:
+        prompts = [prompt(writer, length, *place, seed, answer_tokens=answer_tokens, **options) for place in group]
+        if dump is not None:
+            dump_prompts(prompts, dump)
+            continue
+        replies = answers(
+            model,
+            tokenizer,
+            [asked.tokens for asked in prompts],
+            answer_tokens=answer_tokens,
+            # A base model never stops by itself.
+            one_line=writer.style == "plain",
+            shared_prefix=shared_document,
+            chunk_length=chunk_length,
+            kv_cache=kv_cache,
+        )
+        for (depth, index), asked, reply in zip(group, prompts, replies, strict=True):
+            correct[depth].append(int(grade(reply, asked.answer)))
+            tokens[depth].append(len(asked.tokens))
+            if index == samples - 1:
+                yield _cell(depth, correct[depth], tokens[depth])

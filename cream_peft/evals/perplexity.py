@@ -1,0 +1,118 @@
+"""Perplexity by length: a window of that many tokens slides over a text, and each token is scored once."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from .generation import CHUNK_LENGTH, chunked_logits, new_cache
+from .prompts import TaskError, encode, read_texts
+
+logger = logging.getLogger(__name__)
+
+ROWS = 256
+"""Rows of logits that are fp32 at a time."""
+
+
+def window_nats(model: Any, tokens: list[int], scored: int, chunk_length: int, kv_cache: str = "default") -> float:
+    """Sum of -ln p over the last `scored` of `tokens` [length], each given all that stand before it, in nats."""
+    first = len(tokens) - scored
+    targets = torch.tensor(tokens, device=model.device)
+    total = 0.0
+    cache = new_cache(model.config, kv_cache)
+    # The last token predicts nothing that is known.
+    for begin, logits in chunked_logits(model, tokens[:-1], cache, chunk_length, first=first - 1):
+        for row in range(0, len(logits), ROWS):
+            rows = logits[row : row + ROWS].float()
+            following = targets[begin + row + 1 : begin + row + 1 + len(rows)]
+            total += functional.cross_entropy(rows, following, reduction="sum").item()
+    return total
+
+
+def windows(count: int, length: int, stride: int, start: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, scored) of the windows over `count` tokens: `length` tokens each, the last `scored` of them new.
+
+    `start` tokens that can predict the first token stand before every window; without one, the first token of the text
+    is not scored.
+    """
+    begin = scored_up_to = 0
+    while scored_up_to < count:
+        end = min(begin + length - start, count)
+        yield begin, end, end - max(scored_up_to, 1 - start)
+        begin, scored_up_to = begin + stride, end
+
+
+def _documents(
+    tokenizer: Any, text: str | Path | list[str] | None, least: int, max_tokens: int | None
+) -> list[list[int]]:
+    """The tokens of the documents that are long enough, without special tokens."""
+    if text is None:
+        raise TaskError("task perplexity has no text: set text to a file, or to a folder of .txt and .md files")
+    texts = text if isinstance(text, list) else read_texts(text)
+    documents = [encode(tokenizer, document, add_special_tokens=False)[:max_tokens] for document in texts]
+    kept = [document for document in documents if len(document) >= least]
+    if not kept:
+        longest = max(map(len, documents))
+        raise TaskError(f"length {least:,} is more than the text holds: its longest document has {longest:,} tokens")
+    if len(kept) < len(documents):
+        logger.info("perplexity leaves out %d documents shorter than %d tokens", len(documents) - len(kept), least)
+    return kept
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    length: int,
+    samples: int,
+    seed: int,
+    *,
+    depths: Collection[float] | None = None,
+    done: Collection[float] = (),
+    text: str | Path | list[str] | None = None,
+    stride: int | None = None,
+    min_tokens: int | None = None,
+    max_tokens: int | None = None,
+    chunk_length: int = CHUNK_LENGTH,
+    kv_cache: str = "default",
+) -> Iterator[dict[str, Any]]:
+    """Perplexity per token of documents read through windows of `length` tokens: one cell, at depth 1.
+
+    After a document's first window, every scored token has at least length - stride tokens before it. Each window
+    begins with the beginning-of-text token if the tokenizer writes one.
+
+    Args:
+        length: tokens fed at a time. No document shorter than it is used: it would be measured at another length.
+        samples: documents at most, drawn with `seed`. A file is one document.
+        depths: none to choose from; there for the sake of the other tasks.
+        text: a UTF-8 file, a folder of .txt and .md files, or documents.
+        stride: tokens from one window to the next; half of `length` if None.
+        min_tokens: shortest document, instead of `length`: the longest length to be compared with gives every length
+            the same documents.
+        max_tokens: tokens read of each document; all if None.
+
+    Yields:
+        one cell: depth, metric, value, and samples, the number of tokens scored.
+    """
+    if 1.0 in done:
+        return
+    first = encode(tokenizer, "a", add_special_tokens=True)[:1]
+    start = first if first == [tokenizer.bos_token_id] else []
+    stride = stride or length // 2
+    if not 1 <= stride < length:
+        # One token at least must stand before those that are scored.
+        raise TaskError(f"stride={stride} must be between 1 and {length - 1:,}, one less than the length")
+    documents = _documents(tokenizer, text, max(length, min_tokens or 0), max_tokens)
+    chosen = np.random.default_rng(seed).permutation(len(documents))[:samples]
+    nats, count = 0.0, 0
+    for document in (documents[index] for index in sorted(chosen)):
+        for begin, end, scored in windows(len(document), length, stride, len(start)):
+            nats += window_nats(model, start + document[begin:end], scored, chunk_length, kv_cache)
+            count += scored
+    yield {"depth": 1.0, "metric": "perplexity", "value": math.exp(nats / count), "samples": count}

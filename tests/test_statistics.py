@@ -1,0 +1,48 @@
+"""Ours against scipy's, and RULER's effective length."""
+
+import pytest
+from scipy.stats import binomtest
+
+from cream_peft.evals.statistics import effective_length, paired_comparison, wilson_interval
+
+
+@pytest.mark.parametrize("correct, samples", [(0, 1), (0, 50), (1, 20), (25, 50), (49, 50), (50, 50), (377, 500)])
+@pytest.mark.parametrize("confidence", [0.95, 0.99])
+def test_the_interval_is_scipys_wilson_interval(correct, samples, confidence):
+    theirs = binomtest(correct, samples).proportion_ci(confidence, method="wilson")
+    assert wilson_interval(correct, samples, confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_an_interval_at_the_ends_stays_within_0_and_1_and_has_a_width():
+    assert wilson_interval(0, 10)[0] == 0.0 and wilson_interval(0, 10)[1] == pytest.approx(0.2775, abs=1e-4)
+    assert wilson_interval(10, 10)[1] == 1.0 and wilson_interval(10, 10)[0] == pytest.approx(0.7225, abs=1e-4)
+
+
+@pytest.mark.parametrize("correct, samples", [(1, 0), (-1, 5), (6, 5)])
+def test_no_measurement_has_no_interval(correct, samples):
+    with pytest.raises(ValueError, match="no measurement"):
+        wilson_interval(correct, samples)
+
+
+@pytest.mark.parametrize("only_first, only_second, both", [(1, 9, 30), (9, 1, 30), (5, 5, 0), (0, 6, 3), (400, 340, 9)])
+def test_two_models_on_the_same_samples_are_compared_by_the_exact_binomial(only_first, only_second, both):
+    first = [1] * only_first + [0] * only_second + [1] * both
+    second = [0] * only_first + [1] * only_second + [1] * both
+    found = paired_comparison(first, second)
+    assert (found["only_first"], found["only_second"]) == (only_first, only_second)
+    assert found["difference"] == pytest.approx((sum(second) - sum(first)) / len(first))
+    assert found["p_value"] == pytest.approx(binomtest(only_first, only_first + only_second).pvalue)
+
+
+def test_models_that_never_differ_give_no_evidence():
+    assert paired_comparison([1, 0, 1], [1, 0, 1])["p_value"] == 1.0
+    with pytest.raises(ValueError, match="not 2 and 3"):
+        paired_comparison([1, 0], [1, 0, 1])
+
+
+def test_the_effective_length_ends_before_the_first_length_that_fails():
+    accuracy = {16384: 0.9, 4096: 0.99, 8192: 0.7, 2048: 1.0}  # good again at 16K, which does not count
+    assert effective_length(accuracy, 0.856) == 4096
+    assert effective_length(accuracy, 0.7) == 16384
+    assert effective_length(accuracy, 1.0) == 2048
+    assert effective_length({2048: 0.5}, 0.856) == 0
