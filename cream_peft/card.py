@@ -77,7 +77,7 @@ For llama.cpp and everything else that wants one model, merge it into the 16-bit
 ```bash
 cream-peft merge --adapter {name} --output merged
 python convert_hf_to_gguf.py merged --outfile model.gguf  # a script of llama.cpp's repository
-```
+{gguf}```
 """
 
 MERGED_USAGE = """## Load it
@@ -92,7 +92,14 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 Serve it with vLLM (not run here): `vllm serve {name} --max-model-len {target}`. For llama.cpp:
-`python convert_hf_to_gguf.py FOLDER --outfile model.gguf`, a script of llama.cpp's repository.
+
+```bash
+python convert_hf_to_gguf.py FOLDER --outfile model.gguf  # a script of llama.cpp's repository
+{gguf}```
+"""
+
+LINEAR_GGUF = """# linear scaling: say the length, or llama-server stops at the base's window
+gguf-set-metadata model.gguf llama.context_length {target} --force
 """
 
 
@@ -180,17 +187,22 @@ def _eval_results(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
     return found
 
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes for --max-lora-rank."""
+
+
 def vllm_command(folder: Path, description: dict[str, Any], name: str) -> str:
     """The vLLM line that serves the adapter on its base, the RoPE scaled as in training."""
     config = json.loads((folder / "base_config" / "config.json").read_text(encoding="utf-8"))
     overrides = {key: config[key] for key in ("max_position_embeddings", "rope_parameters")}
-    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    wanted = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    rank = next((rank for rank in VLLM_RANKS if rank >= wanted), wanted)
     return " \\\n  ".join(
         [
             f"vllm serve {shlex.quote(description['base_model'])}",
             f"--hf-overrides {shlex.quote(json.dumps(overrides))}",
             f"--max-model-len {description['target_length']}",
-            f"--enable-lora --max-lora-rank {max(8, rank)} --lora-modules {name.split('/')[-1]}={name}",
+            f"--enable-lora --max-lora-rank {rank} --lora-modules {name.split('/')[-1]}={name}",
         ]
     )
 
@@ -252,12 +264,17 @@ def render_card(folder: Path, description: dict[str, Any], repo: str | None = No
     title = repo or f"{base.split('/')[-1]}-{positions['strategy']}-{description['target_length']}"
     title = title.split("/")[-1]
     results = own_results(folder, description)
+    gguf = LINEAR_GGUF.format(target=description["target_length"]) if scaling == "linear" else ""
     if description.get("merged"):
-        usage = MERGED_USAGE.format(name=name, target=description["target_length"])
+        usage = MERGED_USAGE.format(name=name, target=description["target_length"], gguf=gguf)
     else:
         usage = ADAPTER_USAGE.format(name=name)
         # The embedded model comes with this package, and nothing else finds it.
-        usage += ELSEWHERE.format(name=name, vllm=vllm_command(folder, description, name)) if base != TINY_ID else ""
+        usage += (
+            ELSEWHERE.format(name=name, vllm=vllm_command(folder, description, name), gguf=gguf)
+            if base != TINY_ID
+            else ""
+        )
     body = BODY.format(
         title=title,
         what="A merged model" if description.get("merged") else "A LoRA adapter",

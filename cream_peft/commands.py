@@ -210,7 +210,7 @@ def merge(arguments: list[str]) -> None:
         max_shard_size=options.max_shard_size,
     )
     for key, value in summary.items():
-        print(f"{key:<16}{value:,.2f}" if isinstance(value, float) else f"{key:<16}{value}")
+        print(f"{key:<20}{value:,}" if isinstance(value, int | float) else f"{key:<20}{value}")
     _write_json(options.json, summary)
     print(f"The merged model is in {options.output}")
 

@@ -28,7 +28,7 @@ PUBLISHED = (
     "base_config/config.json",
     "cream.json",
     "README.md",
-    "tokenizer*",
+    "tokenizer*",  # tokenizer.model, where there is one, included
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -65,7 +65,9 @@ def _will_pass(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING
     # By name: some versions of the Hub's client use httpx, some httpx2.
-    return isinstance(error, _Busy) or any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    # An error page in place of JSON comes from something between us and the Hub.
+    is_lost = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    return is_lost or isinstance(error, _Busy | json.JSONDecodeError)
 
 
 def _explain(error: Exception, repo: str) -> str:

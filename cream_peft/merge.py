@@ -16,19 +16,22 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from . import rope
 from .adapter import Adapter, open_adapter, refuse_other_weights
+from .card import adapter_sha256, write_card
 from .errors import about
 from .memory import GIB
-from .model import load_tokenizer, resolve_base
+from .model import load_tokenizer, make_tokenizer_readable, resolve_base
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
+GENERATION = "generation_config.json"
+SENTENCEPIECE = "tokenizer.model"
+"""transformers 5 does not save it, and without it llama.cpp's converter makes tokens that cut the text otherwise."""
 DTYPES = ("bfloat16", "float16", "float32")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """The values of PEFT's init_lora_weights that leave the base's weights alone."""
@@ -67,7 +70,8 @@ def _base_folder(adapter: Adapter) -> Path:
         return source
     options = {key: value for key, value in adapter.base_options.items() if key != "trust_remote_code"}
     # Some repositories hold their weights a second time, in a folder or in a consolidated file.
-    options |= {"allow_patterns": ["*.safetensors", INDEX, GENERATION], "ignore_patterns": ["*/*", "consolidated*"]}
+    options["allow_patterns"] = ["*.safetensors", INDEX, GENERATION, SENTENCEPIECE]
+    options["ignore_patterns"] = ["*/*", "consolidated*"]
     with about(adapter.base_name):
         return Path(snapshot_download(adapter.base_name, **options))
 
@@ -81,18 +85,21 @@ def _base_weights(folder: Path, name: str) -> Weights:
     return Weights([folder / file for file in sorted(set(files))])
 
 
-def _fill(wrapped: PeftModel, saved: Weights) -> None:
+def _fill(wrapped: PeftModel, file: Path) -> None:
     """Put the adapter's tensors into its layers, or name the one that is missing or left over in a MergeError."""
     state = wrapped.state_dict(keep_vars=True)
     names = {id(parameter): name for name, parameter in state.items()}
     expected = get_peft_model_state_dict(wrapped, state, save_embedding_layers=False)
     # PEFT saves the base's own embeddings beside a LoRA on them.
-    found = {key for key in saved.like if not key.endswith(".base_layer.weight")}
-    for key in sorted(found | expected.keys()):
-        if key not in found or key not in expected or saved.like[key].shape != expected[key].shape:
-            trouble = "has no place in the base, or another shape" if key in found else "is missing"
+    try:
+        saved = {key: tensor for key, tensor in load_file(file).items() if not key.endswith(".base_layer.weight")}
+    except SafetensorError as error:
+        raise MergeError(f"{file.name} is damaged ({error}): get the adapter again") from error
+    for key in sorted(saved.keys() | expected.keys()):
+        if key not in saved or key not in expected or saved[key].shape != expected[key].shape:
+            trouble = "has no place in the base, or another shape" if key in saved else "is missing"
             raise MergeError(f"{key} of adapter_model.safetensors {trouble}: it does not fit adapter_config.json")
-    tensors = {names[id(parameter)]: saved.read(key) for key, parameter in expected.items()}
+    tensors = {names[id(parameter)]: saved[key] for key, parameter in expected.items()}
     wrapped.load_state_dict(tensors, strict=False, assign=True)
 
 
@@ -113,7 +120,7 @@ def _wrap(adapter: Adapter, base: Weights) -> PeftModel:
         refuse_other_weights(model, adapter)
         model.to("meta")
     wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
-    _fill(wrapped, Weights([adapter.folder / "adapter_model.safetensors"]))
+    _fill(wrapped, adapter.folder / "adapter_model.safetensors")
     return wrapped
 
 
@@ -168,20 +175,19 @@ def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: s
     if not target <= tokenizer.model_max_length < 1e20:
         tokenizer.model_max_length = target
     tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
-    # The names that transformers 4 knows; 5 reads them as well.
-    if settings["tokenizer_class"] == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    _write_json(folder / TOKENIZER, settings)
+    make_tokenizer_readable(folder)
+    if (base_folder / SENTENCEPIECE).is_file():
+        shutil.copyfile(base_folder / SENTENCEPIECE, folder / SENTENCEPIECE)
     if (base_folder / GENERATION).is_file():
         generation = json.loads((base_folder / GENERATION).read_text(encoding="utf-8"))
         # Llama-2's ends generation at the base's window.
         if generation.get("max_length") == window:
             generation["max_length"] = target
         _write_json(folder / GENERATION, generation)
-    _write_json(folder / "cream.json", adapter.description | {"merged": True, "dtype": dtype})
+    made_of = {"merged": True, "dtype": dtype, "adapter_sha256": adapter_sha256(adapter.folder)}
+    description = adapter.description | made_of
+    _write_json(folder / "cream.json", description)
+    write_card(folder, description)
     own = {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
     _write_json(folder / "config.json", rope.published_config(adapter.scaled_config) | own)
 
@@ -206,7 +212,7 @@ def _write_weights(
     folder: Path, base: Weights, changes: dict[str, LoraLayer | nn.Parameter], max_shard_size: int | str
 ) -> dict[str, Any]:
     """Write the tensors of `base`, in the dtypes of base.like and changed by the adapter, a shard at a time."""
-    kinds = [isinstance(change, nn.Parameter) for change in changes.values()]
+    replaced = [isinstance(change, nn.Parameter) for change in changes.values()]
     split = split_torch_state_dict_into_shards(base.like, max_shard_size=max_shard_size)
     free, needed = shutil.disk_usage(folder).free, split.metadata["total_size"]
     if free < needed:
@@ -216,7 +222,7 @@ def _write_weights(
             bar.set_postfix_str(file)
             shard: dict[str, torch.Tensor] = {}
             for name in names:
-                # Popped, so that the layer is freed with all that it keeps, and so is its tensor in fp32.
+                # Popped and deleted, so that the layer goes with all that it keeps, and so does the tensor in fp32.
                 tensor = _changed(name, changes.pop(name), base) if name in changes else base.read(name)
                 shard[name] = tensor.to(base.like[name].dtype).contiguous()
                 del tensor
@@ -224,15 +230,14 @@ def _write_weights(
                     raise MergeError(f"{name} holds values beyond float16: use dtype bfloat16 or float32")
                 bar.update()
             save_file(shard, folder / file, metadata={"format": "pt"})
-            del shard
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     return {
         "parameters": sum(like.numel() for like in base.like.values()),
         "bytes": needed,
         "shards": len(split.filename_to_tensors),
-        "merged_layers": len(kinds) - sum(kinds),
-        "replaced_tensors": sum(kinds),
+        "merged_layers": len(replaced) - sum(replaced),
+        "replaced_tensors": sum(replaced),
         "dtype": str(max(base.like.values(), key=torch.numel).dtype).removeprefix("torch."),
     }
 
@@ -257,8 +262,7 @@ def merge_adapter(
         base_model: Hub id or folder to take the base from, instead of the one that the adapter names.
         dtype: bfloat16, float16 or float32 for all weights. None keeps what the base's files have, float32 included.
         max_shard_size: of one output file, in bytes or as "1GB" (10**9). Peak memory grows with it.
-        revision: branch, tag or commit of the adapter's repository.
-        hub_kwargs: token, cache_dir, trust_remote_code.
+        revision, hub_kwargs: of the adapter's repository; token, cache_dir, trust_remote_code.
 
     Returns:
         output_dir, parameters, bytes (of weights), shards, merged_layers and replaced_tensors (together all that the
@@ -289,8 +293,7 @@ def merge_adapter(
     try:
         summary = _write_weights(scratch, base, changes, max_shard_size)
         _describe(scratch, adapter, base_folder, architecture, summary["dtype"])
-        if output.exists():
-            shutil.rmtree(output)
+        shutil.rmtree(output, ignore_errors=True)
         scratch.rename(output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

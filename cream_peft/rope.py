@@ -83,7 +83,7 @@ def scaled_config(config: PreTrainedConfig, target_length: int, rope_scaling_typ
     - ntk: theta * s^(d/(d-2)) (bloc97, 2023): the fastest pair is kept, the slowest is divided by s. Written as a
       plain larger rope_theta, which every runtime reads.
     - yarn: arXiv 2309.00071, with cosines and sines times 0.1 ln s + 1. That factor is every runtime's default and is
-      not written out: llama.cpp multiplies a written attention_factor by its own 0.1 ln s + 1.
+      not written out: llama.cpp takes its own 0.1 ln s + 1, whatever is written.
     - None: rope_parameters untouched.
 
     A base that is scaled already takes ntk only; it keeps its rope_type. For llama3 (Llama-3.1) that is right because

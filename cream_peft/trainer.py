@@ -23,7 +23,7 @@ from .card import write_card
 from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
-from .model import keep_4bit_trainable_on_cpu, load_base, load_tokenizer
+from .model import keep_4bit_trainable_on_cpu, load_base, load_tokenizer, make_tokenizer_readable
 from .positions import SIGMA_PER_FACTOR
 from .proof import prove_positions
 from .provenance import machine, peak_gib, versions
@@ -233,6 +233,7 @@ class CREAMTrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
         (folder / "training_args.bin").unlink(missing_ok=True)
+        make_tokenizer_readable(folder)
         rope.save_base_config(self.scaled_config, folder)
         adapter_config = folder / "adapter_config.json"
         if adapter_config.is_file():

@@ -62,6 +62,8 @@ def make_base(folder: Path, config: LlamaConfig, dtype: torch.dtype, max_shard_s
     AutoTokenizer.from_pretrained(base_folder()).save_pretrained(folder / "adapter")
     window = config.max_position_embeddings
     note = {"base_model": "base", "pretrained_window": window, "target_length": TARGET, "rope_scaling_type": "yarn"}
+    note |= {"positions": {"strategy": "cream", "context_length": window}, "recipe": {}, "steps": 0, "seed": 0}
+    note |= {"machine": machine(), "versions": versions()}
     (folder / "adapter" / "cream.json").write_text(json.dumps(note))
     return split.metadata["total_size"]
 
@@ -104,10 +106,12 @@ def measure_here(name: str, folder: Path, max_shard_size: str) -> dict[str, floa
     watcher = threading.Thread(target=watch)
     watcher.start()
     before, start = memory("VmRSS"), time.perf_counter()
-    MERGES[name](folder, max_shard_size)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
+    try:
+        MERGES[name](folder, max_shard_size)
+        seconds = time.perf_counter() - start
+    finally:
+        done.set()
+        watcher.join()
     taken = {"seconds": seconds, "start_gib": before, "peak_gib": memory("VmHWM")}
     taken |= {"start_anonymous_gib": anonymous[0], "peak_anonymous_gib": max(anonymous)}
     return {key: round(value, 3) for key, value in taken.items()}

@@ -214,7 +214,7 @@ def is_published(hub, adapter, call, fault, times):
         assert REPO in str(error) and "\n" not in str(error) and len(str(error)) < 250
         # "lost": the commit was made, and only the answer is missing.
         assert set(files(hub)) in (set(), {".gitattributes"}, COMPLETE | {".gitattributes"})
-    hub._faults.clear()
+    hub.recover()
     push_folder(adapter, REPO)
     assert set(files(hub)) == COMPLETE | {".gitattributes"}
     assert len(hub.repositories[f"models/{REPO}"].commits) == 2
@@ -300,7 +300,7 @@ def test_a_failed_last_push_says_where_the_adapter_is_and_how_to_publish_it(hub,
     said = str(caught.value)
     assert f"the adapter is saved in {tmp_path / 'run'}" in said
     assert f"`cream-peft push --adapter {tmp_path / 'run'} --repo {REPO}`" in said
-    hub._faults.clear()
+    hub.recover()
     push_folder(tmp_path / "run", REPO)
     assert set(files(hub)) >= COMPLETE
 
