@@ -17,6 +17,7 @@ USAGE = """usage: cream-peft COMMAND [OPTIONS]
 commands:
   train     train an adapter from a recipe: cream-peft train --config recipe.yaml [--any_field value]
   evaluate  measure models by length and depth: cream-peft evaluate --compare MODEL [MODEL ...]
+  lm-eval   the field's own benchmarks: cream-peft lm-eval --adapter ID_OR_DIR --tasks longbench,ruler,hellaswag
   plan      peak memory of a recipe and the cards that it fits: cream-peft plan --config recipe.yaml
   plot      draw results: cream-peft plot RESULTS.json [...] --output picture.png
   push      publish an adapter on the Hub: cream-peft push --adapter DIR --repo user/name
@@ -37,6 +38,9 @@ NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # That the pad token is the end token, which is meant.
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    # Both true of a model that was loaded first, as it must be.
+    "lm_eval.models.huggingface": "`pretrained` model kwarg|Passed an already-init",
+    "lm_eval.api.task": ".*Custom kwargs can be passed",
     # The error that follows says it.
     "datasets.packaged_modules.json.json": "Failed to load JSON",
     "huggingface_hub.repocard": "Repo card metadata block was not found",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PLOTTED = ("length", "depth", "value", "samples")
+PLOTTED = ("task", "metric", "length", "depth", "value", "samples")
 
 
 class UserError(ValueError):
@@ -83,6 +83,24 @@ def evaluate(arguments: list[str]) -> None:
     print(f"The results are in {options.output_dir}")
 
 
+def lm_eval(arguments: list[str]) -> None:
+    """Run the field's own benchmarks (EleutherAI's lm-eval) on adapters, with their RoPE scaled, and on bases."""
+    parser = _Parser(prog="cream-peft lm-eval", description=lm_eval.__doc__, allow_abbrev=False)
+    from .measure import add_harness_options, run_lm_eval
+
+    add_harness_options(parser)
+    parser.add_argument("--json", metavar="FILE", help="write all results as one JSON")
+    options = parser.parse_args(arguments)
+    from .evals.harness import table_of_harness
+
+    results = run_lm_eval(options)
+    print()
+    for line in table_of_harness(results):
+        print(line)
+    _write_json(options.json, results)
+    print(f"The results are in {options.output_dir}")
+
+
 def plan(arguments: list[str]) -> None:
     """Print the peak memory of a recipe, term by term, and the cards that it fits."""
     parser = _Parser(prog="cream-peft plan", description=plan.__doc__, allow_abbrev=False)
@@ -111,14 +129,16 @@ def plan(arguments: list[str]) -> None:
 
 
 def plot(arguments: list[str]) -> None:
-    """Draw results files over one another: accuracy by length, and by depth at the longest length."""
+    """Draw results files over one another: a heat map for needle, else accuracy or perplexity by length and depth."""
     parser = _Parser(prog="cream-peft plot", description=plot.__doc__, allow_abbrev=False)
     parser.add_argument("results", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--output", default="runs/accuracy.png", help="picture, .png or .svg")
+    parser.add_argument("--kind", choices=["accuracy", "depth", "heatmap", "perplexity"], help="default: by task")
+    parser.add_argument("--task", help="draw this one; default: every task in the files, a picture each")
     parser.add_argument("--title", default="")
     options = parser.parse_args(arguments)
     from .evals import read_results
-    from .plots import plot_accuracy
+    from .plots import plot_results
 
     for name in options.results:
         if not Path(name).is_file():
@@ -134,8 +154,8 @@ def plot(arguments: list[str]) -> None:
             reason = f"cells without {', '.join(sorted(lacking))}" if lacking else "nothing was measured in it yet"
             raise UserError(f"{name} cannot be drawn: {reason}; `cream-peft evaluate` fills it")
         labelled[f"{label} ({name})" if label in labelled else label] = result
-    window = next(iter(labelled.values()))["settings"].get("pretrained_window")
-    print(f"The picture is {plot_accuracy(labelled, options.output, window, options.title)}")
+    for path in plot_results(labelled, options.output, options.kind, options.task, options.title):
+        print(f"The picture is {path}")
 
 
 def push(arguments: list[str]) -> None:
@@ -251,6 +271,7 @@ def chat(arguments: list[str]) -> None:
 COMMANDS = {
     "train": train,
     "evaluate": evaluate,
+    "lm-eval": lm_eval,
     "plan": plan,
     "plot": plot,
     "push": push,

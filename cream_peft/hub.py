@@ -153,7 +153,7 @@ def add_results(folder: Path, files: Iterable[str | Path]) -> None:
     Raises:
         PushError: if none of them was measured on this adapter as it is now.
     """
-    from .plots import plot_accuracy
+    from .plots import plot_results
 
     sha256 = adapter_sha256(folder)
     read = [(Path(file), read_results(file)) for file in files]
@@ -168,12 +168,7 @@ def add_results(folder: Path, files: Iterable[str | Path]) -> None:
             shutil.copy(file, folder / "results" / file.name)
     results = own_results(folder, {})
     for task in tasks_of(results):
-        of_task = {
-            label: {**result, "cells": [cell for cell in result["cells"] if cell["task"] == task]}
-            for label, result in results.items()
-        }
-        window = next(iter(results.values()))["settings"].get("pretrained_window")
-        plot_accuracy(of_task, folder / "results" / f"{task}.png", window, task)
+        plot_results(results, folder / "results" / f"{task}.png", task=task)
 
 
 def _published_files(folder: Path) -> list[Path]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import memory, rope
 from .adapter import adapter_folder, is_adapter, load_adapter, read_description
@@ -16,6 +18,7 @@ from .card import adapter_sha256
 from .config import DEFAULT_FACTOR
 from .errors import about
 from .evals import TASKS, evaluate
+from .evals.harness import run_harness
 from .evals.prompts import STYLES
 from .model import load_base, load_tokenizer, resolve_base
 from .provenance import machine, versions
@@ -131,16 +134,21 @@ def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: s
         raise ValueError(f"task recall is for the embedded model's vocabulary, {name} has another: leave it out")
 
 
-def _open(subject: Subject, options: Namespace) -> tuple[Path | None, dict[str, Any], str, PreTrainedConfig]:
-    """(adapter's folder or None, settings, base's name, base's config), before any weights are read."""
+def _open(
+    subject: Subject, options: Namespace, factor: int = DEFAULT_FACTOR
+) -> tuple[Path | None, dict[str, Any], str, PreTrainedConfig]:
+    """(adapter's folder or None, settings, base's name, base's config), before any weights are read.
+
+    A base's target is `factor` windows where no --target_length is given.
+    """
     folder = _adapter(subject.name)
-    settings: dict[str, Any] = {"label": subject.label, "samples": options.samples, "load_in_4bit": not options.no_4bit}
+    settings: dict[str, Any] = {"label": subject.label, "load_in_4bit": not options.no_4bit}
     if folder is None:
         with about(subject.name):
             config = AutoConfig.from_pretrained(resolve_base(subject.name))
         window = rope.pretrained_window(config)
         settings |= {"rope_scaling_type": subject.rope_scaling_type, "pretrained_window": window}
-        settings["target_length"] = options.target_length or DEFAULT_FACTOR * window
+        settings["target_length"] = options.target_length or factor * window
         return None, settings, subject.name, config
     if subject.rope_scaling_type:
         raise ValueError(
@@ -152,6 +160,26 @@ def _open(subject: Subject, options: Namespace) -> tuple[Path | None, dict[str, 
     return folder, settings, description["base_model"], rope.load_base_config(folder)
 
 
+def _load(
+    subject: Subject, folder: Path | None, settings: dict[str, Any], options: Namespace
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    in_4bit = not options.no_4bit
+    if folder is not None:
+        return load_adapter(folder, base_model=options.base_model, load_in_4bit=in_4bit)
+    scaling = {"target_length": settings["target_length"], "rope_scaling_type": subject.rope_scaling_type}
+    model = load_base(subject.name, **scaling, load_in_4bit=in_4bit).eval()
+    return model, load_tokenizer(subject.name)
+
+
+def _public(name: str) -> str:
+    """A name for results, which are published: local paths are not."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _result_file(subject: Subject, options: Namespace) -> Path:
+    return Path(options.output_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', subject.label)}.json"
+
+
 def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     folder, settings, base, config = _open(subject, options)
     _refuse_other_vocabulary(options.tasks, config, subject.name)
@@ -159,12 +187,7 @@ def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[
     lengths = options.lengths or [window * 2**power for power in range(20) if window * 2**power <= target]
     if options.dump_prompts:
         return _dump(subject, options, task_options, lengths, str(folder or subject.name))
-    if folder is not None:
-        model, tokenizer = load_adapter(folder, base_model=options.base_model, load_in_4bit=not options.no_4bit)
-    else:
-        scaling = {"target_length": target, "rope_scaling_type": subject.rope_scaling_type}
-        model = load_base(subject.name, **scaling, load_in_4bit=not options.no_4bit).eval()
-        tokenizer = load_tokenizer(subject.name)
+    model, tokenizer = _load(subject, folder, settings, options)
     kv_cache = options.kv_cache
     if kv_cache == "auto":
         kv_cache = memory.fitting_kv_cache(config, max(lengths), options.batch_size or 1)
@@ -175,20 +198,18 @@ def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[
         if task == "perplexity":
             # Every length scores the same documents.
             given[task]["min_tokens"] = max(lengths)
-    # Names only: results are published, local paths are not.
-    public = {
-        task: {key: Path(value).name if key in ("text", "haystack") else value for key, value in own.items()}
+    shown = {
+        task: {key: _public(value) if key in ("text", "haystack") else value for key, value in own.items()}
         for task, own in given.items()
     }
     header = {
-        "model": Path(base).name if Path(base).exists() else base,
-        "adapter": folder and (Path(subject.name).name if Path(subject.name).exists() else subject.name),
+        "model": _public(base),
+        "adapter": folder and _public(subject.name),
         "versions": versions(),
         "seed": options.seed,
-        "settings": settings | {"machine": machine(), "options": public},
+        "settings": settings | {"samples": options.samples, "machine": machine(), "options": shown},
     }
-    path = Path(options.output_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', subject.label)}.json"
-    tasks = {name: TASKS[name] for name in options.tasks}
+    tasks, path = {name: TASKS[name] for name in options.tasks}, _result_file(subject, options)
     return evaluate(
         model, tokenizer, tasks, lengths=lengths, samples=options.samples, path=path, header=header, options=given
     )
@@ -221,12 +242,57 @@ def evaluate_models(options: Namespace) -> dict[str, dict[str, Any]]:
             raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     if options.samples < 1 or any(length < 1 for length in options.lengths or []):
         raise ValueError("--samples and --lengths must be at least 1")
+    if "perplexity" in options.tasks and options.text is None:
+        raise ValueError("task perplexity has no text: set --text to a file, or to a folder of .txt and .md files")
     for name in ("text", "haystack"):
         value = getattr(options, name)
         if value is not None and not Path(value).exists():
             raise ValueError(f"--{name} {value}: no such file or folder")
-    subjects, task_options = [Subject.parse(text) for text in options.compare], _task_options(options)
+    task_options = _task_options(options)
+    return {subject.label: _measure(subject, options, task_options) for subject in _subjects(options)}
+
+
+def _subjects(options: Namespace) -> list[Subject]:
+    subjects = [Subject.parse(text) for text in options.compare]
     labels = [subject.label for subject in subjects]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two models have the same label ({', '.join(labels)}): write LABEL=MODEL")
-    return {subject.label: _measure(subject, options, task_options) for subject in subjects}
+    return subjects
+
+
+def add_harness_options(parser: ArgumentParser) -> None:
+    """The options of `cream-peft lm-eval`."""
+    parser.add_argument(
+        "--compare", "--adapter", nargs="+", required=True, metavar="MODEL",
+        help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE; LABEL=MODEL names it",
+    )  # fmt: skip
+    parser.add_argument("--tasks", required=True, help="lm-eval's tasks, by commas: longbench,ruler,hellaswag,mmlu_*")
+    parser.add_argument("--target_length", type=int, help="tokens, of bases; default: the window, or 8 if scaled")
+    parser.add_argument("--max_length", type=int, help="tokens of prompt and answer; default: the target length")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--chat_template", action="store_true", help="put the prompts in the chat template")
+    parser.add_argument("--limit", type=int, help="samples of each task; default: all")
+    parser.add_argument("--num_fewshot", type=int, help="default: the task's")
+    parser.add_argument("--seed", type=int, help="default: lm-eval's own, with which published figures were made")
+    parser.add_argument("--include_path", metavar="DIR", help="task YAMLs beside lm-eval's own")
+    parser.add_argument("--metadata", type=json.loads, help='for tasks that want it: \'{"max_seq_lengths": [32768]}\'')
+    parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
+    parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
+    parser.add_argument("--output_dir", default="runs/lm-eval", help="folder of the results (default: runs/lm-eval)")
+
+
+def run_lm_eval(options: Namespace) -> dict[str, dict[str, Any]]:
+    """Label -> lm-eval's results for every model in `options.compare`, each written to its file of output_dir."""
+    found = {}
+    for subject in _subjects(options):
+        # An unscaled base is measured at its own window, where the short benchmarks are.
+        folder, settings, base, _ = _open(subject, options, DEFAULT_FACTOR if subject.rope_scaling_type else 1)
+        model, tokenizer = _load(subject, folder, settings, options)
+        header = {"model": _public(base), "adapter": folder and _public(subject.name), **settings}
+        keys = ("max_length", "batch_size", "chat_template", "include_path", "metadata", "seed", "limit", "num_fewshot")
+        given = {key: getattr(options, key) for key in keys}
+        found[subject.label] = run_harness(model, tokenizer, options.tasks.split(","), header=header, **given)
+        path = _result_file(subject, options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found[subject.label], indent=1) + "\n", encoding="utf-8")
+    return found

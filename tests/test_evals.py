@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from cream_peft import cli
+from cream_peft import cli, memory
 from cream_peft.evals import mean_by, recall, runner
 from cream_peft.evals.table import table_of
 from cream_peft.measure import Subject
-from cream_peft.plots import plot_accuracy
+from cream_peft.plots import plot_results
 
 
 class Oracle:
@@ -68,7 +68,8 @@ def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path,
     assert cli.main(train) == 0
     assert json.loads((tmp_path / "t.json").read_text())["steps"] == 2
     evaluate = ["evaluate", "--compare", "base=cream-peft-tiny", "scaled=cream-peft-tiny+ntk", f"tuned={adapter}",
-                "--lengths", "256", "512", "--samples", "4", "--output_dir", str(results)]  # fmt: skip
+                "--tasks", "recall", "kv_retrieval", "--lengths", "256", "512", "--samples", "4",
+                "--output_dir", str(results)]  # fmt: skip
     assert cli.main([*evaluate, "--json", str(tmp_path / "table.json")]) == 0
     printed = capsys.readouterr().out
     for line in ("The adapter is in", "kv_retrieval: accuracy by length (tokens) and depth", "The results are in"):
@@ -81,15 +82,122 @@ def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path,
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["results"]["tuned"] == found
     assert {(row["model"], row["against"]) for row in table["comparisons"]} == {("scaled", "base"), ("tuned", "base")}
-    inside = mean_by(runner.read_results(results / "base.json")["cells"], "length")
+    cells = runner.read_results(results / "base.json")["cells"]
+    inside = mean_by([cell for cell in cells if cell["task"] == "recall"], "length")
     assert inside[256] > 0.9 > inside[512]
     assert table_of({"tuned": found})[2].split()[:2] == ["tuned", "256"]
 
     picture = tmp_path / "picture.png"
     assert cli.main(["plot", str(results / "base.json"), str(results / "tuned.json"), "--output", str(picture)]) == 0
+    picture = tmp_path / "picture-recall.png"
+    assert (tmp_path / "picture-kv_retrieval.png").exists()
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size < 200_000
-    svg = plot_accuracy({"tuned": found}, tmp_path / "picture.svg", pretrained_window=256)
+    (svg,) = plot_results({"tuned": found}, tmp_path / "picture.svg", task="recall")
     assert "<svg" in svg.read_text()
     written = (results / "tuned.json").stat().st_mtime_ns
     assert cli.main(evaluate) == 0  # nothing is measured twice
     assert (results / "tuned.json").stat().st_mtime_ns == written
+
+
+HEADER = {"model": "m", "adapter": None, "versions": {}, "seed": 0}
+
+
+def results_of(label, correct, target=2048):
+    """Results of one task at one length and two depths; `correct` is a text of 0 and 1 for each depth."""
+    cells = [
+        {"task": "needle", "length": 1024, "depth": depth, "metric": "accuracy", "value": one.count("1") / len(one),
+         "samples": len(one), "seconds": 1, "correct": one}
+        for depth, one in zip((0.0, 1.0), correct, strict=True)
+    ]  # fmt: skip
+    return {**HEADER, "settings": {"label": label, "target_length": target}, "cells": cells}
+
+
+def test_the_table_says_which_differences_are_noise_and_how_far_a_model_is_of_use():
+    results = {
+        "base": results_of("base", ("0" * 20, "1" * 10 + "0" * 10)),
+        "same": results_of("same", ("0" * 20, "1" * 12 + "0" * 8)),
+        "better": results_of("better", ("1" * 20, "1" * 20)),
+    }
+    lines = table_of(results, threshold=0.8)
+    assert "same minus base: 1,024 +0.05 (noise)" in lines
+    assert "better minus base: 1,024 +0.75" in lines
+    assert "base: accuracy 0.8 and above up to none measured, of 2,048 tokens" in lines
+    assert "better: accuracy 0.8 and above up to 1,024, of 2,048 tokens" in lines
+    # 10 of 40 right: Wilson's interval.
+    assert lines[2].split()[:4] == ["base", "1,024", "0.25", "0.14-0.40"]
+
+
+def test_a_run_that_stops_anywhere_loses_one_cell_at_most(tmp_path):
+    asked = []
+
+    def task(model, tokenizer, length, samples, seed, done=()):
+        for depth in (0.0, 0.5, 1.0):
+            if depth not in done:
+                asked.append((length, depth))
+                if len(asked) == 5:
+                    raise KeyboardInterrupt
+                yield {"depth": depth, "metric": "accuracy", "value": 1.0, "samples": samples}
+
+    header = HEADER | {"settings": {"label": "m"}}
+    given = {"lengths": [10, 20], "samples": 1, "path": tmp_path / "m.json", "header": header}
+    with pytest.raises(KeyboardInterrupt):
+        runner.evaluate(None, None, {"task": task}, **given)
+    assert len(runner.read_results(tmp_path / "m.json")["cells"]) == 4
+    results = runner.evaluate(None, None, {"task": task}, **given)
+    assert [(cell["length"], cell["depth"]) for cell in results["cells"]] == [
+        (length, depth) for length in (10, 20) for depth in (0.0, 0.5, 1.0)
+    ]
+    assert len(asked) == 7  # the one that was cut off is the only one measured again
+
+
+def test_prompts_are_written_out_byte_identical_and_nothing_is_measured(tmp_path, capsys):
+    command = ["evaluate", "--tasks", "kv_retrieval", "needle", "--lengths", "256", "--samples", "2", "--dump_prompts"]
+    for name in ("one", "two"):
+        assert cli.main([*command, str(tmp_path / name), "--output_dir", str(tmp_path / "results")]) == 0
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == ["cream-peft-tiny-kv_retrieval-256.jsonl", "cream-peft-tiny-needle-256.jsonl"]
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() != b""
+    assert "nothing was measured" in capsys.readouterr().out and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--tasks", "needle", "--keys", "75"], "--keys is for kv_retrieval, and --tasks has needle"),
+        (["--tasks", "perplexity"], "task perplexity has no text"),
+        (["--tasks", "perplexity", "--text", "absent.txt"], "--text absent.txt: no such file or folder"),
+        (["--tasks", "kv_retrieval", "--lengths", "8"], "length 8 is too short"),
+        (["--tasks", "longchat_lines", "--lengths", "512"], "does not read text"),
+        (["--tasks", "needle", "--depths", "2"], "depths between 0 and 1"),
+        (["--tasks", "needle", "--kv_cache", "offloaded"], "needs a GPU"),
+        (["--dump_prompts", "out", "--tasks", "recall"], "task recall has no prompts"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["evaluate", *arguments]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and said in line
+
+
+def test_the_kv_cache_is_chosen_by_what_the_gpu_has_free(monkeypatch):
+    llama = memory.embedded_config("meta-llama/Llama-2-7b-hf")
+    assert memory.kv_cache_bytes(llama, 32_768) == 16 * 2**30
+    assert memory.fitting_kv_cache(llama, 32_768) == "default"  # a CPU
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(memory, "is_hqq_available", lambda: True)
+    for free, kind in ((24, "default"), (12, "quantized"), (6, "offloaded")):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free * 2**30, 80 * 2**30))
+        assert memory.fitting_kv_cache(llama, 32_768) == kind
+    monkeypatch.setattr(memory, "is_hqq_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (12 * 2**30, 80 * 2**30))
+    assert memory.fitting_kv_cache(llama, 32_768) == "offloaded"
+
+
+def test_the_papers_table_has_its_source_and_its_means(capsys):
+    assert cli.main(["evaluate", "--paper"]) == 0
+    said = capsys.readouterr().out
+    assert "arXiv 2406.07138" in said
+    row = next(line.split() for line in said.splitlines() if line.startswith("cream-yarn"))
+    assert row == ["cream-yarn", "0.734", "0.452"]

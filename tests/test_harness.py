@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from cream_peft import CREAMTrainer, load_adapter, rope
+from cream_peft import CREAMTrainer, cli, load_adapter, rope
 from cream_peft.errors import explain
 from cream_peft.evals import harness
 from cream_peft.evals.harness import HarnessError, run_harness, table_of_harness
@@ -268,3 +268,16 @@ def test_the_table_tells_filters_directions_and_missing_errors_apart():
         "gsm   4        5      ppl ↓             12.0000          -",
         "gsm   4        5      8192              -                0.5000",
     ]
+
+
+def test_the_command_loads_an_adapter_scaled_and_compares_it_with_its_base(ask, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--max_steps", "2", "--output_dir", "run", "--save_strategy", "no"]) == 0
+    command = ["lm-eval", "--tasks", f"choice_{WINDOW}", "--include_path", str(ask.folder), "--limit", "2"]
+    assert cli.main([*command, "--compare", "base=cream-peft-tiny", "tuned=run", "--output_dir", "out"]) == 0
+    base, tuned = ask.used
+    assert base.max_length == 256 and tuned.max_length == 2048
+    found = json.loads((tmp_path / "out" / "tuned.json").read_text())
+    assert found["cream_peft"]["adapter"] == "run" and found["cream_peft"]["target_length"] == 2048
+    said = capsys.readouterr().out
+    assert "base" in said and "tuned" in said and f"choice_{WINDOW}" in said

@@ -223,7 +223,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Accuracy by length (above) and by depth at 2,048 tokens (below), a column for each scaling."""
-    from cream_peft.plots import plt
+    from matplotlib import pyplot as plt
 
     styles = {
         "untuned": ("#aaaaaa", "o", ":"), "contiguous": ("#e08214", "s", "--"), "randpos": ("#8073ac", "v", "--"),
