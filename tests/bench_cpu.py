@@ -1,8 +1,9 @@
-"""Times CREAMTrainer against SFTTrainer, and the position sampler against the authors' preprocessing function.
+"""Times CREAMTrainer against SFTTrainer, the position sampler against the authors' preprocessing function, and the
+answers of evaluate against a plain loop of generate on the same prompts.
 
 python tests/bench_cpu.py --output FILE [--authors CHECKOUT] [--rounds 12] [--steps 120]
 
-Both parts alternate the two sides within one process, step by step or round by round, so that a machine whose speed
+All parts alternate the two sides within one process, step by step or round by round, so that a machine whose speed
 drifts does not decide. The authors' function is taken from src/train.py of a checkout of wutong4012/CREAM; without one
 that part says "not run".
 """
@@ -32,10 +33,13 @@ from trl import SFTConfig, SFTTrainer
 
 from cream_peft import CREAMConfig, CREAMDataCollator, CREAMTrainer
 from cream_peft.collator import ROW_COLUMN
+from cream_peft.evals import embedded
+from cream_peft.evals.generation import answers
+from cream_peft.evals.prompts import Writer
 from cream_peft.model import load_base, load_tokenizer
+from cream_peft.provenance import machine, versions
 from cream_peft.tiny import TINY_ID
 from cream_peft.tiny.recall import training_rows
-from cream_peft.trainer import machine, versions
 
 WINDOW, TARGET, BATCH = 256, 2048, 16
 
@@ -168,6 +172,46 @@ def bench_sampler(checkout: Path | None, rounds: int, examples: int = 256) -> di
     }
 
 
+def plain_answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
+    """What one would write: generate, one prompt after the other."""
+    replies = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+        replies.append(tokenizer.decode(output[0, len(prompt) :]))
+    return replies
+
+
+def bench_answers(rounds: int) -> dict[str, Any]:
+    """Tokens of prompts per second: five keys of one document of 2,048 tokens, and eight needles, one document each."""
+    tokenizer = load_tokenizer(TINY_ID)
+    model = load_base(TINY_ID, target_length=TARGET, rope_scaling_type="ntk", load_in_4bit=False).eval()
+    writer = Writer(tokenizer, "plain")
+    keys = [embedded.kv_prompt(writer, TARGET, depth, 0, 0).tokens for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    needles = [embedded.needle_prompt(writer, TARGET, 0.5, index, 0).tokens for index in range(8)]
+    found = {}
+    for name, prompts, settings in (("one document", keys, {"shared_prefix": True}), ("a batch", needles, {})):
+        seconds: dict[str, list[float]] = {"evaluate": [], "generate": []}
+        for _ in range(rounds):
+            start = time.perf_counter()
+            ours = answers(model, tokenizer, prompts, answer_tokens=1, **settings)
+            middle = time.perf_counter()
+            theirs = plain_answers(model, tokenizer, prompts)
+            seconds["evaluate"].append(middle - start)
+            seconds["generate"].append(time.perf_counter() - middle)
+            assert ours == theirs
+        tokens, ratios = sum(map(len, prompts)), [b / a for a, b in zip(*seconds.values(), strict=True)]
+        found[name] = {
+            "prompts": len(prompts),
+            "tokens": tokens,
+            "tokens_per_second_evaluate": tokens / statistics.median(seconds["evaluate"]),
+            "tokens_per_second_generate": tokens / statistics.median(seconds["generate"]),
+            "times_faster": ratios,
+            "median_times_faster": statistics.median(ratios),
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -188,6 +232,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "trainer": bench_steps(options.steps),
         "sampler": bench_sampler(options.authors, options.rounds),
+        "answers": bench_answers(options.rounds),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
@@ -195,6 +240,8 @@ def main() -> None:
     sampler = results["sampler"]
     faster = sampler if isinstance(sampler, str) else f"{sampler['median_times_faster']:.0f} times faster"
     print(f"sampler and collator against the authors' function: {faster}")
+    for name, answered in results["answers"].items():
+        print(f"answers, {name}: {answered['median_times_faster']:.1f} times as fast as a loop of generate")
     print(f"The figures are in {options.output}")
 
 
