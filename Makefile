@@ -21,10 +21,11 @@ demo: $(READY)  ## extend the embedded tiny model on this CPU and show what chan
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
 	$(BIN)/cream-peft train --position_strategy contiguous --output_dir $(DEMO)/contiguous
 	$(BIN)/cream-peft train --output_dir $(DEMO)/cream
-	$(BIN)/cream-peft evaluate --output_dir $(DEMO)/results --json $(DEMO)/results.json --compare \
+	$(BIN)/cream-peft evaluate --output_dir $(DEMO)/results --json $(DEMO)/results.json \
+		--tasks recall kv_retrieval needle --samples 16 --depths 0.05 0.25 0.5 0.75 0.95 --compare \
 		"untouched base=cream-peft-tiny" "RoPE scaling alone=cream-peft-tiny+ntk" \
 		"plain fine-tune=$(DEMO)/contiguous" "CREAM=$(DEMO)/cream"
-	@$(BIN)/cream-peft plot --output $(DEMO)/accuracy.png \
+	@$(BIN)/cream-peft plot --output $(DEMO)/demo.png \
 		--title "A model with a window of 256 tokens, asked at up to 2,048" \
 		$(DEMO)/results/untouched-base.json $(DEMO)/results/RoPE-scaling-alone.json \
 		$(DEMO)/results/plain-fine-tune.json $(DEMO)/results/CREAM.json

@@ -74,14 +74,20 @@ def test_the_tables_of_the_reproduction_equal_its_json():
         assert [cell.strip() for cell in cells[2]] == [printed(value) for value in found]
 
 
+DEMO_TASKS = ("recall", "kv_retrieval", "needle")
+
+
 def test_the_figures_of_demo_and_bench_equal_their_json():
     demo = json.loads((ROOT / "recipes/cream-peft-tiny/results/demo.json").read_text())
-    for label, result in demo.items():
-        means = " | ".join(f"{value:.2f}" for value in mean_by(result["cells"], "length").values())
-        assert f"| {label} | {means} |" in README
+    for label, result in demo["results"].items():
+        of_task = {task: mean_by([c for c in result["cells"] if c["task"] == task], "length") for task in DEMO_TASKS}
+        means = [*of_task["recall"].values(), *(of_task[task][2048] for task in DEMO_TASKS[1:])]
+        assert f"| {label} | {' | '.join(f'{value:.2f}' for value in means)} |" in README
     clone = json.loads((ROOT / "recipes/cream-peft-tiny/results/fresh-clone.json").read_text())
     seconds = [round(clone[name]) for name in ("setup_seconds", "demo_seconds", "test_seconds")]
     assert "set-up took {} s, the demo {} s and the tests {} s".format(*seconds) in README
     bench = json.loads((ROOT / "recipes/cream-peft-tiny/results/bench-cpu.json").read_text())
     assert f"takes {bench['trainer']['ratio_of_medians']:.2f} times as long" in README
     assert f"{bench['sampler']['median_times_faster']:.0f} times faster than the authors'" in README
+    one, batch = (bench["answers"][name]["median_times_faster"] for name in ("one document", "a batch"))
+    assert f"2,048 tokens {one:.1f} times as fast" in README and f"eight documents is {batch:.1f} times" in README
