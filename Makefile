@@ -48,6 +48,7 @@ chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CU
 	$(BIN)/cream-peft train --config recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml
 
 push: $(READY)  ## publish an adapter: make push ADAPTER=DIR REPO=user/name RESULTS="FILE ..."
+	@test -n "$(ADAPTER)" -a -n "$(REPO)" || { echo 'error: make push ADAPTER=DIR REPO=user/name [RESULTS="FILE ..."]'; exit 2; }
 	$(BIN)/cream-peft push --adapter "$(ADAPTER)" --repo "$(REPO)" $(if $(RESULTS),--results $(RESULTS))
 
 bench-cpu: $(READY)  ## time CREAMTrainer against SFTTrainer (AUTHORS=checkout of wutong4012/CREAM adds the sampler)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import rope
@@ -20,6 +21,7 @@ from .model import load_base, load_tokenizer, resolve_base
 REQUIRED_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_config/config.json", "cream.json"]
 MERGED_FILES = ["config.json", "cream.json"]
 ADAPTER_FILES = [*REQUIRED_FILES, "config.json", "*token*", "*.jinja"]
+DESCRIBED = ("base_model", "pretrained_window", "target_length", "rope_scaling_type")
 CHECKPOINTS = ["last-checkpoint/*", "checkpoint-*/*"]
 SHAPE_FIELDS = (
     "model_type",
@@ -45,7 +47,10 @@ def adapter_folder(repo_or_dir: str | Path, **hub_kwargs: Any) -> Path:
     """The local folder of an adapter: itself, or the snapshot of a Hub repository."""
     if Path(repo_or_dir).is_dir():
         return Path(repo_or_dir)
-    found = snapshot_download(str(repo_or_dir), allow_patterns=ADAPTER_FILES, ignore_patterns=CHECKPOINTS, **hub_kwargs)
+    with about(str(repo_or_dir)):
+        found = snapshot_download(
+            str(repo_or_dir), allow_patterns=ADAPTER_FILES, ignore_patterns=CHECKPOINTS, **hub_kwargs
+        )
     return Path(found)
 
 
@@ -57,6 +62,7 @@ def is_adapter(repo_or_dir: str | Path) -> bool:
 def _refuse_other_base(found: PreTrainedConfig, trained: PreTrainedConfig, scaling: dict[str, Any], name: str) -> None:
     scaled = rope.scaled_config(found, scaling["target_length"], scaling["rope_scaling_type"])
     pairs = [(field, getattr(scaled, field, None), getattr(trained, field, None)) for field in SHAPE_FIELDS]
+    pairs.append(("max_position_embeddings", rope.pretrained_window(found), scaling["pretrained_window"]))
     pairs.append(("rope_parameters", scaled.rope_parameters, trained.rope_parameters))
     for field, got, wanted in pairs:
         if got != wanted:
@@ -104,10 +110,29 @@ def read_description(folder: Path, name: str) -> dict[str, Any]:
                 f"{name} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter "
                 "does not say how its base was scaled; train it again with `cream-peft train`"
             )
+    refuse_damaged(folder, name)
+    description = json.loads((folder / "cream.json").read_text(encoding="utf-8"))
+    missing = [key for key in DESCRIBED if key not in description]
+    if missing:
+        raise AdapterError(f"cream.json of {name} does not say {', '.join(missing)}: get the adapter again")
+    return description
+
+
+def refuse_damaged(folder: Path, name: str) -> None:
+    """Raise an AdapterError for a file of an adapter or merged model that cannot be read, or is missing a part."""
+    index = folder / "model.safetensors.index.json"
     try:
-        return json.loads((folder / "cream.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise AdapterError(f"cream.json of {name} is damaged ({error}): train the adapter again") from error
+        for file in sorted(path for path in folder.glob("*.json") if path != folder / "trainer_state.json"):
+            json.loads(file.read_text(encoding="utf-8"))
+        weights = list(folder.glob("*.safetensors"))
+        if index.is_file():
+            weights += [folder / part for part in set(json.loads(index.read_text())["weight_map"].values())]
+        for file in weights:
+            # The header is held against the file's length.
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(f"{file.name} of {name} is missing or damaged ({error}): get it again") from error
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .evals import mean_by, read_results
+from .evals import mean_by
 from .tiny import TINY_ID
 
 BODY = """# {title}
@@ -109,18 +109,10 @@ def adapter_sha256(folder: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def own_results(folder: Path, description: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Label -> results in <folder>/results that go on the card: this adapter's and those it is compared with.
-
-    Nothing, if none of them was measured on this very adapter: results of an earlier training do not speak for it.
-    """
-    sha256 = description.get("adapter_sha256") or adapter_sha256(folder)
-    found = [read_results(path) for path in sorted((folder / "results").glob("*.json"))]
-    found = [r for r in found if r["cells"] and r["settings"].get("adapter_sha256") in (None, sha256)]
-    found.sort(key=lambda result: result["settings"].get("adapter_sha256") is not None)
-    if not any(result["settings"].get("adapter_sha256") for result in found):
-        return {}
-    return {str(result["settings"].get("label") or result["model"]): result for result in found}
+def is_own(result: dict[str, Any], folder: Path, description: dict[str, Any]) -> bool:
+    """Whether results were measured on the adapter in `folder`, or on the one that a merged model is made of."""
+    found = result["settings"].get("adapter_sha256")
+    return found is not None and found == (description.get("adapter_sha256") or adapter_sha256(folder))
 
 
 def tasks_of(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -142,34 +134,32 @@ def _table(results: dict[str, dict[str, Any]], task: str) -> list[str]:
     for label, found in cells.items():
         values = mean_by(found, "length")
         row = " | ".join(f"{values[length]:.2f}" if length in values else "not run" for length in lengths)
-        lines.append(f"| {label} | {row} |")
+        lines.append(f"| {label.replace('|', '/')} | {row} |")
     return lines
 
 
-def _measured(folder: Path, results: dict[str, dict[str, Any]]) -> str:
-    if not results:
+def _measured(results: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]) -> str:
+    if not own:
         return "Nothing was measured yet."
     lines: list[str] = []
     for task in tasks_of(results):
         lines += [*_table(results, task), ""]
-        if (folder / "results" / f"{task}.png").is_file():
-            lines += [f"![{task} by length and by depth](results/{task}.png)", ""]
-    one = next(result for result in reversed(results.values()) if result["settings"].get("adapter_sha256"))
+        lines += [f"![{task} by length and by depth](results/{task}.png)", ""]
+    one = next(iter(own.values()))
     settings, lengths = one["settings"], sorted({cell["length"] for cell in one["cells"]})
     asked = sorted({sum(cell["samples"] for cell in one["cells"] if cell["length"] == length) for length in lengths})
+    samples = f"{asked[0]:,}" if len(asked) == 1 else f"{asked[0]:,} to {asked[-1]:,}"
     lines.append(
-        f"Samples a length: {asked[0]:,} to {asked[-1]:,}; seed {one['seed']}; {settings.get('machine', 'machine?')}. "
+        f"Samples a length: {samples}; seed {one['seed']}; {settings.get('machine', 'machine?')}. "
         "Every number with its settings lies in `results/*.json`, as `cream-peft evaluate` wrote it."
     )
     return "\n".join(lines)
 
 
-def _eval_results(results: dict[str, dict[str, Any]]) -> list[EvalResult]:
+def _eval_results(own: dict[str, dict[str, Any]]) -> list[EvalResult]:
     """What was measured on this adapter, for the metadata's model-index."""
     found = []
-    for result in results.values():
-        if not result["settings"].get("adapter_sha256"):
-            continue
+    for result in own.values():
         for task in sorted({cell["task"] for cell in result["cells"]}):
             cells = _cells(result, task)
             for length, value in mean_by(cells, "length").items():
@@ -220,9 +210,9 @@ def _training(description: dict[str, Any]) -> str:
     )
 
 
-def _limits(description: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+def _limits(description: dict[str, Any], own: dict[str, dict[str, Any]]) -> str:
     lines = [f"- The target of {description['target_length']:,} tokens is what was trained for, not a promise."]
-    measured = [c["length"] for r in results.values() if r["settings"].get("adapter_sha256") for c in r["cells"]]
+    measured = [cell["length"] for result in own.values() for cell in result["cells"]]
     if measured:
         lines.append(f"- Measured up to {max(measured):,} tokens, with synthetic tasks. Nothing else is known of it.")
     else:
@@ -233,37 +223,45 @@ def _limits(description: dict[str, Any], results: dict[str, dict[str, Any]]) -> 
     return "\n".join(lines)
 
 
-def _metadata(description: dict[str, Any], results: dict[str, dict[str, Any]], title: str) -> ModelCardData:
+def _metadata(description: dict[str, Any], own: dict[str, dict[str, Any]], title: str) -> ModelCardData:
     merged, dataset = description.get("merged"), str((description["recipe"] or {}).get("dataset_name") or "")
     base = description["base_model"]
     return ModelCardData(
         # A local folder's name and the embedded model are nowhere on the Hub.
         base_model=None if base == TINY_ID or description.get("base_is_local") else base,
-        base_model_relation=None if base == TINY_ID else "merge" if merged else "adapter",
+        base_model_relation=None if base == TINY_ID else "finetune" if merged else "adapter",
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
         tags=["cream", "long-context"] + ([] if merged else ["lora"]),
         license=description.get("license"),
         # What is left of a local path has no owner before it.
         datasets=[dataset] if dataset.count("/") == 1 else None,
-        model_name=title if results else None,
-        eval_results=_eval_results(results) or None,
+        model_name=title if own else None,
+        eval_results=_eval_results(own) or None,
     )
 
 
-def render_card(folder: Path, description: dict[str, Any], repo: str | None = None) -> str:
+def render_card(
+    folder: Path,
+    description: dict[str, Any],
+    repo: str | None = None,
+    results: dict[str, dict[str, Any]] | None = None,
+) -> str:
     """The card's text for the adapter (or merged model) in `folder`.
 
     Args:
-        folder: holds adapter_config.json and base_config/, and in results/ what `cream-peft evaluate` wrote.
+        folder: holds adapter_config.json and base_config/.
         description: what cream.json says.
         repo: the Hub id that it will have.
+        results: label -> what `cream-peft evaluate` wrote. Nothing of it goes on the card unless some was measured on
+            this very adapter: results of an earlier training do not speak for it.
     """
     positions, scaling, base = description["positions"], description["rope_scaling_type"], description["base_model"]
     name = repo or "this-repository-or-folder"
     title = repo or f"{base.split('/')[-1]}-{positions['strategy']}-{description['target_length']}"
     title = title.split("/")[-1]
-    results = own_results(folder, description)
+    results = results or {}
+    own = {label: result for label, result in results.items() if is_own(result, folder, description)}
     gguf = LINEAR_GGUF.format(target=description["target_length"]) if scaling == "linear" else ""
     if description.get("merged"):
         usage = MERGED_USAGE.format(name=name, target=description["target_length"], gguf=gguf)
@@ -285,15 +283,20 @@ def render_card(folder: Path, description: dict[str, Any], repo: str | None = No
         strategy=positions["strategy"],
         scaling=f"{scaling} RoPE scaling" if scaling else "no RoPE scaling",
         usage=usage.strip(),
-        measured=_measured(folder, results),
+        measured=_measured(results, own),
         training=_training(description),
         recipe=yaml.safe_dump(description["recipe"] or {"recipe": "not recorded"}, sort_keys=False).strip(),
         versions=", ".join(f"{key} {value}" for key, value in description["versions"].items()),
-        limits=_limits(description, results),
+        limits=_limits(description, own),
     )
-    return f"---\n{_metadata(description, results, title).to_yaml()}\n---\n\n{body}"
+    return f"---\n{_metadata(description, own, title).to_yaml()}\n---\n\n{body}"
 
 
-def write_card(folder: str | Path, description: dict[str, Any], repo: str | None = None) -> None:
+def write_card(
+    folder: str | Path,
+    description: dict[str, Any],
+    repo: str | None = None,
+    results: dict[str, dict[str, Any]] | None = None,
+) -> None:
     """Write README.md, the model card, into an adapter's folder."""
-    ModelCard(render_card(Path(folder), description, repo)).save(Path(folder) / "README.md")
+    ModelCard(render_card(Path(folder), description, repo, results)).save(Path(folder) / "README.md")

@@ -281,6 +281,9 @@ def talk(chat: Chat, lines: Iterable[str], write: Write) -> None:
         for line in map(str.strip, lines):
             if line == "/exit":
                 break
+            if line.startswith("/") and line not in ("/reset", "/tokens"):
+                write(f"{line.split()[0]} is no command: there are /tokens, /reset and /exit\n")
+                continue
             if line == "/reset":
                 chat.messages = []
             if line in ("/reset", "/tokens"):

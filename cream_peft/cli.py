@@ -29,13 +29,15 @@ Every command takes --help, and --debug for the whole traceback of an error. Wit
 recipe of the embedded tiny model.
 """
 GO_ON = {
-    "train": ": --resume_from_checkpoint true goes on from the newest checkpoint",
-    "evaluate": ": the same command goes on where it stopped",
+    "train": ", what was saved stays: --resume_from_checkpoint true goes on from the newest checkpoint",
+    "evaluate": ", what was measured stays: the same command goes on where it stopped",
     "push": ": the same command goes on, and does not send again what has arrived",
 }
 NOISE = {
     # A faster kernel that is looked for on the Hub; what is installed does.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # We say it ourselves.
+    "huggingface_hub.hf_api": "No files have been modified|Removing .* file",
     # That the pad token is the end token, which is meant.
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
     # Both true of a model that was loaded first, as it must be.
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         COMMANDS[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
         _close_progress_bars()
-        print(f"interrupted, what was saved stays{GO_ON.get(arguments[0], '')}", file=sys.stderr)
+        print(f"interrupted{GO_ON.get(arguments[0], '')}", file=sys.stderr)
         return 130
     except Exception as error:
         _close_progress_bars()

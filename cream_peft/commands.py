@@ -170,21 +170,25 @@ def push(arguments: list[str]) -> None:
     parser.add_argument("--license", help="licence in the card's metadata; default: the one on the base's card")
     parser.add_argument("--with-merged", "--with_merged", action="store_true", help="also publish USER/NAME-merged")
     parser.add_argument("--base_model", help="folder or Hub id to take the base from, to merge")
+    parser.add_argument("--merged_dir", metavar="DIR", help="where the merged model is made (default: ADAPTER-merged)")
     options = parser.parse_args(arguments)
     folder = Path(options.adapter)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; `cream-peft train` leaves an adapter in its output_dir")
     from .hub import push_folder
 
-    shared = {"private": options.private or None, "revision": options.revision, "license": options.license}
-    url = push_folder(folder, options.repo, base_model_id=options.base_model_id, results=options.results, **shared)
+    merged = Path(options.merged_dir or f"{folder}-merged")
     if options.with_merged:
         from .merge import merge_adapter
 
-        merged = folder.with_name(f"{folder.name}-merged")
+        # First, so that what cannot be merged is not published in half.
         merge_adapter(folder, merged, base_model=options.base_model)
-        print(f"The merged model is {push_folder(merged, f'{options.repo}-merged', **shared)}")
-    print(f"The adapter is {url}")
+    shared = {"private": options.private or None, "revision": options.revision, "license": options.license}
+    shared["base_model_id"] = options.base_model_id
+    print(f"Published: {push_folder(folder, options.repo, results=options.results, **shared)}")
+    if options.with_merged:
+        print(f"Published: {push_folder(merged, f'{options.repo}-merged', **shared)}")
+        print(f"The merged model stays in {merged}")
 
 
 def check(arguments: list[str]) -> None:
@@ -242,6 +246,11 @@ def _typed() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except KeyboardInterrupt:
+            # Meant for the answer that has just ended, perhaps; the document took long to read.
+            if not sys.stdin.isatty():
+                raise
+            print("\n/exit or Ctrl-D leaves")
 
 
 def chat(arguments: list[str]) -> None:

@@ -119,10 +119,11 @@ def _explain_answer(error: HfHubHTTPError, thing: str) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return NOT_FOUND.format(thing=thing)
     if isinstance(error, RevisionNotFoundError):
-        key = "dataset_revision" if thing.startswith("data set ") else "model_revision"
+        key = "dataset_revision" if thing.startswith("data set ") else "the revision"
         return f"{thing} has no such revision: {key} must be a branch, tag or commit listed at {_page(thing)}"
     if status in (401, 403):
-        return f"the Hub refuses access to {thing} ({status}): run `hf auth login` with a token that may read it"
+        remedy = "set HF_TOKEN, or run `hf auth login`, with a token that may read it"
+        return f"the Hub refuses access to {thing} ({status}): {remedy}"
     if status == 429:
         return f"the Hub refuses more requests for now ({thing}, 429): wait some minutes, or run `hf auth login`"
     return f"the Hub answers {status} for {thing}: try again later, or give a local folder"
@@ -146,6 +147,9 @@ def _explain_hub(chain: list[BaseException], thing: str) -> str | None:
 
 def explain(error: BaseException) -> str:
     """One line for `error`: the thing it is about and the remedy."""
+    if isinstance(error, ValueError) and type(error).__module__.startswith("cream_peft."):
+        # Ours; what it was raised from says less.
+        return " ".join(str(error).split())
     chain = _chain(error)
     thing = _thing(chain)
     line = _explain_hub(chain, thing or "the repository")

@@ -6,18 +6,19 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
 
 from .adapter import read_description
-from .card import adapter_sha256, own_results, tasks_of, write_card
+from .card import is_own, tasks_of, write_card
 from .evals import read_results
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def _explain(error: Exception, repo: str) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 409 if isinstance(error, _Busy) else 0
     permanent = {
         400: f"the Hub refuses {repo} (400): {getattr(error, 'server_message', None) or error}",
-        401: f"the Hub does not accept the token for {repo} (401): run `hf auth login` with one that may write",
+        401: f"the Hub does not accept the token for {repo} (401): set HF_TOKEN, or log in, with one that may write",
         403: f"the token may not write to {repo} (403): use one with write access, or another --repo",
         404: f"{repo} is not on the Hub as far as the token sees (404): check the spelling and --revision",
     }
@@ -137,38 +138,55 @@ def create_repository(repo: str, *, private: bool | None = None, token: str | No
     return repo
 
 
-def name_base(folder: Path, base_model_id: str) -> None:
-    """Put the base's Hub id into an adapter that was trained on a local copy of it."""
-    for file, key in (("cream.json", "base_model"), ("adapter_config.json", "base_model_name_or_path")):
-        path = folder / file
-        if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8")) | {key: base_model_id}
-            content |= {"base_is_local": False} if file == "cream.json" else {}
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def add_results(folder: Path, files: Iterable[str | Path]) -> None:
-    """Copy results of `cream-peft evaluate` to <folder>/results and draw their pictures there.
-
-    Raises:
-        PushError: if none of them was measured on this adapter as it is now.
-    """
-    from .plots import plot_results
-
-    sha256 = adapter_sha256(folder)
-    read = [(Path(file), read_results(file)) for file in files]
-    if read and not any(result["settings"].get("adapter_sha256") == sha256 for _, result in read):
+def _read_results(files: Iterable[str | Path], folder: Path, description: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Label -> results; at least one of them must have been measured on this adapter as it is now."""
+    results: dict[str, dict[str, Any]] = {}
+    for file in files:
+        if not Path(file).is_file():
+            raise PushError(f"no such results file: {file}; `cream-peft evaluate` writes them")
+        result = read_results(file)
+        label = str(result["settings"].get("label") or Path(file).stem)
+        if label in results:
+            raise PushError(f"two results have the label {label!r}: measure one of them again as --compare LABEL=MODEL")
+        results[label] = result
+    if results and not any(result["cells"] and is_own(result, folder, description) for result in results.values()):
         raise PushError(
             f"none of the results was measured on the adapter in {folder} as it is now: run `cream-peft evaluate "
             f"--compare {folder}` again"
         )
-    (folder / "results").mkdir(exist_ok=True)
-    for file, _ in read:
-        if file.resolve().parent != (folder / "results").resolve():
-            shutil.copy(file, folder / "results" / file.name)
-    results = own_results(folder, {})
+    return results
+
+
+def _stage_results(results: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Write results and a picture a task to <folder>/results."""
+    from .plots import plot_results
+
+    (folder / "results").mkdir()
+    for label, result in results.items():
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", label)
+        (folder / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for task in tasks_of(results):
         plot_results(results, folder / "results" / f"{task}.png", task=task)
+
+
+def _name_base(folder: Path, description: dict[str, Any], base_model_id: str | None, api: HfApi) -> dict[str, Any]:
+    """The description with the base's Hub id in it; for an adapter of a local folder it must be given."""
+    if not description.get("base_is_local"):
+        if base_model_id and base_model_id != description["base_model"]:
+            raise PushError(f"{folder} was trained on {description['base_model']}: leave out --base_model_id")
+        return description
+    if not base_model_id:
+        raise PushError(
+            f"{folder} was trained on a local base, the folder {description['base_model']!r}, which nobody else has: "
+            "say its Hub id with base_model_id (--base_model_id)"
+        )
+    _hub_call(lambda: api.model_info(base_model_id), base_model_id)
+    return description | {"base_model": base_model_id, "base_is_local": False}
+
+
+def _put(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _published_files(folder: Path) -> list[Path]:
@@ -185,8 +203,10 @@ def _additions(folder: Path, files: list[Path], below: str, secrets: list[str]) 
             content = path.read_bytes()
             if path.name == "trainer_state.json":
                 content = _without_paths(content)
-            if any(secret.encode() in content for secret in secrets):
-                raise PushError(f"{path} holds your token or a path of this machine: remove it there, then push again")
+            # A vocabulary may well hold "/root/".
+            private = secrets[:1] if path.name.startswith(("tokenizer", "vocab", "merges")) else secrets
+            if any(secret and secret.encode() in content for secret in private):
+                raise PushError(f"{path.name} holds your token or a path of this machine: remove it, then push again")
         additions.append(CommitOperationAdd(below + path.relative_to(folder).as_posix(), content))
     return additions
 
@@ -236,35 +256,59 @@ def push_folder(
         PushError: if the Hub refuses; nothing is published then.
     """
     folder, api = Path(folder), HfApi(token=token)
-    description = read_description(folder, str(folder))
-    if base_model_id:
-        name_base(folder, base_model_id)
-    elif description.get("base_is_local"):
-        raise PushError(
-            f"{folder} was trained on a local base, the folder {description['base_model']!r}, which nobody else has: "
-            "say its Hub id with base_model_id (--base_model_id)"
-        )
-    description = read_description(folder, str(folder))
-    if results:
-        add_results(folder, results)
-    repo = create_repository(repo, private=private, token=token)
+    if "/" not in repo:
+        raise PushError(f"repo {repo!r} is not a Hub id: write user/name")
+    description = _name_base(folder, read_description(folder, str(folder)), base_model_id, api)
+    read = _read_results(results, folder, description)
     description["license"] = license or description.get("license") or _licence_of(description["base_model"], api)
     if not description["license"]:
         logger.warning("the licence of the base is not known: say it with license (--license llama2, apache-2.0, ...)")
-    write_card(folder, description, repo)
+    # In a copy: what is published is made here, and what was trained stays as it is.
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = Path(scratch)
+        for path in _published_files(folder):
+            (staged / path.relative_to(folder)).parent.mkdir(exist_ok=True)
+            (staged / path.relative_to(folder)).symlink_to(path.resolve())
+        for name in ("cream.json", "adapter_config.json", "README.md"):
+            if (staged / name).exists():
+                (staged / name).unlink()
+                shutil.copy(folder / name, staged / name)
+        _put(staged / "cream.json", **description)
+        if (staged / "adapter_config.json").exists():
+            _put(staged / "adapter_config.json", base_model_name_or_path=description["base_model"])
+        if read:
+            _stage_results(read, staged)
+        write_card(staged, description, repo, read)
+        secrets = [token or get_token() or "", str(folder.resolve()), str(Path.home()) + "/"]
+        additions = _additions(staged, _published_files(staged), "", secrets)
+        if checkpoint_in_repo:
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NEVER_PUBLISHED]
+            additions += _additions(folder, files, f"{checkpoint_in_repo}/", secrets)
+        repo = create_repository(repo, private=private, token=token)
+        return _commit(api, repo, additions, message or _message(description), revision)
 
-    secrets = [secret for secret in (token or get_token(), str(folder.resolve()), str(Path.home()) + "/") if secret]
-    additions = _additions(folder, _published_files(folder), "", secrets)
-    if checkpoint_in_repo:
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NEVER_PUBLISHED]
-        additions += _additions(folder, files, f"{checkpoint_in_repo}/", secrets)
+
+def _message(description: dict[str, Any]) -> str:
+    return f"{description['base_model']} to {description['target_length']} tokens with cream-peft"
+
+
+def _commit(api: HfApi, repo: str, additions: list[CommitOperationAdd], message: str, revision: str | None) -> str:
     if revision:
         _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
-    message = message or f"{description['base_model']} to {description['target_length']} tokens with cream-peft"
+    before = _hub_call(lambda: api.model_info(repo, revision=revision), repo)
+    there = {sibling.rfilename for sibling in before.siblings or []}
+    mine = {addition.path_in_repo for addition in additions}
+    if ("adapter_config.json" in mine and "config.json" in there) or (
+        "config.json" in mine and "adapter_config.json" in there
+    ):
+        raise PushError(f"{repo} holds the other kind, an adapter or a merged model: give each a repository of its own")
 
     def commit() -> str:
         # Made anew for each try: the client refuses operations that it has sent before.
         fresh = [CommitOperationAdd(addition.path_in_repo, addition.path_or_fileobj) for addition in additions]
-        return api.create_commit(repo, fresh, commit_message=message, revision=revision).commit_url
+        done = api.create_commit(repo, fresh, commit_message=message, revision=revision)
+        if done.oid == before.sha:
+            logger.info("%s holds all of this already: nothing was changed", repo)
+        return done.commit_url
 
     return _hub_call(commit, repo)

@@ -147,6 +147,12 @@ def _open(
         with about(subject.name):
             config = AutoConfig.from_pretrained(resolve_base(subject.name))
         window = rope.pretrained_window(config)
+        merged = Path(subject.name) / "cream.json"
+        if merged.is_file():
+            description = read_description(merged.parent, subject.name)
+            settings |= {key: description[key] for key in ("pretrained_window", "target_length", "rope_scaling_type")}
+            settings["adapter_sha256"] = description.get("adapter_sha256")
+            return None, settings, description["base_model"], config
         settings |= {"rope_scaling_type": subject.rope_scaling_type, "pretrained_window": window}
         settings["target_length"] = options.target_length or factor * window
         return None, settings, subject.name, config

@@ -93,7 +93,7 @@ def _fill(wrapped: PeftModel, file: Path) -> None:
     # PEFT saves the base's own embeddings beside a LoRA on them.
     try:
         saved = {key: tensor for key, tensor in load_file(file).items() if not key.endswith(".base_layer.weight")}
-    except SafetensorError as error:
+    except SafetensorError as error:  # only the header was looked at before
         raise MergeError(f"{file.name} is damaged ({error}): get the adapter again") from error
     for key in sorted(saved.keys() | expected.keys()):
         if key not in saved or key not in expected or saved[key].shape != expected[key].shape:
@@ -195,10 +195,12 @@ def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: s
 def _refuse_output(output: Path, base_folder: Path) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
+    if output.is_file():
+        raise MergeError(f"{output} is a file: name a folder for the merged model")
     note = output / "cream.json"
     merged = note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("merged")
     if not merged or output.samefile(base_folder):
-        raise MergeError(f"{output} holds other things than an earlier merge, or the base: choose another output_dir")
+        raise MergeError(f"{output} is neither empty nor an earlier merge: choose another output_dir (--output)")
 
 
 def _peak_memory() -> float | None:
@@ -273,6 +275,8 @@ def merge_adapter(
         MergeError: naming what cannot be merged, read or written.
     """
     start = time.perf_counter()
+    if isinstance(max_shard_size, str) and not re.fullmatch(r"[\d.]+ *[KMGT]i?B", max_shard_size, re.IGNORECASE):
+        raise MergeError(f"max_shard_size {max_shard_size!r} is no size: write 500MB or 2GB")
     if dtype not in (None, *DTYPES):
         raise MergeError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}, or leave it out to keep the base's")
     adapter = open_adapter(repo_or_dir, base_model=base_model, revision=revision, **hub_kwargs)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from cream_peft import cli, load_adapter, rope
 from cream_peft.adapter import AdapterError
 from cream_peft.check import check_adapter
+from cream_peft.merge import merge_adapter
 from cream_peft.recipe import parse_recipe
 from cream_peft.tiny import base_folder
 from cream_peft.train import run_recipe
@@ -84,6 +85,16 @@ def test_the_table_is_also_json(adapter, tmp_path, capsys):
     assert cli.main(["check", "--adapter", str(adapter), "--json", str(tmp_path / "check.json")]) == 0
     rows, printed = json.loads((tmp_path / "check.json").read_text()), capsys.readouterr().out
     assert len(rows) == 6 and all(row["item"] in printed and row["found"] in printed for row in rows)
+
+
+def test_a_merged_model_is_no_base_and_is_checked_for_what_it_is(adapter, tmp_path):
+    merge_adapter(adapter, tmp_path / "merged")
+    with pytest.raises(AdapterError, match="max_position_embeddings is 2048, trained with 256"):
+        load_adapter(adapter, base_model=str(tmp_path / "merged"))
+    assert verdicts(tmp_path / "merged") == {"kind": "ok", "extended": "ok", "RoPE": "ok", "plain load": "ok"}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    assert verdicts(tmp_path / "merged") == {"RoPE": "wrong"}
 
 
 def test_another_base_of_the_same_shape_is_refused_by_its_weights(adapter, tmp_path):

@@ -60,7 +60,7 @@ DATA = ["train", "--max_steps", "1", "--dataset_name"]
 MODEL = ["train", "--max_steps", "1", "--model_name_or_path"]
 
 MISTAKES = {
-    "an unknown command": (["trian"], ["unknown command 'trian'", "train, evaluate, plan, plot"]),
+    "an unknown command": (["trian"], ["unknown command 'trian'", "train, evaluate, lm-eval, plan, plot, push, check, merge, chat"]),
     "a misspelt key": (
         ["train", "--config", "misspelt.yaml"],
         ["misspelt.yaml", "'learning_rat'", "did you mean 'learning_rate'?"],
@@ -226,12 +226,12 @@ def test_the_recall_task_refuses_a_model_of_another_vocabulary(line_of, folder, 
     make_model(vocab_size=400, max_position_embeddings=256).save_pretrained(folder / "other")
     for file in base_folder().glob("tokenizer*"):
         shutil.copy(file, folder / "other")
-    line = line_of(["evaluate", "--compare", "./other", "--lengths", "256", "--no_4bit"], after_progress=True)
-    assert "task recall is made of the embedded model's 385 tokens; this model has 400" in line
+    line = line_of(["evaluate", "--compare", "./other", "--tasks", "recall", "--no_4bit"])
+    assert "task recall is for the embedded model's vocabulary, ./other has another" in line
 
 
 def test_a_length_that_the_recall_task_cannot_make_is_refused(line_of):
-    line = line_of(["evaluate", "--lengths", "100"], after_progress=True)
+    line = line_of(["evaluate", "--tasks", "recall", "--lengths", "100"], after_progress=True)
     assert "multiple of 4 and at least 228 tokens, got 100" in line
 
 
@@ -368,7 +368,7 @@ OTHER_ANSWERS = [
         ["train", "--config", "llama-2.yaml", "--use_cpu", "true"],
         ["meta-llama/Llama-2-7b-hf is gated", "accept its terms"],
     ),
-    ([*MODEL, "o/tiny", "--model_revision", "v9"], ["o/tiny has no such revision", "model_revision"]),
+    ([*MODEL, "o/tiny", "--model_revision", "v9"], ["o/tiny has no such revision", "branch, tag or commit"]),
     ([*DATA, "o/columns", "--dataset_revision", "v9"], ["data set o/columns has no such revision", "dataset_revision"]),
     ([*DATA, "o/columns", "--dataset_train_split", "valid"], ["o/columns", '"valid"', "train"]),
     ([*DATA, "o/two", "--dataset_config", "c"], ["data set o/two has no configuration 'c'", "'a', 'b'"]),

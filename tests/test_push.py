@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub
+from hub_server import Hub, Repository
 from huggingface_hub import ModelCard, constants
 
-from cream_peft.adapter import read_description
+from cream_peft import cli
+from cream_peft.adapter import AdapterError, read_description
 from cream_peft.card import adapter_sha256
 from cream_peft.hub import PushError, push_folder
+from cream_peft.merge import merge_adapter
 from cream_peft.recipe import parse_recipe
 from cream_peft.tiny import base_folder
 from cream_peft.train import run_recipe
@@ -150,7 +152,14 @@ def test_the_base_of_a_local_folder_must_be_named_by_its_hub_id(hub, adapter):
     )
     with pytest.raises(PushError, match="trained on a local base, the folder 'my-base'"):
         push_folder(adapter, REPO)
+    before = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
+    for wrong, said in (("owner/bsae", "owner/bsae is not on the Hub"), ("not an id", "is not a Hub id")):
+        with pytest.raises(PushError, match=said):
+            push_folder(adapter, REPO, base_model_id=wrong)
+    assert f"models/{REPO}" not in hub.repositories  # nothing was made for a push that was refused
+    hub.repositories["models/owner/base"] = Repository()
     push_folder(adapter, REPO, base_model_id="owner/base")
+    assert before == {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
     sent = files(hub)
     assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "owner/base"
     assert json.loads(sent["cream.json"])["base_model"] == "owner/base" and b"my-base" not in sent["README.md"]
@@ -173,18 +182,61 @@ def test_the_card_has_what_was_measured_and_says_where_nothing_was(hub, adapter,
     assert f'load_adapter("{REPO}")' in card.content and "`results/*.json`" in card.content
     assert card.data.license == "apache-2.0" and card.data.library_name == "peft"
     card.validate()
-    # The card stays when the adapter is pushed again without results.
-    push_folder(adapter, REPO)
-    assert files(hub)["README.md"] == sent["README.md"]
+    # What was trained stays as it was: what is published is made in a copy.
+    assert not (adapter / "results").exists() and "Nothing was measured yet" in (adapter / "README.md").read_text()
 
 
 def test_results_of_another_training_do_not_speak_for_this_adapter(hub, adapter, tmp_path):
     with pytest.raises(PushError, match="none of the results was measured on the adapter"):
         push_folder(adapter, REPO, results=[results_of(tmp_path, "0" * 64)])
-    (adapter / "results").mkdir(exist_ok=True)
-    results_of(adapter / "results", "0" * 64)
+    (tmp_path / "other").mkdir()
+    same_label = [results_of(tmp_path, adapter_sha256(adapter)), results_of(tmp_path / "other", "0" * 64)]
+    with pytest.raises(PushError, match="two results have the label 'CREAM'"):
+        push_folder(adapter, REPO, results=same_label)
+    # Beside its own it is a comparison: in the table, not in the metadata.
+    push_folder(adapter, REPO, results=[same_label[0], results_of(tmp_path, "0" * 64, "PoSE", 0.5)])
+    card = ModelCard(files(hub)["README.md"].decode())
+    assert "| PoSE | 0.50 | 0.50 |" in card.content
+    assert {result.metric_value for result in card.data.eval_results} == {0.75}
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "cream.json"])
+def test_a_damaged_adapter_is_not_published(hub, adapter, name):
+    content = (adapter / name).read_bytes()
+    (adapter / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(AdapterError, match=f"{name} of .* is missing or damaged"):
+        push_folder(adapter, REPO)
+    assert not hub.repositories
+
+
+def test_a_merged_model_and_an_adapter_do_not_share_a_repository(hub, adapter, tmp_path):
+    merge_adapter(adapter, tmp_path / "merged")
     push_folder(adapter, REPO)
-    assert b"Nothing was measured yet." in files(hub)["README.md"]
+    with pytest.raises(PushError, match="holds the other kind"):
+        push_folder(tmp_path / "merged", REPO)
+    assert set(files(hub)) == COMPLETE | {".gitattributes"}
+    push_folder(tmp_path / "merged", f"{REPO}-merged")
+    sent = files(hub, f"{REPO}-merged")
+    assert {"config.json", "model.safetensors", "cream.json", "README.md", "tokenizer.json"} <= set(sent)
+    assert b"A merged model" in sent["README.md"]
+    (tmp_path / "merged" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(AdapterError, match=r"model.safetensors of .* is missing or damaged"):
+        push_folder(tmp_path / "merged", f"{REPO}-merged")
+
+
+def test_the_command_prints_the_line_that_names_the_repository_and_the_remedy(hub, adapter, capsys):
+    for status, said in ((401, "does not accept the token for someone/adapter"), (403, "may not write"), (503, "503")):
+        hub.fail("create", status, times=None)
+        assert cli.main(["push", "--adapter", str(adapter), "--repo", REPO]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("error: ") and said in line and REPO in line
+        hub.recover()
+    assert cli.main(["push", "--adapter", str(adapter), "--repo", "adapter"]) == 2
+    assert "'adapter' is not a Hub id: write user/name" in capsys.readouterr().err
+    assert cli.main(["push", "--adapter", str(adapter), "--repo", REPO, "--with-merged"]) == 0
+    assert capsys.readouterr().out.count("Published: ") == 2 and set(hub.repositories) == {
+        f"models/{REPO}", f"models/{REPO}-merged",
+    }  # fmt: skip
 
 
 def test_the_card_takes_licence_base_and_data_from_the_recipe(hub, adapter):
