@@ -60,7 +60,7 @@ DATA = ["train", "--max_steps", "1", "--dataset_name"]
 MODEL = ["train", "--max_steps", "1", "--model_name_or_path"]
 
 MISTAKES = {
-    "an unknown command": (["trian"], ["unknown command 'trian'", "train, evaluate, lm-eval, plan, plot, push, check, merge, chat"]),
+    "an unknown command": (["trian"], ["unknown command 'trian'", "train, evaluate, lm-eval, plan, plot, push, check"]),
     "a misspelt key": (
         ["train", "--config", "misspelt.yaml"],
         ["misspelt.yaml", "'learning_rat'", "did you mean 'learning_rate'?"],
@@ -226,7 +226,7 @@ def test_the_recall_task_refuses_a_model_of_another_vocabulary(line_of, folder, 
     make_model(vocab_size=400, max_position_embeddings=256).save_pretrained(folder / "other")
     for file in base_folder().glob("tokenizer*"):
         shutil.copy(file, folder / "other")
-    line = line_of(["evaluate", "--compare", "./other", "--tasks", "recall", "--no_4bit"])
+    line = line_of(["evaluate", "--compare", "./other", "--tasks", "recall", "--no_4bit"], after_progress=True)
     assert "task recall is for the embedded model's vocabulary, ./other has another" in line
 
 
