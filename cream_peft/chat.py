@@ -14,9 +14,7 @@ from peft import PeftModel
 from tqdm import trange
 from transformers import (
     Cache,
-    DynamicCache,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     QuantizedCache,
     StoppingCriteriaList,
@@ -27,9 +25,9 @@ from transformers.utils import is_hqq_available
 
 from . import rope
 from .adapter import load_adapter
+from .evals.generation import KV_CACHES, new_cache
 
 Write = Callable[[str], Any]
-KV_CACHES = ("default", "quantized", "offloaded")
 PREFILL_CHUNK = 2048
 """Tokens read at once: attention then needs this times the length, never the length squared."""
 WITH_DOCUMENT = "Here is a document. Questions about it follow.\n\n{document}\n\n{question}"
@@ -79,16 +77,6 @@ def read_document(path: str | Path) -> str:
     if not text:
         raise ChatError(f"{path} is empty: it must hold the text to talk about")
     return text
-
-
-def new_cache(kind: str, config: PreTrainedConfig) -> Cache:
-    """An empty cache of keys and values."""
-    if kind == "quantized":
-        # Groups within a token. Those of HQQ's axis 0 change whenever tokens are added, and the whole cache is rounded
-        # anew each time: after four times its error is 0.17 of the keys' norm, not 0.09. HQQ packs an even number of
-        # groups only, which 32 gives wherever heads times head size divide by 64.
-        return QuantizedCache("hqq", config, axis_key=1, axis_value=1, q_group_size=32)
-    return DynamicCache(config=config, offloading=kind == "offloaded")
 
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer) -> list[int]:
@@ -244,7 +232,7 @@ class Chat:
         surplus = len(cached) - shared
         # A quantized cache is called croppable, but crop leaves what is quantized as it is.
         if cache is None or (surplus and (isinstance(cache, QuantizedCache) or any(cache.is_sliding))):
-            return new_cache(self.settings.kv_cache, self.model.config), 0
+            return new_cache(self.model.config, self.settings.kv_cache), 0
         if surplus:
             cache.crop(-surplus)
         return cache, shared

@@ -273,7 +273,7 @@ def test_settings_that_cannot_be_had_are_refused_before_a_model_is_loaded(monkey
     for settings, reason in [
         ({"kv_cache": "quantized"}, "pip install hqq"),
         ({"kv_cache": "offloaded"}, "CUDA"),
-        ({"kv_cache": "small"}, "default, quantized, offloaded"),
+        ({"kv_cache": "small"}, "default, offloaded, quantized"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"temperature": -1.0}, "at least 0"),
     ]:
@@ -307,7 +307,7 @@ def test_a_quantized_cache_is_smaller_and_started_over_rather_than_cropped(make_
     quantized.ask("k003", silent)
     assert sum(read) > 200
 
-    cache = new_cache("quantized", quantized.model.config)
+    cache = new_cache(quantized.model.config, "quantized")
     quantized.model(torch.ones(1, 64, dtype=torch.long), past_key_values=cache)
     assert isinstance(cache, QuantizedCache) and cache.is_croppable
     with pytest.raises(IndexError):  # control: why _take_cache does not ask is_croppable
