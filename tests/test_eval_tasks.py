@@ -527,8 +527,7 @@ def test_perplexity_is_measured_at_its_length_or_refused(llama, tokenizer):
 def test_a_cache_that_this_machine_cannot_have_is_refused_with_a_remedy(monkeypatch, llama):
     config = llama().config
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("is_hqq_available", "is_optimum_quanto_available"):
-        monkeypatch.setattr(generation, name, lambda: False)
+    monkeypatch.setattr(generation, "is_hqq_available", lambda: False)
     for kind, line in [("quantized", "pip install hqq"), ("offloaded", "use kv_cache=default"), ("8bit", "use one of")]:
         with pytest.raises(TaskError, match=line):
             generation.new_cache(config, kind)
