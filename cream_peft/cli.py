@@ -20,13 +20,14 @@ commands:
   lm-eval   the field's own benchmarks: cream-peft lm-eval --adapter ID_OR_DIR --tasks longbench,ruler,hellaswag
   plan      peak memory of a recipe and the cards that it fits: cream-peft plan --config recipe.yaml
   plot      draw results: cream-peft plot RESULTS.json [...] --output picture.png
+  bench     train a recipe on random weights: peak memory and speed here: cream-peft bench --config recipe.yaml
   push      publish an adapter on the Hub: cream-peft push --adapter DIR --repo user/name
   check     what an adapter is, and what a plain load makes of it: cream-peft check --adapter ID_OR_DIR
   merge     put an adapter into its 16-bit base: cream-peft merge --adapter ID_OR_DIR --output DIR
   chat      talk to an adapter, over a long document: cream-peft chat --adapter ID_OR_DIR --document FILE
 
-Every command takes --help, and --debug for the whole traceback of an error. Without --config, train and plan take the
-recipe of the embedded tiny model.
+Every command takes --help, and --debug for the whole traceback of an error. Without --config, train, plan and bench
+take the recipe of the embedded tiny model.
 """
 GO_ON = {
     "train": ", what was saved stays: --resume_from_checkpoint true goes on from the newest checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _write_json(path: str | None, content: Any) -> None:
-    if path:
+    if path and _speaks():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(f"The same as JSON: {path}")
+
+
+def _speaks() -> bool:
+    """Whether this is the one process, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def train(arguments: list[str]) -> None:
@@ -43,6 +49,8 @@ def train(arguments: list[str]) -> None:
     from .train import run_recipe
 
     summary = run_recipe(parse_recipe(rest))
+    if not _speaks():
+        return
     print(f"\n{'loss':<16}{summary['loss']:.3f} (mean over the run, {summary['steps']} steps in all)")
     print(f"{'time':<16}{summary['seconds']:.0f} s")
     print(f"{'redrawn':<16}{summary['redrawn']} draws held no label, {summary['unlabelled']} examples none at all")
@@ -102,30 +110,51 @@ def lm_eval(arguments: list[str]) -> None:
 
 
 def plan(arguments: list[str]) -> None:
-    """Print the peak memory of a recipe, term by term, and the cards that it fits."""
-    parser = _Parser(prog="cream-peft plan", description=plan.__doc__, allow_abbrev=False)
-    parser.add_argument("--gpu", help="a card's name or its memory, such as 'RTX 4090' or 8GB")
-    parser.add_argument("--json", metavar="FILE")
+    """Print what a recipe needs: peak memory term by term, for training and for evaluation with each cache, hours on a
+    list of cards, and what to change where it does not fit. No GPU and no weights are needed."""
+    parser = _Parser(
+        prog="cream-peft plan", description=plan.__doc__, allow_abbrev=False,
+        epilog="Every key of a recipe is an option too, such as --context_length 8192 or --memory low: `cream-peft "
+        "train --help` lists them. What is set nowhere has the recipe class's default.",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help="recipe, such as those under recipes/ (default: the embedded)")
+    parser.add_argument("--gpu", help="plan for this card alone: its name or its memory, such as 'RTX 4090' or 8GB")
+    parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
     options, rest = parser.parse_known_args(arguments)
-    from . import memory
+    from .cards import find_card, parse_gpu
+    from .plan import lines_of
     from .recipe import parse_recipe
     from .train import base_config, plan_of
 
-    gib = memory.parse_gpu(options.gpu) if options.gpu else None
-    recipe = parse_recipe(rest)
-    planned = plan_of(recipe, base_config(recipe))
-    for term, size in planned["terms"].items():
-        print(f"{term:<28}{size:8.2f} GiB")
-    print()
-    cards = planned["cards"]
-    if gib is not None:
-        cards = [{"card": options.gpu, "gib": gib, "fits": planned["terms"]["total"] <= gib}]
-    for card in cards:
-        print(f"{card['card']:<28}{card['gib']:8.1f} GiB  {'fits' if card['fits'] else 'does not fit'}")
-    for line in planned["advice"]:
+    cards = {find_card(options.gpu) or options.gpu: parse_gpu(options.gpu)} if options.gpu else None
+    recipe = parse_recipe([*(["--config", options.config] if options.config is not None else []), *rest])
+    planned = plan_of(recipe, base_config(recipe), cards)
+    for line in lines_of(planned):
         print(line)
-    print("Planned from the architecture; not measured on these cards.")
-    _write_json(options.json, {**planned, "cards": cards})
+    _write_json(options.json, planned)
+
+
+def bench(arguments: list[str]) -> None:
+    """Train a recipe for some steps on random weights and documents: peak memory and speed, with plan beside them."""
+    parser = _Parser(
+        prog="cream-peft bench", description=bench.__doc__, allow_abbrev=False,
+        epilog="Every key of a recipe is an option too, see cream-peft train --help.",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help="recipe (default: the embedded one)")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps, the first is a warm-up (default: 5)")
+    limited = "use no more of the GPU than this: 8GB, or a card's name"
+    parser.add_argument("--memory_limit", "--memory-limit", metavar="GPU", help=limited)
+    parser.add_argument("--json", metavar="FILE", help="write what was measured as JSON")
+    options, rest = parser.parse_known_args(arguments)
+    from .bench import bench_recipe, lines_of, parse_bench
+    from .cards import parse_gpu
+
+    limit = parse_gpu(options.memory_limit) if options.memory_limit else None
+    config = ["--config", options.config] if options.config is not None else []
+    measured = bench_recipe(parse_bench([*config, *rest], options.steps), limit)
+    for line in lines_of(measured):
+        print(line)
+    _write_json(options.json, measured)
 
 
 def plot(arguments: list[str]) -> None:
@@ -283,6 +312,7 @@ COMMANDS = {
     "lm-eval": lm_eval,
     "plan": plan,
     "plot": plot,
+    "bench": bench,
     "push": push,
     "check": check,
     "merge": merge,

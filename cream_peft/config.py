@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.training_args import OptimizerNames
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from .model import default_dtype
+from .model import default_dtype, expand_cuda_segments
 from .positions import POSITION_STRATEGIES
 from .rope import ROPE_SCALING_TYPES
 
 SHORT_DOCUMENTS = ("shrink", "skip", "join")
+MEMORY_SETTINGS = ("default", "low")
 DEFAULT_FACTOR = 8
 
 
@@ -73,6 +75,28 @@ class CREAMConfig(SFTConfig):
         default=None,
         metadata={"help": "Licence on the model card, as the Hub names it. None: the one on the base's card."},
     )
+    memory: str = field(
+        default="default",
+        metadata={
+            "help": "low: an 8-bit paged optimizer, layer checkpoints kept in main memory, and a CUDA allocator that "
+            "grows its segments. Each of optim and activation_offloading that you set yourself stays as you set it."
+        },
+    )
+    optim: OptimizerNames | None = field(
+        default=None,
+        metadata={"help": f"Optimizer. None: {SFTConfig.optim}, or paged_adamw_8bit with memory=low."},
+    )
+    activation_offloading: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep what the forward pass leaves for the backward pass (with gradient checkpointing each "
+            "layer's input) in main memory. None: true with memory=low, else false. Without a GPU it does nothing."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Whether DDP looks for parameters without a gradient in every step. An adapter has none."},
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Set by the trainer to target_length; not to be set by hand."}
     )
@@ -91,8 +115,10 @@ class CREAMConfig(SFTConfig):
             raise ValueError(f"sigma={self.sigma} goes with position_strategy=cream, got {self.position_strategy}")
         if self.sigma is not None and self.sigma <= 0:
             raise ValueError(f"sigma={self.sigma} must be above 0 (half-windows)")
+        _one_of("memory", self.memory, MEMORY_SETTINGS)
         self._check_lengths()
         self._refuse_packing()
+        self._choose_memory()
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_gpu and not self.fp16 and default_dtype() == torch.bfloat16
@@ -121,6 +147,16 @@ class CREAMConfig(SFTConfig):
                 f"max_length={self.max_length} is not for you to set: TRL would cut documents there before positions "
                 "are drawn. Set context_length (tokens fed) and target_length (tokens reached) instead"
             )
+
+    def _choose_memory(self) -> None:
+        """What `memory` decides, where it was left open. Chunked logits and 16-bit embeddings are for every setting."""
+        low = self.memory == "low"
+        if self.optim is None:
+            self.optim = OptimizerNames.PAGED_ADAMW_8BIT if low else SFTConfig.optim
+        if self.activation_offloading is None:
+            self.activation_offloading = low
+        if low and not self.use_cpu:
+            expand_cuda_segments()
 
     def _refuse_packing(self) -> None:
         for name in ("packing", "eval_packing", "padding_free"):

@@ -31,9 +31,11 @@ NOT_FOUND = (
     "login` if it is private"
 )
 NO_CONFIG = "{thing} holds no config.json that says model_type: give a Hub id or a folder of a whole model"
+MEMORY_RAN_OUT = "memory ran out"
+"""How a message or a note of ours begins that says more; `explain` prints it."""
 OUT_OF_MEMORY = (
-    "memory ran out: lower context_length or per_device_train_batch_size, or set gradient_checkpointing=true; "
-    "`cream-peft plan` shows what takes how much"
+    f"{MEMORY_RAN_OUT}: in training set memory=low, or lower context_length or per_device_train_batch_size; in "
+    "evaluation lower --lengths; `cream-peft plan` shows what takes how much"
 )
 REWORDED = (
     (r"Dataset .* is a gated dataset.*authenticated.*", NOT_LOGGED_IN),
@@ -73,7 +75,6 @@ REWORDED = (
         "{thing} has model_type {kind}, which this transformers does not know: use another base, or upgrade it",
     ),
     (r".*FlashAttention.*", "{text} Leave attn_implementation out to use what this machine has"),
-    (r".*(can't allocate memory|out of memory).*", OUT_OF_MEMORY),
 )
 """What the libraries say, and what we say where theirs names no thing or no remedy."""
 
@@ -145,6 +146,15 @@ def _explain_hub(chain: list[BaseException], thing: str) -> str | None:
     return None
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` comes of too little memory; not every library has an exception for that."""
+    return any(
+        isinstance(link, torch.OutOfMemoryError | MemoryError)
+        or re.search("can't allocate memory|out of memory", str(link))
+        for link in _chain(error)
+    )
+
+
 def explain(error: BaseException) -> str:
     """One line for `error`: the thing it is about and the remedy."""
     if isinstance(error, ValueError) and type(error).__module__.startswith("cream_peft."):
@@ -155,8 +165,9 @@ def explain(error: BaseException) -> str:
     line = _explain_hub(chain, thing or "the repository")
     if line:
         return line
-    if any(isinstance(link, torch.OutOfMemoryError | MemoryError) for link in chain):
-        return OUT_OF_MEMORY
+    if ran_out_of_memory(error):
+        said = [text for link in chain for text in (str(link), *getattr(link, "__notes__", ()))]
+        return next((text for text in said if text.startswith(MEMORY_RAN_OUT)), OUT_OF_MEMORY)
     text = " ".join(str(error).split())
     for pattern, line in REWORDED:
         found = re.fullmatch(pattern, text)

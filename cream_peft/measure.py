@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import memory, rope
+from . import rope
 from .adapter import adapter_folder, is_adapter, load_adapter, read_description
 from .card import adapter_sha256
 from .config import DEFAULT_FACTOR
@@ -20,6 +20,7 @@ from .errors import about
 from .evals import TASKS, evaluate
 from .evals.harness import run_harness
 from .evals.prompts import STYLES
+from .fit import fitting_kv_cache
 from .model import load_base, load_tokenizer, resolve_base
 from .provenance import machine, versions
 from .tiny.recall import VOCABULARY_SIZE
@@ -196,7 +197,7 @@ def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[
     model, tokenizer = _load(subject, folder, settings, options)
     kv_cache = options.kv_cache
     if kv_cache == "auto":
-        kv_cache = memory.fitting_kv_cache(config, max(lengths), options.batch_size or 1)
+        kv_cache = fitting_kv_cache(config, max(lengths), options.batch_size or 1)
     given = {task: dict(own) for task, own in task_options.items()}
     for task in given:
         if task in TAKEN_BY["chunk_length"]:

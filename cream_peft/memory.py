@@ -2,43 +2,35 @@
 
 The stack described: NF4 base with double quantization (or bf16), embeddings, norms and head in bf16, LoRA in fp32
 under bf16 autocast, sdpa or flash attention, TRL's chunked LM head. tests/test_memory.py checks the terms against
-real allocations; cuda_context is an assumption.
+real allocations; cuda_context is an assumption. plan.py makes cards, hours and advice of them.
 """
 
 import copy
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import is_hqq_available
 
 GIB = 2**30
-
-# A little below the name: the total capacity that torch reports to a process.
-CARDS: dict[str, float] = {
-    "RTX 4060 8GB": 7.6,
-    "RTX 3060 12GB": 11.7,
-    "RTX 4070 12GB": 11.7,
-    "T4 16GB": 14.6,
-    "RTX 4060 Ti 16GB": 15.6,
-    "RTX 4080 16GB": 15.6,
-    "L4 24GB": 22.0,
-    "RTX 3090 24GB": 23.6,
-    "RTX 4090 24GB": 23.6,
-    "RTX 5090 32GB": 31.4,
-    "A100 40GB": 39.4,
-    "A100 80GB": 79.1,
-    "H100 80GB": 79.1,
-}
 
 # Assumed: 0.3 to 0.5 GiB for the CUDA context and its kernels, the rest for cuBLAS workspaces and fragmentation.
 CUDA_CONTEXT_GIB = 0.75
 
 # Tokens and vocabulary that TRL 1.16 puts through the LM head at a time (trl/kernels/chunked_logprob.py).
 LM_HEAD_TILE = (4096, 32_768)
+
+# Layer inputs that TRL 1.16 still has on the GPU when it offloads activations (OffloadActivations.max_fwd_stash_size).
+OFFLOAD_STASH = 5
+
+KV_CACHES = ("default", "quantized", "offloaded")
+# Tokens read at once into a cache, as `cream-peft chat` does.
+PREFILL_CHUNK = 2048
+# HQQ in 4 bits: half a byte, and in 16 bits a scale and a zero per group of 32.
+HQQ_BYTES = 0.5 + 2 * 2 / 32
+# While HQQ 0.2.8 quantizes the keys of a layer, bytes for each of them on a GPU: old and new keys and values in 16 bits
+# (8), the keys in fp32 and fp16 (6), and eight fp16 tensors of its solver (16; hqq/core/optimize.py).
+HQQ_WORK_BYTES = 8 + 6 + 16
 
 _FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _FIELDS += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
@@ -53,6 +45,7 @@ _ARCHITECTURES: dict[str, tuple[Any, ...]] = {
     "mistralai/Mistral-7B-v0.3": ("mistral", 32_768, 4096, 14_336, 32, 32, 8, 32_768, 1e-5, {"rope_theta": 1e6}),
     "Qwen/Qwen3-8B-Base": ("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 32_768, 1e-6, {"rope_theta": 1e6}),
 }
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # The architecture of the recipes' bases, so that planning needs no network.
 EMBEDDED_CONFIGS = {name: dict(zip(_FIELDS, values, strict=True)) for name, values in _ARCHITECTURES.items()}
 EMBEDDED_CONFIGS["mistralai/Mistral-7B-v0.3"]["sliding_window"] = None
@@ -60,12 +53,11 @@ EMBEDDED_CONFIGS["mistralai/Mistral-7B-v0.3"]["sliding_window"] = None
 
 def embedded_config(model_id: str) -> PreTrainedConfig | None:
     """The config of one of the recipes' bases; None for any other."""
-    if model_id not in EMBEDDED_CONFIGS:
-        return None
-    return AutoConfig.for_model(**copy.deepcopy(EMBEDDED_CONFIGS[model_id]))
+    fields = EMBEDDED_CONFIGS.get(model_id)
+    return AutoConfig.for_model(**copy.deepcopy(fields)) if fields else None
 
 
-def _widths(config: PreTrainedConfig) -> tuple[int, int]:
+def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
     """Features of the queries, and of the keys."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_attention_heads * head_size, config.num_key_value_heads * head_size
@@ -79,7 +71,7 @@ def _linears(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     if problems:
         reason = f"memory of model_type {config.model_type!r} cannot be estimated, its config has {problems[0]}"
         raise ValueError(f"{reason}: use a dense decoder (llama, mistral, qwen2, qwen3)")
-    hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, _widths(config)
+    hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
     attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
     feed_forward = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
     return attention | {"o_proj": (queries, hidden)} | feed_forward
@@ -91,7 +83,7 @@ def _small_parameters(config: PreTrainedConfig) -> int:
     biased += ("q_proj", "k_proj", "v_proj", "o_proj") if getattr(config, "attention_bias", False) else ()
     biased += ("gate_proj", "up_proj", "down_proj") if getattr(config, "mlp_bias", False) else ()
     biases = sum(_linears(config)[name][1] for name in biased)
-    head_norms = 2 * _widths(config)[0] // config.num_attention_heads if config.model_type == "qwen3" else 0
+    head_norms = 2 * attention_widths(config)[0] // config.num_attention_heads if config.model_type == "qwen3" else 0
     return config.num_hidden_layers * (biases + 2 * config.hidden_size + head_norms) + config.hidden_size
 
 
@@ -99,10 +91,14 @@ def _embedding_parameters(config: PreTrainedConfig) -> int:
     return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
+def linear_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the decoder layers' linears."""
+    return config.num_hidden_layers * sum(inputs * outputs for inputs, outputs in _linears(config).values())
+
+
 def parameter_count(config: PreTrainedConfig) -> int:
     """Parameters of the base, embeddings and head included."""
-    layer = sum(inputs * outputs for inputs, outputs in _linears(config).values())
-    return config.num_hidden_layers * layer + _small_parameters(config) + _embedding_parameters(config)
+    return linear_parameters(config) + _small_parameters(config) + _embedding_parameters(config)
 
 
 def _nf4_bytes(parameters: int) -> int:
@@ -112,7 +108,8 @@ def _nf4_bytes(parameters: int) -> int:
     return math.ceil(parameters / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)
 
 
-def _targets(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> dict[str, tuple[int, int]]:
+def target_linears(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(in features, out features) of the linears of a layer that get an adapter."""
     linears = _linears(config)
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     unknown = [name for name in names if name not in linears and name != "all-linear"]
@@ -123,7 +120,7 @@ def _targets(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> d
 
 def _layer_bytes(config: PreTrainedConfig, targets: dict, tokens: int, rank: int, dropout: bool, four_bit: bool) -> int:
     """What one decoder layer keeps for its backward pass: bf16, but for the norms' fp32 inputs."""
-    hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, _widths(config)
+    hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
     norms = 4 * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
     # Queries, keys, values, output, and an fp32 log-sum-exp per head. A frozen linear keeps nothing of its input.
     attention = 2 * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
@@ -141,10 +138,47 @@ def _layer_bytes(config: PreTrainedConfig, targets: dict, tokens: int, rank: int
     return tokens * (norms + attention + gate_silu_up + inputs + 2 * rank * len(targets)) + adapter_copy
 
 
+def _beside(config: PreTrainedConfig) -> dict[str, int]:
+    """Features that a layer holds, without gradients, while each of its linears runs: the residual, and what earlier
+    linears made."""
+    inner, (queries, keys) = config.hidden_size + config.intermediate_size, attention_widths(config)
+    attention = {"q_proj": 0, "k_proj": queries, "v_proj": queries + keys, "o_proj": 2 * queries}
+    return attention | {"gate_proj": config.hidden_size, "up_proj": inner, "down_proj": inner}
+
+
 def _optimizer_bytes(optim: str) -> float:
     """State per trained parameter: Adam's two moments, in fp32 or in 8 bits with an fp32 maximum per block of 256.
     An optimizer not known here counts as Adam in fp32."""
     return 0 if optim == "sgd" else 2 + 8 / 256 if "8bit" in optim else 8
+
+
+def _resident(config: PreTrainedConfig, targets: dict, lora_r: int, load_in_4bit: bool) -> dict[str, float]:
+    """Bytes that stay from the first step to the last."""
+    sizes = [inputs * outputs for inputs, outputs in _linears(config).values()]
+    layer = sum(map(_nf4_bytes, sizes)) if load_in_4bit else 2 * sum(sizes)
+    return {
+        "weights": config.num_hidden_layers * layer + 2 * _small_parameters(config),
+        "embeddings_and_head": 2 * _embedding_parameters(config),
+        "adapter": 4 * trained_parameters(config, lora_r, list(targets)),
+    }
+
+
+def trained_parameters(config: PreTrainedConfig, lora_r: int, target_modules: str | Sequence[str]) -> int:
+    """Parameters of the LoRA adapter."""
+    return config.num_hidden_layers * lora_r * sum(map(sum, target_linears(config, target_modules).values()))
+
+
+def _dequantized_bytes(config: PreTrainedConfig, load_in_4bit: bool) -> int:
+    """bitsandbytes turns one linear at a time into 16 bits, and its blocks' maxima into fp32, forward and backward."""
+    largest = max(inputs * outputs for inputs, outputs in _linears(config).values())
+    return 2 * largest + largest // 16 if load_in_4bit else 0
+
+
+def _in_gib(terms: dict[str, float], *phases: tuple[str, ...]) -> dict[str, float]:
+    """GiB, and in total: of the terms in `phases`, which are never there together, only the largest phase counts."""
+    sums = [sum(terms[name] for name in phase) for phase in phases]
+    terms["total"] = sum(terms.values()) - sum(sums) + max(sums)
+    return {term: size / GIB for term, size in terms.items()}
 
 
 def estimate(
@@ -155,116 +189,111 @@ def estimate(
     load_in_4bit: bool = True,
     lora_r: int = 16,
     lora_dropout: float = 0.05,
-    target_modules: str | Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    target_modules: str | Sequence[str] = ATTENTION,
     gradient_checkpointing: bool = True,
+    checkpoint_offload: bool = False,
     optim: str = "adamw_torch",
 ) -> dict[str, float]:
     """GiB by term at the peak of a training step.
 
     checkpoints is what the forward pass leaves for the backward pass: each layer's input, or without
-    gradient_checkpointing all that it keeps. recomputation is the layer in hand: what it keeps when run again, and the
-    gradients and the dequantized weight passing through it. logits is the LM head and the last norm, over before the
-    layers' backward pass: total has the larger of recomputation and logits, and every other term.
+    gradient_checkpointing all that it keeps; with checkpoint_offload the layer inputs not yet in main memory.
+    recomputation is the layer in hand: what it keeps when run again, and the gradients passing through it;
+    quantization its largest weight in 16 bits. logits is the LM head and the last norm, over before the layers'
+    backward pass: total has the larger of recomputation with quantization and logits, and every other term.
     """
     tokens = context_length * per_device_train_batch_size
-    targets, hidden, layers = _targets(config, target_modules), config.hidden_size, config.num_hidden_layers
-    sizes = [inputs * outputs for inputs, outputs in _linears(config).values()]
-    trained = layers * lora_r * sum(inputs + outputs for inputs, outputs in targets.values())
+    targets, hidden, layers = target_linears(config, target_modules), config.hidden_size, config.num_hidden_layers
+    resident = _resident(config, targets, lora_r, load_in_4bit)
     kept = _layer_bytes(config, targets, tokens, lora_r, lora_dropout > 0, load_in_4bit)
     # The feed-forward's bf16 gradients (three, or two once down_proj's LoRA let go of its input) and the residual's.
-    gradients = hidden + (2 if "down_proj" in targets else 3) * config.intermediate_size
-    passing = 2 * tokens * gradients + (2 * max(sizes) if load_in_4bit else 0)
+    passing = 2 * tokens * (hidden + (2 if "down_proj" in targets else 3) * config.intermediate_size)
+    inputs_kept = min(layers, OFFLOAD_STASH) if checkpoint_offload else layers
     # The last norm's fp32 input, and the larger of its backward pass (four fp32 tensors and one in bf16) and the head:
     # a tile of logits, the scored hidden states and their gradient in fp32 and bf16.
     tile = 2 * min(tokens, LM_HEAD_TILE[0]) * LM_HEAD_TILE[1]
     head = tokens * hidden * 4 + max(tokens * hidden * (4 * 4 + 2), tile + tokens * hidden * (2 + 4 + 2))
-    terms = {
-        "weights": layers * sum(map(_nf4_bytes, sizes) if load_in_4bit else [2 * size for size in sizes])
-        + 2 * _small_parameters(config),
-        "embeddings_and_head": 2 * _embedding_parameters(config),
-        "adapter": 4 * trained,
-        "gradients": 4 * trained,
-        "optimizer": _optimizer_bytes(optim) * trained,
-        "checkpoints": layers * (2 * tokens * hidden if gradient_checkpointing else kept),
+    terms = resident | {
+        "gradients": resident["adapter"],
+        "optimizer": _optimizer_bytes(optim) * resident["adapter"] / 4,
+        "checkpoints": inputs_kept * 2 * tokens * hidden if gradient_checkpointing else layers * kept,
         "recomputation": passing + (kept if gradient_checkpointing else 0),
+        "quantization": _dequantized_bytes(config, load_in_4bit),
         "logits": head,
         "cuda_context": CUDA_CONTEXT_GIB * GIB,
     }
-    terms["total"] = sum(terms.values()) - min(terms["recomputation"], terms["logits"])
-    return {term: size / GIB for term, size in terms.items()}
+    return _in_gib(terms, ("recomputation", "quantization"), ("logits",))
 
 
-def _savings(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Settings that need less, those that cost the least first."""
-    yield {"gradient_checkpointing": True}
-    yield {"per_device_train_batch_size": 1}
-    yield {"load_in_4bit": True}
-    for halvings in range(1, max(1, (settings["context_length"] // 1024).bit_length())):
-        yield {"context_length": settings["context_length"] >> halvings}
-    yield {"optim": "paged_adamw_8bit"}
-    yield {"lora_r": min(8, settings.get("lora_r", 16))}
+def estimate_validation(
+    config: PreTrainedConfig,
+    *,
+    eval_length: int,
+    per_device_eval_batch_size: int = 1,
+    load_in_4bit: bool = True,
+    lora_r: int = 16,
+    target_modules: str | Sequence[str] = ATTENTION,
+    optim: str = "adamw_torch",
+) -> dict[str, float]:
+    """GiB by term while the trainer computes the loss of held-out documents of `eval_length` tokens, between steps.
 
-
-def advise(config: PreTrainedConfig, gib: float, **settings: Any) -> dict[str, Any] | None:
-    """The change of `settings` that makes the recipe fit into `gib` GiB: {} if it does already, None if none does."""
-    changes: dict[str, Any] = {}
-    for saving in [{}, *_savings(settings)]:
-        changes |= saving
-        if estimate(config, **settings | changes)["total"] <= gib:
-            break
-    else:
-        return None
-    for name in list(changes):
-        without = {key: value for key, value in changes.items() if key != name}
-        if estimate(config, **settings | without)["total"] <= gib:
-            changes = without
-    return changes
-
-
-def plan(config: PreTrainedConfig, **settings: Any) -> dict[str, Any]:
-    """{"terms": GiB by term, "cards": which of CARDS fit, "advice": a line for those that do not}."""
-    terms = estimate(config, **settings)
-    cards = [{"card": card, "gib": gib, "fits": terms["total"] <= gib} for card, gib in CARDS.items()]
-    advice = []
-    for gib in sorted({card["gib"] for card in cards if not card["fits"]}):
-        names = " or ".join(card["card"] for card in cards if card["gib"] == gib)
-        changes = advise(config, gib, **settings)
-        listed = ", ".join(f"{name}: {str(value).lower()}" for name, value in (changes or {}).items())
-        advice.append(f"{names}: fits with {listed}" if listed else f"{names}: no settings fit, a smaller base may")
-    return {"terms": terms, "cards": cards, "advice": advice}
-
-
-def parse_gpu(text: str) -> float:
-    """GiB of a card by its name ("RTX 4090") or by its memory ("8GB"; GB is read as GiB, as on the box)."""
-    amount = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", text, re.IGNORECASE)
-    if amount and float(amount[1]) > 0:
-        return float(amount[1])
-    # Its memory may be left out (A100 is then two cards), or its unit.
-    plain = {name: re.sub("nvidia|geforce|tesla", "", name.lower()) for name in (*CARDS, text)}
-    words = {name: re.findall(r"[a-z]+|\d+", plain[name]) for name in plain}
-    matches = [card for card in CARDS if words[text] in (words[card], words[card][:-1], words[card][:-2])]
-    if len(matches) > 1:
-        raise ValueError(f"GPU {text!r} can be {' or '.join(matches)}: say which")
-    if matches:
-        return CARDS[matches[0]]
-    raise ValueError(f"GPU {text!r} is not known: give its memory (8GB), or one of {', '.join(CARDS)}")
-
-
-def kv_cache_bytes(config: PreTrainedConfig, length: int, batch_size: int = 1) -> int:
-    """Bytes of the 16-bit keys and values of `batch_size` sequences of `length` tokens."""
-    _, keys = _widths(config)
-    return 2 * 2 * config.num_hidden_layers * keys * length * batch_size
-
-
-def fitting_kv_cache(config: PreTrainedConfig, length: int, batch_size: int = 1) -> str:
-    """The fastest KV cache that fits what the GPU has free: default (16-bit), quantized (4-bit) or offloaded.
-
-    On a CPU always default. A quarter is left for what is computed meanwhile; a quantized cache takes about a third of
-    the 16-bit one, scales and the tokens not yet quantized included.
+    activations, with quantization, is a layer in hand; logits the LM head after the last: the larger one counts.
     """
-    if not torch.cuda.is_available():
-        return "default"
-    free, needed = 0.75 * torch.cuda.mem_get_info()[0], kv_cache_bytes(config, length, batch_size)
-    if needed <= free:
-        return "default"
-    return "quantized" if needed / 3 <= free and is_hqq_available() else "offloaded"
+    tokens, hidden, inner = eval_length * per_device_eval_batch_size, config.hidden_size, config.intermediate_size
+    targets = target_linears(config, target_modules)
+    terms = _resident(config, targets, lora_r, load_in_4bit)
+    terms["optimizer"] = _optimizer_bytes(optim) * terms["adapter"] / 4
+    # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, and beside them the
+    # feed-forward's three products, or a linear's output and its adapter's, twice, for its scaling, and on a 16-bit
+    # base the linear's input in fp32.
+    beside, copied = _beside(config), 0 if load_in_4bit else 2
+    widths = [3 * outs + beside[name] + copied * ins for name, (ins, outs) in targets.items()]
+    tile = 2 * min(tokens, LM_HEAD_TILE[0]) * LM_HEAD_TILE[1]
+    terms |= {
+        "activations": 2 * tokens * (3 * hidden + max(hidden + 3 * inner, *widths)),
+        "quantization": _dequantized_bytes(config, load_in_4bit),
+        "logits": tile + 2 * tokens * 3 * hidden,
+        "cuda_context": CUDA_CONTEXT_GIB * GIB,
+    }
+    return _in_gib(terms, ("activations", "quantization"), ("logits",))
+
+
+def estimate_evaluation(
+    config: PreTrainedConfig,
+    *,
+    length: int,
+    kv_cache: str = "default",
+    load_in_4bit: bool = True,
+    lora_r: int = 16,
+    target_modules: str | Sequence[str] = ATTENTION,
+) -> dict[str, float]:
+    """GiB by term when a document of `length` tokens is read into a cache of keys and values, PREFILL_CHUNK tokens at a
+    time, by a model with its adapter in fp32 and no autocast, with the logits of the last token only.
+
+    kv_cache: default (16 bits), quantized (HQQ, 4 bits) or offloaded (in main memory; the layer in hand and the next
+    are on the GPU). attention is adding to a layer's cache and attending to it, activations, with quantization, a
+    linear with its adapter: both over a chunk, and only the larger one counts. On sdpa, which takes a mask there.
+    """
+    targets, hidden, inner = target_linears(config, target_modules), config.hidden_size, config.intermediate_size
+    tokens, (queries, keys) = min(PREFILL_CHUNK, length), attention_widths(config)
+    layer, layers = 4 * keys * length, config.num_hidden_layers
+    cached = {"default": layers * layer, "quantized": layers * HQQ_BYTES * layer / 2, "offloaded": 2 * layer}
+    # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, and a mask of one byte.
+    throughout = tokens * (6 * hidden + length)
+    # Old and new keys together; then a 16-bit mask, and keys and values repeated for queries that share them.
+    adding = keys * length * (HQQ_WORK_BYTES if kv_cache == "quantized" else 2) + tokens * (2 * queries + 4 * keys)
+    shared = 4 * queries * length if 1 < config.num_key_value_heads < config.num_attention_heads else 0
+    attending = (layer if kv_cache == "quantized" else 0) + shared + tokens * (2 * length + 4 * queries)
+    # The feed-forward's three products in 16 bits; or a linear's output in 16 bits and its adapter's input in fp32, and
+    # output, twice, for its scaling.
+    beside = _beside(config)
+    widths = [4 * ins + 10 * outs + 2 * beside[name] for name, (ins, outs) in targets.items()]
+    terms = _resident(config, targets, lora_r, load_in_4bit) | {
+        "kv_cache": cached[kv_cache],
+        "attention": throughout + max(adding, attending),
+        "activations": throughout + tokens * max(2 * hidden + 6 * inner, *widths),
+        "quantization": _dequantized_bytes(config, load_in_4bit),
+        "logits": 6 * config.vocab_size,
+        "cuda_context": CUDA_CONTEXT_GIB * GIB,
+    }
+    return _in_gib(terms, ("attention",), ("activations", "quantization"))

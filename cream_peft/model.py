@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,10 +21,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import rope
 from .errors import about
 from .tiny import TINY_ID, base_folder
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def resolve_base(name: str) -> str:
@@ -36,6 +41,16 @@ def default_dtype() -> torch.dtype:
         return torch.float32
     # torch counts slow emulation in unless told otherwise.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def expand_cuda_segments() -> None:
+    """Let torch's CUDA allocator grow its segments, which leaves less unused, unless the user has set the allocator up.
+    Not through the environment: importing bitsandbytes wakes CUDA, and by then that has been read."""
+    if not torch.cuda.is_available() or any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        return
+    # torch 2.13 deprecates the second name.
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    change("expandable_segments:True")
 
 
 def default_attention(dtype: torch.dtype) -> str:
@@ -57,11 +72,31 @@ def quantization_config(
     )
 
 
+def base_options(arguments: Any) -> dict[str, Any]:
+    """`load_base`'s options of a recipe's model arguments (TRL's ModelConfig names)."""
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype not in (None, "auto") else default_dtype()
+    options = {"dtype": dtype, "load_in_4bit": arguments.load_in_4bit}
+    options["attn_implementation"] = arguments.attn_implementation
+    if arguments.load_in_4bit:
+        storage = getattr(torch, arguments.bnb_4bit_quant_storage or "", None)
+        kind, double = arguments.bnb_4bit_quant_type, arguments.use_bnb_nested_quant
+        options["quantization_config"] = quantization_config(dtype, kind, double, storage)
+    return options
+
+
 def keep_4bit_trainable_on_cpu(model: nn.Module) -> None:
     """Switch off the packed AVX512-BF16 product of bitsandbytes: after one evaluation it has no gradient."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def keep_adapter_in_fp32(model: nn.Module, given: dict[str, torch.Tensor]) -> None:
+    """Undo TRL's cast of QLoRA adapters to bf16, where most updates at usual learning rates are rounded away. `given`
+    holds an adapter's values from before the cast, by name."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
 
 
 def load_base(
@@ -78,7 +113,8 @@ def load_base(
     """Load a base model, scaled to `target_length` tokens and quantized, ready for an adapter.
 
     Embeddings, norms and head are loaded in `dtype` and stay there: no fp32 copies are made. `config` is the unscaled
-    config to use instead of the one found beside the weights; other keyword arguments go to from_pretrained.
+    config to use instead of the one found beside the weights; with a `state_dict` too nothing is read from `name`.
+    Other keyword arguments go to from_pretrained, which quantizes one weight at a time.
 
     Raises:
         RopeError: a base without RoPE, or a scaling that does not fit it.
@@ -92,10 +128,15 @@ def load_base(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype or default_dtype()
     if load_in_4bit:
         kwargs.setdefault("quantization_config", quantization_config(dtype))
-    if torch.cuda.is_available():
+    # ZeRO-3 places the shards itself.
+    if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
+    loader: Any = AutoModelForCausalLM
+    if "state_dict" in kwargs:
+        # The auto class takes no weights without a name.
+        loader, source = MODEL_FOR_CAUSAL_LM_MAPPING[type(scaled)], None
     with about(name):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = loader.from_pretrained(
             source,
             config=scaled,
             dtype=dtype,

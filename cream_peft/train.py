@@ -9,16 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig, PrinterCallback, ProgressCallback
 
 from . import memory, rope
-from .config import CREAMModelArguments
 from .data import DataError, load_documents, prepare_columns
 from .errors import about
+from .fit import allowed_gib, memory_explained, plan_of, shortage
 from .hub import PushError
-from .model import default_dtype, load_base, load_tokenizer, lora_config, quantization_config, resolve_base
+from .model import base_options, load_base, load_tokenizer, lora_config, resolve_base
 from .provenance import peak_gib
 from .recipe import Recipe, RecipeError
 from .trainer import CREAMTrainer
@@ -65,22 +64,6 @@ def base_config(recipe: Recipe) -> PreTrainedConfig:
         )
 
 
-def plan_of(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
-    """Peak memory of the recipe on this base, see `memory.plan`."""
-    recipe.run.resolve(rope.pretrained_window(config))
-    return memory.plan(
-        config,
-        context_length=recipe.run.context_length,
-        per_device_train_batch_size=recipe.run.per_device_train_batch_size,
-        load_in_4bit=recipe.model.load_in_4bit,
-        lora_r=recipe.model.lora_r,
-        lora_dropout=recipe.model.lora_dropout,
-        target_modules=recipe.model.lora_target_modules,
-        gradient_checkpointing=bool(recipe.run.gradient_checkpointing),
-        optim=str(getattr(recipe.run.optim, "value", recipe.run.optim)),
-    )
-
-
 def _check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Refuse at once what this machine cannot train."""
     recipe.run.resolve(rope.pretrained_window(config))
@@ -90,21 +73,19 @@ def _check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
     except ValueError as error:
         logger.warning("memory is not planned: %s", error)
         return
-    if not torch.cuda.is_available():
+    gib = allowed_gib()
+    if gib is None:
         if parameters > CPU_PARAMETERS and not recipe.run.use_cpu:
             raise RecipeError(
                 f"{recipe.model.model_name_or_path} has {parameters / 1e9:.1f} billion parameters and this machine has "
                 "no CUDA GPU: `make demo` shows the method on a CPU, `cream-peft plan` shows which GPU the recipe fits"
             )
         return
-    # What is free is counted without the context, which exists by now.
-    needed = planned["terms"]["total"] - planned["terms"]["cuda_context"]
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if needed > free:
-        raise RecipeError(
-            f"this recipe needs about {needed:.1f} GiB and the GPU has {free:.1f} GiB free: lower context_length, or "
-            "see `cream-peft plan`"
-        )
+    for part in ("terms", "validation"):
+        # The context exists by now.
+        if planned[part] and planned[part]["total"] - planned[part]["cuda_context"] > gib:
+            line = shortage(recipe, config, gib, part == "validation")
+            raise RecipeError(f"this recipe does not fit: {line}; `cream-peft plan` shows every term")
 
 
 def _load_tokenizer(recipe: Recipe) -> Any:
@@ -158,23 +139,13 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _load_model(recipe: Recipe) -> Any:
-    arguments: CREAMModelArguments = recipe.model
-    named = arguments.dtype if arguments.dtype not in (None, "auto") else None
-    dtype = getattr(torch, named) if named else default_dtype()
-    options: dict[str, Any] = {"trust_remote_code": recipe.run.trust_remote_code, "revision": arguments.model_revision}
-    if arguments.load_in_4bit:
-        storage = arguments.bnb_4bit_quant_storage
-        options["quantization_config"] = quantization_config(
-            dtype, arguments.bnb_4bit_quant_type, arguments.use_bnb_nested_quant, getattr(torch, storage or "", None)
-        )
     return load_base(
-        arguments.model_name_or_path,
+        recipe.model.model_name_or_path,
         target_length=recipe.run.target_length,
         rope_scaling_type=recipe.run.rope_scaling_type,
-        load_in_4bit=arguments.load_in_4bit,
-        dtype=dtype,
-        attn_implementation=arguments.attn_implementation,
-        **options,
+        trust_remote_code=recipe.run.trust_remote_code,
+        revision=recipe.model.model_revision,
+        **base_options(recipe.model),
     )
 
 
@@ -222,9 +193,16 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
     """Train the recipe's adapter, save it complete in output_dir, and return a summary of the run."""
     if recipe.run.model_init_kwargs:
         raise RecipeError("model_init_kwargs is for Python: a recipe has dtype, attn_implementation, model_revision")
-    _check_machine(recipe, base_config(recipe))
+    config = base_config(recipe)
+    _check_machine(recipe, config)
     checkpoint = _checkpoint(recipe)
     _make_output_dir(Path(recipe.run.output_dir), checkpoint is not None)
+    with memory_explained(recipe, config):
+        return _train(recipe, checkpoint)
+
+
+def _train(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
+    """What `run_recipe` does once the recipe is checked."""
     tokenizer = _load_tokenizer(recipe)
     documents, held_out = load_data(recipe, tokenizer)
     run = recipe.run

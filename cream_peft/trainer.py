@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
@@ -23,14 +23,13 @@ from .card import write_card
 from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
-from .model import keep_4bit_trainable_on_cpu, load_base, load_tokenizer, make_tokenizer_readable
+from .model import keep_4bit_trainable_on_cpu, keep_adapter_in_fp32, load_base, load_tokenizer, make_tokenizer_readable
 from .positions import SIGMA_PER_FACTOR
 from .proof import prove_positions
 from .provenance import machine, peak_gib, versions
 from .tiny import TINY_ID, base_folder
 
 logger = logging.getLogger(__name__)
-
 
 
 class _SetEpoch(TrainerCallback):
@@ -66,6 +65,9 @@ class CREAMTrainer(SFTTrainer):
         args = args if args is not None else CREAMConfig()
         if not isinstance(args, CREAMConfig):
             raise TypeError(f"args must be a CREAMConfig, got {type(args).__name__}")
+        if args.device.type == "cpu":
+            # There is nowhere to offload from, and TRL's offloading fails when it looks for a GPU.
+            args.activation_offloading = False
         self.recipe: dict[str, Any] = {}
         self.seconds: float | None = None
         model = self._scaled_model(model, args, kwargs.pop("quantization_config", None))
@@ -80,9 +82,8 @@ class CREAMTrainer(SFTTrainer):
                 "would number the documents anew. Set it to 0, or do not stream"
             )
         self._training_documents = train_dataset
-        given = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        if not isinstance(model, PeftModel):
-            given = {}
+        handed_over = model.named_parameters() if isinstance(model, PeftModel) else ()
+        given = {name: p.detach().clone() for name, p in handed_over if p.requires_grad}
 
         served_template, template = tokenizer.chat_template, None
         if args.assistant_only_loss:
@@ -105,11 +106,9 @@ class CREAMTrainer(SFTTrainer):
             self._set_epoch = _SetEpoch(self.data_collator)
             self.add_callback(self._set_epoch)
         keep_4bit_trainable_on_cpu(self.model)
-        if isinstance(self.model, PeftModel):
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    # TRL casts QLoRA adapters to bf16, where most updates at usual learning rates are rounded away.
-                    parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
+        # DeepSpeed keeps fp32 copies of its own, and gathers parameters of one dtype only.
+        if isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:
+            keep_adapter_in_fp32(self.model, given)
 
     def _scaled_model(self, model: Any, args: CREAMConfig, quantization_config: Any) -> nn.Module:
         if isinstance(model, str):
@@ -167,7 +166,9 @@ class CREAMTrainer(SFTTrainer):
         start = time.perf_counter()
         output = super().train(*args, **kwargs)
         self.seconds = time.perf_counter() - start
-        return output
+        # transformers averages over the ranks when it logs, and leaves the steps since then as each rank had them.
+        losses = gather_object([output.training_loss])
+        return output._replace(training_loss=sum(losses) / len(losses))
 
     def prove_positions(self) -> None:
         """Show that positions arrive and attention crosses the segments, see `proof.prove_positions`."""

@@ -248,10 +248,11 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(command, monkeypatch, capsy
 def test_too_little_gpu_memory_is_said_before_anything_is_loaded(line_of, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (4 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (5 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: 1.0, raising=False)
     line = line_of(["train", "--config", "llama-2.yaml", "--use_cpu", "true"])
-    assert re.search(r"needs about [5-9]\.\d GiB and the GPU has 4\.0 GiB free", line)
-    assert "lower context_length" in line
+    assert re.search(r"the plan is [5-9]\.\d GiB, most for weights .* has 5\.0 GiB for it: set \w+: \w+", line)
+    assert "`cream-peft plan`" in line
 
 
 def test_memory_that_runs_out_while_training_is_said_with_its_remedies(line_of, monkeypatch):
@@ -261,7 +262,8 @@ def test_memory_that_runs_out_while_training_is_said_with_its_remedies(line_of, 
             raise RuntimeError("in a wrapper") from error
 
         monkeypatch.setattr(train, "run_recipe", run_out)
-        assert "memory ran out: lower context_length" in line_of(["train"])
+        line = line_of(["train"])
+        assert all(remedy in line for remedy in ("memory ran out", "memory=low", "context_length", "--lengths"))
 
 
 def test_an_error_that_nobody_foresaw_names_its_type_and_points_to_debug():

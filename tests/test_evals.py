@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from cream_peft import cli, memory
+from cream_peft import cli, fit, memory
 from cream_peft.evals import mean_by, recall, runner
 from cream_peft.evals.table import table_of
 from cream_peft.measure import Subject
@@ -183,16 +183,15 @@ def test_what_cannot_be_measured_is_said_in_one_line(arguments, said, tmp_path, 
 
 def test_the_kv_cache_is_chosen_by_what_the_gpu_has_free(monkeypatch):
     llama = memory.embedded_config("meta-llama/Llama-2-7b-hf")
-    assert memory.kv_cache_bytes(llama, 32_768) == 16 * 2**30
-    assert memory.fitting_kv_cache(llama, 32_768) == "default"  # a CPU
+    assert fit.fitting_kv_cache(llama, 32_768) == "default"  # a CPU
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(memory, "is_hqq_available", lambda: True)
+    monkeypatch.setattr(fit, "is_hqq_available", lambda: True)
     for free, kind in ((24, "default"), (12, "quantized"), (6, "offloaded")):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free * 2**30, 80 * 2**30))
-        assert memory.fitting_kv_cache(llama, 32_768) == kind
-    monkeypatch.setattr(memory, "is_hqq_available", lambda: False)
+        assert fit.fitting_kv_cache(llama, 32_768) == kind
+    monkeypatch.setattr(fit, "is_hqq_available", lambda: False)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (12 * 2**30, 80 * 2**30))
-    assert memory.fitting_kv_cache(llama, 32_768) == "offloaded"
+    assert fit.fitting_kv_cache(llama, 32_768) == "offloaded"
 
 
 def test_the_papers_table_has_its_source_and_its_means(capsys):

@@ -1,0 +1,219 @@
+"""Trains a recipe for some steps on random weights and random documents: peak memory and speed, with plan beside them.
+
+What is measured is the real trainer on the real architecture; neither weights nor documents are downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PrinterCallback, ProgressCallback, TrainerCallback
+
+from . import memory
+from .cards import TFLOPS, find_card
+from .fit import memory_explained, plan_of
+from .model import base_options, load_base, load_tokenizer, lora_config
+from .plan import training_flops
+from .provenance import machine, versions
+from .recipe import Recipe, RecipeError, parse_recipe
+from .tiny import TINY_ID
+from .train import CPU_PARAMETERS, base_config
+from .trainer import CREAMTrainer
+
+MOST_ACCUMULATION = 2
+"""With two micro-batches a step gradients are there during a forward pass, as in a long one; more only take longer."""
+FIXED = "--save_strategy no --eval_strategy no --logging_strategy no --load_best_model_at_end false --report_to none "
+FIXED += "--push_to_hub false --assistant_only_loss false --short_documents shrink --disable_tqdm true"
+"""Keys of a recipe that would save, publish, or need a tokenizer and documents of their own."""
+SETTINGS = ("memory", "optim", "activation_offloading", "gradient_checkpointing", "per_device_train_batch_size")
+
+
+class _Clock(TrainerCallback):
+    """When each step ended, the GPU's work included."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def parse_bench(arguments: list[str], steps: int) -> Recipe:
+    """The recipe of `[--config FILE] [--field value ...]` for `steps` optimizer steps of at most two micro-batches."""
+    if steps < 2:
+        raise RecipeError(f"--steps {steps} must be at least 2: the first step is a warm-up")
+    recipe = parse_recipe([*arguments, *FIXED.split()])
+    run = recipe.run
+    run.max_steps, run.gradient_accumulation_steps = steps, min(run.gradient_accumulation_steps, MOST_ACCUMULATION)
+    # They name things of the base's own tokenizer.
+    run.chat_template_path = run.eos_token = None
+    return recipe
+
+
+def random_weights(config: PreTrainedConfig, dtype: torch.dtype, load_in_4bit: bool) -> dict[str, torch.Tensor]:
+    """A state dict of random weights for `config`, on the GPU where there is one.
+
+    All that will be quantized is cut from one tensor of the largest weight's size, so that while loading there is never
+    more than that beside the 4-bit weights.
+    """
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config).state_dict()
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        weight = torch.empty(shape, dtype=dtype, device=generator.device)
+        return weight.normal_(0, config.initializer_range, generator=generator)
+
+    quantized = {name for name, weight in empty.items() if load_in_4bit and weight.dim() == 2 and ".layers." in name}
+    shared = draw(max((empty[name].numel() for name in quantized), default=0))
+    weights = {}
+    for name, weight in empty.items():
+        if name in quantized:
+            weights[name] = shared[: weight.numel()].view(weight.shape)
+        else:
+            weights[name] = draw(*weight.shape)
+        if weight.dim() == 1:
+            weights[name].fill_(0 if name.endswith("bias") else 1)
+    return weights
+
+
+def load_random(recipe: Recipe, config: PreTrainedConfig) -> Any:
+    """The recipe's base as training loads it, scaled and quantized, but with random weights."""
+    options, run = base_options(recipe.model), recipe.run
+    options |= {"target_length": run.target_length, "rope_scaling_type": run.rope_scaling_type}
+    weights = random_weights(config, options["dtype"], options["load_in_4bit"])
+    return load_base(recipe.model.model_name_or_path, config=config, state_dict=weights, **options)
+
+
+def random_documents(config: PreTrainedConfig, tokens: int, count: int) -> Dataset:
+    """`count` documents of `tokens` random token ids."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (count, tokens), generator=generator)
+    return Dataset.from_dict({"input_ids": ids.numpy()})
+
+
+def context_gib() -> float:
+    """GiB on the GPU beside torch's allocator: CUDA's context, as far as other processes leave it to be seen."""
+    free, total = torch.cuda.mem_get_info()
+    return min((total - free - torch.cuda.memory_reserved()) / memory.GIB, memory.CUDA_CONTEXT_GIB)
+
+
+def limit_memory(gib: float) -> None:
+    """Let this process take no more than `gib` GiB of the GPU, CUDA's context included.
+
+    Raises:
+        ValueError: without a GPU, or on one with less.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("--memory_limit is kept by CUDA's allocator, and there is no CUDA GPU here: leave it out")
+    total = torch.cuda.mem_get_info()[1] / memory.GIB
+    if gib > total:
+        raise ValueError(f"--memory_limit {gib:.1f} GiB is more than the {total:.1f} GiB of this GPU: lower it")
+    torch.cuda.set_per_process_memory_fraction(max(0.0, gib - context_gib()) / total)
+
+
+def peaks(reset: bool = False) -> dict[str, float | None]:
+    """Peaks of torch's CUDA allocator since they were last reset, in GiB; None without a GPU."""
+    if not torch.cuda.is_available():
+        return {"peak_allocated_gib": None, "peak_reserved_gib": None}
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    if reset:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return {"peak_allocated_gib": allocated / memory.GIB, "peak_reserved_gib": reserved / memory.GIB}
+
+
+def time_steps(trainer: Any, steps: int, tokens: int) -> dict[str, Any]:
+    """Train for `steps` steps of `tokens` tokens: the loss, the median step, and the peak; the first is a warm-up."""
+    clock = _Clock()
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(clock)
+    peaks(reset=True)
+    loss = trainer.train().training_loss
+    seconds = statistics.median(after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False))
+    speed = {"seconds_per_step": seconds, "tokens_per_step": tokens, "tokens_per_second": tokens / seconds}
+    return {"loss": loss, "steps": steps, **speed, **peaks()}
+
+
+def utilisation(recipe: Recipe, config: PreTrainedConfig, tokens_per_second: float) -> dict[str, float | None]:
+    """Shares of the card's 16-bit peak: the model's own operations, and with what checkpointing computes again, which
+    is the share that plan assumes. None for a card that plan does not know."""
+    shares = {"model_flop_utilisation": False, "with_recomputation": bool(recipe.run.gradient_checkpointing)}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    card = find_card(re.sub(r"SXM\d*|HBM\d*e?", "", name))
+    if card is None:
+        return dict.fromkeys(shares)
+    settings = {"lora_r": recipe.model.lora_r, "target_modules": recipe.model.lora_target_modules}
+    settings["context_length"] = recipe.run.context_length
+    for share, again in shares.items():
+        flops = sum(training_flops(config, gradient_checkpointing=again, **settings).values())
+        shares[share] = flops * tokens_per_second / (TFLOPS[card] * 1e12)
+    return shares
+
+
+def bench_recipe(recipe: Recipe, memory_limit: float | None = None) -> dict[str, Any]:
+    """Train `recipe` (of `parse_bench`) on random weights and documents, within `memory_limit` GiB of the GPU.
+
+    Raises:
+        torch.OutOfMemoryError: where it does not fit.
+        ValueError: a recipe or a limit that this machine cannot take.
+    """
+    config, name = base_config(recipe), recipe.model.model_name_or_path
+    terms = plan_of(recipe, config)["terms"]
+    if not torch.cuda.is_available() and memory.parameter_count(config) > CPU_PARAMETERS:
+        raise RecipeError(f"{name} is too large to try without a CUDA GPU: see cream-peft plan")
+    if memory_limit is not None:
+        limit_memory(memory_limit)
+    result = {"model": name, "machine": machine(), "versions": versions(), "memory_limit_gib": memory_limit}
+    result["planned_gib"] = terms["total"] - terms["cuda_context"]
+    with memory_explained(recipe, config):
+        result |= _train(recipe, config)
+    result["settings"] = {
+        key: str(getattr(getattr(recipe.run, key), "value", getattr(recipe.run, key))) for key in SETTINGS
+    }
+    if torch.cuda.is_available():
+        segments = torch.cuda.memory_snapshot()
+        result["expandable_segments"] = any(segment.get("is_expandable") for segment in segments)
+        result["context_gib"] = context_gib()
+    return result | utilisation(recipe, config, result["tokens_per_second"])
+
+
+def _train(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
+    run = recipe.run
+    examples = run.per_device_train_batch_size * run.gradient_accumulation_steps
+    peaks(reset=True)
+    model = load_random(recipe, config)
+    loading = peaks()["peak_allocated_gib"]
+    with tempfile.TemporaryDirectory() as run.output_dir:
+        trainer = CREAMTrainer(
+            model=model,
+            args=run,
+            train_dataset=random_documents(config, run.context_length, examples * run.max_steps),
+            processing_class=load_tokenizer(TINY_ID),
+            peft_config=lora_config(recipe.model),
+        )
+        return {"loading_peak_gib": loading, **time_steps(trainer, run.max_steps, examples * run.context_length)}
+
+
+def lines_of(result: dict[str, Any]) -> Iterator[str]:
+    """What was measured, as `cream-peft bench` prints it."""
+    yield f"{result['model']} on {result['machine']}, random weights, {result['steps']} steps"
+    for name in ("loading_peak_gib", "peak_allocated_gib", "planned_gib", "peak_reserved_gib"):
+        size = result[name]
+        label = name.removesuffix("_gib").replace("_", " ")
+        yield f"{label:<26}" + ("not measured, there is no CUDA GPU" if size is None else f"{size:.2f} GiB")
+    step = f"{result['seconds_per_step']:.3g} s a step of {result['tokens_per_step']:,} tokens"
+    yield f"{'tokens/s':<26}{result['tokens_per_second']:,.0f} ({step})"
+    for name in ("model_flop_utilisation", "with_recomputation"):
+        share = "unknown card" if result[name] is None else f"{result[name]:.0%} of the card's 16-bit peak"
+        yield f"{name.replace('_', ' '):<26}{share}"

@@ -1,0 +1,312 @@
+"""Cards, hours and advice; what `cream-peft plan` prints, and what is said when memory runs out."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cream_peft import cli, errors, fit, memory, plan, train
+from cream_peft.cards import CARDS, TFLOPS, find_card, parse_gpu
+from cream_peft.memory import ATTENTION, embedded_config, estimate, estimate_evaluation, estimate_validation
+from cream_peft.plan import advise, advise_evaluation, advise_validation, in_words, training_flops
+from cream_peft.recipe import parse_recipe
+
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+LLAMA2, LLAMA2_13B, QWEN3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf", "Qwen/Qwen3-8B-Base"
+SETTINGS = {"context_length": 4096}
+
+# Cards
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [
+        ("8GB", 8),
+        ("7.5 gib", 7.5),
+        ("24", 24),
+        ("RTX 4090", CARDS["RTX 4090 24GB"]),
+        ("NVIDIA GeForce RTX 4060 Ti", CARDS["RTX 4060 Ti 16GB"]),
+        ("rtx4060", CARDS["RTX 4060 8GB"]),
+        ("A100-80GB", CARDS["A100 80GB"]),
+        ("a100 40", CARDS["A100 40GB"]),
+        ("T4", CARDS["T4 16GB"]),
+    ],
+)
+def test_a_gpu_is_known_by_its_name_or_its_memory(text, gib):
+    assert parse_gpu(text) == gib
+
+
+@pytest.mark.parametrize("text", ["", "0GB", "RTX", "RTX 4070 Ti", "lots", "8TB", "GB"])
+def test_a_gpu_that_is_not_known_is_refused_with_what_is(text):
+    with pytest.raises(ValueError, match=r"is not known: give its memory \(8GB\), or one of RTX 4060 8GB"):
+        parse_gpu(text)
+
+
+def test_a_name_that_two_cards_have_is_refused_with_both():
+    with pytest.raises(ValueError, match="can be A100 40GB or A100 80GB: say which"):
+        parse_gpu("A100")
+
+
+def test_a_card_that_is_no_memory_size_is_found_by_its_name():
+    assert find_card("a100 40") == "A100 40GB" and find_card("RTX 4070 Ti") is None and find_card("8GB") is None
+
+
+def test_every_card_has_a_speed_and_less_memory_than_its_name_says():
+    assert list(TFLOPS) == list(CARDS)
+    assert all(0.9 < gib / float(re.search(r"(\d+)GB", card)[1]) < 1 for card, gib in CARDS.items())
+
+
+# Speed
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("targets", [ATTENTION, ALL_LINEAR])
+def test_the_operations_are_those_that_torch_counts_in_a_real_step(targets, checkpointing):
+    tokens = 128
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="eager",
+    )  # fmt: skip
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(config), LoraConfig(r=8, lora_dropout=0.0, target_modules=list(targets))
+    )
+    model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with FlopCounterMode(display=False) as counter:
+        decoder = model.train().get_base_model().model
+        decoder(torch.arange(tokens)[None] % 64, use_cache=False).last_hidden_state.sum().backward()
+    settings = {"context_length": tokens, "lora_r": 8, "target_modules": targets}
+    parts = training_flops(config, gradient_checkpointing=checkpointing, **settings)
+    # Eager attention does the whole square.
+    planned = parts["linears"] + parts["adapter"] + 2 * parts["attention"]
+    assert planned * tokens == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert parts["head"] == 3 * 2 * 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("tokens", "published"), [(1024, 2295), (2048, 2741), (4096, 2926), (8192, 3128), (32_768, 2216)]
+)
+def test_the_speed_is_near_what_llama_factory_published_for_an_a100(tokens, published):
+    # Its wiki, Performance comparison: QLoRA of Llama-2-7B, all linears, rank 8, batch 1, flash attention, A100 40GB.
+    settings = {"context_length": tokens, "lora_r": 8, "target_modules": ALL_LINEAR}
+    (row,) = plan.plan(embedded_config(LLAMA2), settings, cards={"A100 40GB": CARDS["A100 40GB"]})["cards"]
+    assert row["tokens_per_second"] == pytest.approx(published, rel=0.1 if tokens == 4096 else 0.4)
+
+
+def test_hours_are_those_of_the_recipes_steps_or_of_a_thousand():
+    planned = [
+        plan.plan(embedded_config(LLAMA2), SETTINGS, gradient_accumulation_steps=32, max_steps=steps)
+        for steps in (None, 250)
+    ]
+    for row, quarter in zip(planned[0]["cards"], planned[1]["cards"], strict=True):
+        assert row["hours"] == pytest.approx(1000 * 32 * 4096 / row["tokens_per_second"] / 3600)
+        assert quarter["hours"] == pytest.approx(row["hours"] / 4)
+    by_card = {row["card"]: row["hours"] for row in planned[0]["cards"]}
+    assert by_card["H100 80GB"] < by_card["RTX 4090 24GB"] < by_card["RTX 3060 12GB"]
+
+
+def test_a_card_of_unknown_speed_and_a_tiny_model_have_no_hours():
+    (row,) = plan.plan(embedded_config(LLAMA2), SETTINGS, cards={"8GB": 8.0})["cards"]
+    assert row["fits"] and row["hours"] is row["tokens_per_second"] is None
+    tiny = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    assert {row["hours"] for row in plan.plan(tiny, SETTINGS)["cards"]} == {None}
+
+
+# Advice
+
+
+def test_advice_is_the_smallest_change_of_settings_that_fits():
+    config = embedded_config(LLAMA2)
+    settings = {"context_length": 4096, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
+    assert advise(config, 200.0, **settings) == {}
+    assert advise(config, 23.6, **settings) == {"gradient_checkpointing": True}
+    assert advise(config, 7.6, **settings) == {"gradient_checkpointing": True, "per_device_train_batch_size": 1}
+    assert advise(config, 3.0, **settings) is None
+    for gib in (5.0, 5.7, 6.2, 8.0, 11.7):
+        changes = advise(config, gib, **settings)
+        assert estimate(config, **settings | changes)["total"] <= gib
+        for name in changes:
+            without = {key: value for key, value in changes.items() if key != name}
+            assert estimate(config, **settings | without)["total"] > gib
+
+
+def test_the_window_is_kept_as_long_as_main_memory_can_help():
+    config = embedded_config(LLAMA2)
+    assert advise(config, 6.0, **SETTINGS) == {"checkpoint_offload": True}
+    longer = {"context_length": 16_384, "lora_r": 64, "target_modules": ALL_LINEAR}
+    changes = advise(config, 11.7, **longer)
+    assert "context_length" not in changes and changes["checkpoint_offload"]
+    assert "context_length" in advise(config, 7.6, **longer)
+
+
+def test_advice_is_in_keys_that_a_recipe_has():
+    both = {"checkpoint_offload": True, "optim": "paged_adamw_8bit"}
+    assert in_words(both | {"context_length": 2048}) == "memory: low, context_length: 2048"
+    assert in_words({"checkpoint_offload": True}) == "activation_offloading: true"
+    for key in ("memory", "activation_offloading", "gradient_checkpointing", "per_device_train_batch_size", "optim"):
+        assert hasattr(parse_recipe([]).run, key)
+    assert (in_words({}), in_words(None)) == ("", "")
+
+
+def test_a_held_out_loss_is_made_to_fit_by_its_own_keys():
+    config, settings = embedded_config(LLAMA2), {"eval_length": 32_768, "per_device_eval_batch_size": 8}
+    assert advise_validation(config, 80.0, **settings) == {}
+    assert advise_validation(config, 11.7, **settings) == {"per_device_eval_batch_size": 1}
+    assert advise_validation(config, 6.0, **settings) == {"per_device_eval_batch_size": 1, "eval_length": 8192}
+
+
+def test_evaluation_is_made_to_fit_by_4_bits_then_another_cache_then_a_shorter_document():
+    config, whole = embedded_config(LLAMA2), {"length": 32_768, "load_in_4bit": False}
+    assert advise_evaluation(config, 39.4, **whole) == {}
+    assert advise_evaluation(config, 23.6, **whole) == {"load_in_4bit": True}
+    assert advise_evaluation(config, 7.6, **whole) == {"load_in_4bit": True, "kv_cache": "offloaded"}
+    shorter = advise_evaluation(config, 6.5, length=262_144)
+    assert shorter["kv_cache"] == "offloaded" and 32_768 <= shorter["length"] < 262_144
+    assert estimate_evaluation(config, **shorter)["total"] <= 6.5
+
+
+def test_a_plan_lists_every_card_and_advises_on_those_that_do_not_fit():
+    config, validation = embedded_config(QWEN3), {"eval_length": 4096}
+    planned = plan.plan(config, SETTINGS, validation, target_length=131_072)
+    assert planned["terms"] == estimate(config, **SETTINGS)
+    assert planned["validation"] == estimate_validation(config, **validation)
+    assert [row["card"] for row in planned["cards"]] == list(CARDS)
+    assert [row["card"] for row in planned["cards"] if not row["fits"]] == ["RTX 4060 8GB"]
+    assert [row["card"] for row in planned["cards"] if not row["evaluates_with"]] == ["RTX 4060 8GB"]
+    assert planned["advice"] == [
+        "training on RTX 4060 8GB: activation_offloading: true, context_length: 2048",
+        "evaluating on RTX 4060 8GB: kv_cache: offloaded, length: 32768",
+    ]
+    nothing = plan.plan(embedded_config(LLAMA2_13B), SETTINGS, cards={"6GB": 6.0})["advice"]
+    assert [line.split(": ", 1)[1] for line in nothing] == ["no settings fit, a smaller base may"] * 2
+
+
+def test_a_card_that_trains_but_cannot_compute_the_held_out_loss_does_not_fit():
+    validation = {"eval_length": 8192, "per_device_eval_batch_size": 8}
+    planned = plan.plan(embedded_config(LLAMA2), SETTINGS, validation, cards={"RTX 4060 8GB": 7.6})
+    assert planned["terms"]["total"] < 7.6 and not planned["cards"][0]["fits"]
+    assert planned["advice"] == ["training on RTX 4060 8GB: per_device_eval_batch_size: 1"]
+
+
+# The command
+
+
+def planned_by(arguments, tmp_path, capsys):
+    assert cli.main(["plan", *arguments, "--json", str(tmp_path / "plan.json")]) == 0
+    return json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+
+
+RECIPE = "model_name_or_path: meta-llama/Llama-2-7b-hf\ndataset_name: o/d\noutput_dir: run\ntarget_length: 32768\n"
+RECIPE += "max_steps: 1000\ngradient_checkpointing: true\nper_device_train_batch_size: 1\neval_strategy: steps\n"
+RECIPE += "gradient_accumulation_steps: 32\nper_device_eval_batch_size: 1\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return str(tmp_path / "recipe.yaml")
+
+
+def test_plan_prints_every_term_cache_card_and_assumption(recipe, tmp_path, capsys):
+    planned, printed = planned_by(["--config", recipe], tmp_path, capsys)
+    for term, size in planned["terms"].items():
+        assert re.search(rf"^  {term} +{size:.2f}$", printed, re.MULTILINE)
+    for term in planned["evaluation"]["terms"]["default"]:
+        sizes = " +".join(f"{terms[term]:.2f}" for terms in planned["evaluation"]["terms"].values())
+        assert re.search(rf"^  {term} +{sizes}$", printed, re.MULTILINE)
+    assert "evaluation at 32,768 tokens" in printed and "held-out loss" in printed
+    for row in planned["cards"]:
+        line = re.search(rf"^{row['card']} .*", printed, re.MULTILINE)[0]
+        assert f"{row['hours']:.1f}" in line and ", ".join(row["evaluates_with"]) in line
+    assert "131,072 tokens a step, 131,072,000 in 1,000 steps" in printed
+    assert "not measured" in printed and "assumed" in printed
+
+
+def test_plan_for_one_card_lists_it_alone(recipe, tmp_path, capsys):
+    planned, printed = planned_by([f"--config={recipe}", "--gpu", "geforce rtx 4090"], tmp_path, capsys)
+    assert [row["card"] for row in planned["cards"]] == ["RTX 4090 24GB"] and "RTX 3060" not in printed
+    planned, printed = planned_by(["--config", recipe, "--gpu", "5.6GB"], tmp_path, capsys)
+    assert "training on 5.6GB: memory: low\n" in printed
+
+
+def test_memory_low_and_its_parts_change_the_plan(recipe, tmp_path, capsys):
+    usual, low, offloaded = (
+        planned_by(["--config", recipe, *options], tmp_path, capsys)[0]["terms"]
+        for options in ([], ["--memory", "low"], ["--activation_offloading", "true"])
+    )
+    assert low["checkpoints"] == offloaded["checkpoints"] < usual["checkpoints"] / 6
+    assert low["optimizer"] < offloaded["optimizer"] / 3
+    assert low["total"] - low["cuda_context"] < 5.0 < usual["total"] - usual["cuda_context"]
+
+
+def test_the_help_of_plan_names_config_and_where_the_keys_come_from(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(part in printed for part in ("--config FILE", "--gpu", "--json", "cream-peft train --help"))
+
+
+# Out of memory
+
+
+def tiny_run(tmp_path, *options):
+    settings = ("--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--disable_tqdm", "true", *options)
+    return parse_recipe(["--max_documents", "8", *settings])
+
+
+@pytest.mark.parametrize("validating", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(torch.OutOfMemoryError, "CUDA out of memory."), (RuntimeError, "DefaultCPUAllocator: can't allocate memory")],
+)
+def test_memory_that_runs_out_is_explained_by_the_plan(tmp_path, monkeypatch, validating, kind, message):
+    def run_out(*_, **__):
+        raise kind(message)
+
+    monkeypatch.setattr(train.CREAMTrainer, "prediction_step" if validating else "training_step", run_out)
+    monkeypatch.setattr(fit, "allowed_gib", lambda: 0.01)
+    evaluated = ["--eval_strategy", "steps", "--eval_steps", "1", "--held_out_documents", "2"]
+    with pytest.raises(kind) as caught:
+        train.run_recipe(tiny_run(tmp_path, *evaluated))
+    line = errors.explain(caught.value)
+    assert line.startswith("memory ran out") and "\n" not in line
+    assert ("loss of held-out documents" in line) == validating
+    assert re.search(r"the plan is \d\.\d GiB, most for \w+ \(\d\.\d GiB\), and the GPU has 0\.0 GiB for it: ", line)
+    assert "`cream-peft plan`" in line
+
+
+def test_the_line_names_the_largest_term_the_plan_the_card_and_the_change():
+    config, settings = embedded_config(LLAMA2), {"context_length": 32_768}
+    line = plan.shortage(estimate(config, **settings), 11.0, lambda gib: advise(config, gib, **settings))
+    needed = estimate(config, **settings)["total"] - memory.CUDA_CONTEXT_GIB
+    assert f"the plan is {needed:.1f} GiB, most for checkpoints (8.0 GiB), and the GPU has 11.0 GiB for it" in line
+    change = advise(config, 11.0 + memory.CUDA_CONTEXT_GIB, **settings)
+    assert line.endswith(f": set {in_words(change)}")
+
+
+def test_where_the_plan_says_it_fits_the_change_saves_a_tenth():
+    config = embedded_config(LLAMA2)
+    terms = estimate(config, **SETTINGS)
+    for gib in (None, 23.6):
+        asked = []
+        plan.shortage(terms, gib, lambda gib, asked=asked: asked.append(gib) or {"context_length": 2048})
+        assert asked == [pytest.approx(0.9 * (terms["total"] - 0.75) + 0.75)]
+
+
+def test_a_base_that_cannot_be_planned_still_gets_the_general_line(tmp_path, monkeypatch):
+    recipe = tiny_run(tmp_path)
+    config = train.base_config(recipe)
+    monkeypatch.setattr(config, "num_experts", 8, raising=False)
+    with pytest.raises(MemoryError) as caught, fit.memory_explained(recipe, config):
+        raise MemoryError
+    assert errors.explain(caught.value) == errors.OUT_OF_MEMORY
+    with pytest.raises(KeyError) as other, fit.memory_explained(recipe, config):
+        raise KeyError("x")
+    assert not getattr(other.value, "__notes__", [])
