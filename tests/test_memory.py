@@ -439,7 +439,7 @@ def test_a_cache_has_the_bytes_of_a_real_one(kind, config_class):
     if kind == "quantized":
         pytest.importorskip("hqq")
     config = small(config_class, num_key_value_heads=2)
-    cache = chat.new_cache(kind, config)
+    cache = chat.new_cache(config, kind)
     for layer in range(config.num_hidden_layers):
         cache.update(*torch.randn(2, 1, 2, TOKENS, 64, dtype=torch.bfloat16), layer)
     planned = bytes_of(estimate_evaluation(config, length=TOKENS, kv_cache=kind), "kv_cache")
@@ -479,7 +479,7 @@ def test_the_peak_of_reading_a_document_is_within_a_tenth(tmp_path, monkeypatch,
     config = small(num_key_value_heads=heads)
     model = trainable(tmp_path, config, checkpointing=False, **settings).eval()
     ids = torch.randint(0, 2048, (1, length), generator=torch.Generator().manual_seed(0))
-    mask, cache = torch.ones_like(ids), chat.new_cache(kind, config)
+    mask, cache = torch.ones_like(ids), chat.new_cache(config, kind)
     with torch.no_grad(), LiveBytes() as live:
         for start in range(0, length, chunk):
             end = start + chunk

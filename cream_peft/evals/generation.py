@@ -23,7 +23,7 @@ from transformers.utils import is_hqq_available
 from .prompts import Prompt, TaskError, Writer, dump_prompts
 
 CHUNK_LENGTH = 1024
-KV_CACHES = ("default", "offloaded", "quantized")
+KV_CACHES = ("default", "quantized", "offloaded")
 
 
 def new_cache(config: PreTrainedConfig, kv_cache: str = "default") -> Cache:

@@ -154,7 +154,7 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
         bench.limit_memory(limit)
     model = get_peft_model(bench.load_random(recipe, config), lora_config(recipe.model)).eval()
     ids = torch.randint(config.vocab_size, (1, length), device=model.device)
-    mask, cache = torch.ones_like(ids), new_cache(case["kv_cache"], model.config)
+    mask, cache = torch.ones_like(ids), new_cache(model.config, case["kv_cache"])
     bench.peaks(reset=True)
     start = time.perf_counter()
     with torch.no_grad():
