@@ -43,7 +43,7 @@ NOISE = {
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
     # Both true of a model that was loaded first, as it must be.
     "lm_eval.models.huggingface": "`pretrained` model kwarg|Passed an already-init",
-    "lm_eval.api.task": ".*Custom kwargs can be passed",
+    "lm_eval.api.task": ".*Custom kwargs can be passed|.*is defined, but",
     # The error that follows says it.
     "datasets.packaged_modules.json.json": "Failed to load JSON",
     "huggingface_hub.repocard": "Repo card metadata block was not found",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,6 +40,8 @@ TAKEN_BY = {
     "chunk_length": (*GENERATED, "perplexity"),
 }
 """Option on the command line -> the tasks that take it."""
+EMBEDDED = ("kv_retrieval", "needle", "recall")
+"""The tasks of the embedded model."""
 KV_CACHES = ("auto", "default", "quantized", "offloaded")
 
 
@@ -47,7 +50,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--compare", nargs="+", default=["cream-peft-tiny"], metavar="MODEL",
         help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE to --target_length; "
-        "LABEL=MODEL names it in the table",
+        "LABEL=MODEL names it in the table (default: cream-peft-tiny)",
     )  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=["kv_retrieval", "needle"], help=f"of {', '.join(TASKS)}")
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens; default: doubling from window to target")
@@ -56,9 +59,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1000, help="seed of the prompts (default: 1000)")
     parser.add_argument("--threshold", type=float, default=0.85, help="accuracy that counts as of use (default: 0.85)")
     parser.add_argument("--depths", nargs="+", type=float, help="where the answer stands, 0 to 1; default: the task's")
-    parser.add_argument("--keys", type=int, help="kv_retrieval: so many keys, as the paper's 75 and 140, not a length")
+    parser.add_argument("--keys", type=int, help="kv_retrieval: so many keys, as the paper's 75 and 140")
     parser.add_argument("--key_length", type=int, help="kv_retrieval: keys of so many digits instead of UUIDs")
-    parser.add_argument("--lines", type=int, help="longchat_lines: so many lines, not a length")
+    parser.add_argument("--lines", type=int, help="longchat_lines: so many lines")
     parser.add_argument("--haystack", metavar="PATH", help="needle: text file or folder to hide it in")
     parser.add_argument("--text", metavar="PATH", help="perplexity: text file, or folder of .txt and .md files")
     parser.add_argument("--stride", type=int, help="perplexity: tokens between windows (default: half the length)")
@@ -133,6 +136,9 @@ def _task_options(options: Namespace) -> dict[str, dict[str, Any]]:
 def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
     if "recall" in tasks and config.vocab_size != VOCABULARY_SIZE:
         raise ValueError(f"task recall is for the embedded model's vocabulary, {name} has another: leave it out")
+    text = [task for task in tasks if task not in EMBEDDED]
+    if text and config.vocab_size == VOCABULARY_SIZE:
+        raise ValueError(f"{name} reads no text, which {text[0]} is: its tasks are {', '.join(EMBEDDED)}")
 
 
 def _open(
@@ -192,6 +198,9 @@ def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[
     _refuse_other_vocabulary(options.tasks, config, subject.name)
     window, target = settings["pretrained_window"], settings["target_length"]
     lengths = options.lengths or [window * 2**power for power in range(20) if window * 2**power <= target]
+    if options.lengths is None and (options.keys or options.lines):
+        # So many keys are as long as they are; the longest length has room for them.
+        lengths = [target]
     if options.dump_prompts:
         return _dump(subject, options, task_options, lengths, str(folder or subject.name))
     model, tokenizer = _load(subject, folder, settings, options)
@@ -247,8 +256,14 @@ def evaluate_models(options: Namespace) -> dict[str, dict[str, Any]]:
     for task in options.tasks:
         if task not in TASKS:
             raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-    if options.samples < 1 or any(length < 1 for length in options.lengths or []):
-        raise ValueError("--samples and --lengths must be at least 1")
+    for name, values in (("samples", [options.samples]), ("lengths", options.lengths or [])):
+        if min(values, default=1) < 1:
+            raise ValueError(f"--{name} {min(values)} must be at least 1")
+    for depth in options.depths or []:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"--depths {depth:g} must lie between 0 (start) and 1 (end)")
+    if options.kv_cache == "offloaded" and not torch.cuda.is_available():
+        raise ValueError("--kv_cache offloaded takes the cache off a CUDA GPU, and there is none: leave it out")
     if "perplexity" in options.tasks and options.text is None:
         raise ValueError("task perplexity has no text: set --text to a file, or to a folder of .txt and .md files")
     for name in ("text", "haystack"):
@@ -274,7 +289,7 @@ def add_harness_options(parser: ArgumentParser) -> None:
         help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE; LABEL=MODEL names it",
     )  # fmt: skip
     parser.add_argument("--tasks", required=True, help="lm-eval's tasks, by commas: longbench,ruler,hellaswag,mmlu_*")
-    parser.add_argument("--target_length", type=int, help="tokens, of bases; default: the window, or 8 if scaled")
+    parser.add_argument("--target_length", type=int, help="tokens, of bases; default: a window, or 8 if scaled")
     parser.add_argument("--max_length", type=int, help="tokens of prompt and answer; default: the target length")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--chat_template", action="store_true", help="put the prompts in the chat template")

@@ -60,7 +60,7 @@ DATA = ["train", "--max_steps", "1", "--dataset_name"]
 MODEL = ["train", "--max_steps", "1", "--model_name_or_path"]
 
 MISTAKES = {
-    "an unknown command": (["trian"], ["unknown command 'trian'", "train, evaluate, lm-eval, plan, plot, push, check"]),
+    "an unknown command": (["trian"], ["unknown command 'trian'", "train, evaluate, lm-eval, plan, plot, bench, push"]),
     "a misspelt key": (
         ["train", "--config", "misspelt.yaml"],
         ["misspelt.yaml", "'learning_rat'", "did you mean 'learning_rate'?"],

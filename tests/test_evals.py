@@ -62,7 +62,7 @@ def test_a_subject_is_read_from_the_command_line(tmp_path, monkeypatch):
         Subject.parse("a/b+dynamic")
 
 
-def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path, capsys):
+def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path, capsys, monkeypatch):
     adapter, results = tmp_path / "adapter", tmp_path / "results"
     train = ["train", "--max_steps", "2", "--output_dir", str(adapter), "--json", str(tmp_path / "t.json")]
     assert cli.main(train) == 0
@@ -95,6 +95,7 @@ def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path,
     (svg,) = plot_results({"tuned": found}, tmp_path / "picture.svg", task="recall")
     assert "<svg" in svg.read_text()
     written = (results / "tuned.json").stat().st_mtime_ns
+    monkeypatch.setattr(sys.modules["cream_peft.evals.recall"], "evaluate_recall", None)
     assert cli.main(evaluate) == 0  # nothing is measured twice
     assert (results / "tuned.json").stat().st_mtime_ns == written
 
@@ -121,7 +122,7 @@ def test_the_table_says_which_differences_are_noise_and_how_far_a_model_is_of_us
     lines = table_of(results, threshold=0.8)
     assert "same minus base: 1,024 +0.05 (noise)" in lines
     assert "better minus base: 1,024 +0.75" in lines
-    assert "base: accuracy 0.8 and above up to none measured, of 2,048 tokens" in lines
+    assert "base: accuracy 0.8 and above at no length measured, of 2,048 tokens" in lines
     assert "better: accuracy 0.8 and above up to 1,024, of 2,048 tokens" in lines
     # 10 of 40 right: Wilson's interval.
     assert lines[2].split()[:4] == ["base", "1,024", "0.25", "0.14-0.40"]
@@ -150,6 +151,27 @@ def test_a_run_that_stops_anywhere_loses_one_cell_at_most(tmp_path):
     assert len(asked) == 7  # the one that was cut off is the only one measured again
 
 
+def test_other_tasks_are_added_and_other_settings_are_refused(tmp_path, capsys):
+    def evaluate(*arguments):
+        common = ["--compare", "m=cream-peft-tiny", "--lengths", "256", "--output_dir", str(tmp_path)]
+        return cli.main(["evaluate", *common, *arguments])
+
+    assert evaluate("--tasks", "kv_retrieval", "--samples", "2") == 0
+    first = runner.read_results(tmp_path / "m.json")
+    assert evaluate("--tasks", "needle", "--samples", "2", "--depths", "0.5") == 0
+    both = runner.read_results(tmp_path / "m.json")
+    assert both["cells"][: len(first["cells"])] == first["cells"] and both["cells"][-1]["task"] == "needle"
+    assert set(both["settings"]["options"]) == {"kv_retrieval", "needle"}
+    for arguments, said in (
+        (["--tasks", "needle", "--samples", "3", "--depths", "0.5"], "other settings, samples (2, now 3)"),
+        (["--tasks", "needle", "--samples", "2"], "other settings, options of needle"),
+        (["--tasks", "needle", "--samples", "2", "--seed", "7"], "other settings, seed (1000, now 7)"),
+    ):
+        assert evaluate(*arguments) == 2
+        assert said in capsys.readouterr().err
+        assert runner.read_results(tmp_path / "m.json") == both
+
+
 def test_prompts_are_written_out_byte_identical_and_nothing_is_measured(tmp_path, capsys):
     command = ["evaluate", "--tasks", "kv_retrieval", "needle", "--lengths", "256", "--samples", "2", "--dump_prompts"]
     for name in ("one", "two"):
@@ -166,11 +188,13 @@ def test_prompts_are_written_out_byte_identical_and_nothing_is_measured(tmp_path
     [
         (["--tasks", "needle", "--keys", "75"], "--keys is for kv_retrieval, and --tasks has needle"),
         (["--tasks", "perplexity"], "task perplexity has no text"),
+        (["--tasks", "passkey"], "cream-peft-tiny reads no text, which passkey is"),
+        (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--tasks", "perplexity", "--text", "absent.txt"], "--text absent.txt: no such file or folder"),
         (["--tasks", "kv_retrieval", "--lengths", "8"], "length 8 is too short"),
-        (["--tasks", "longchat_lines", "--lengths", "512"], "does not read text"),
-        (["--tasks", "needle", "--depths", "2"], "depths between 0 and 1"),
-        (["--tasks", "needle", "--kv_cache", "offloaded"], "needs a GPU"),
+        (["--tasks", "longchat_lines", "--lengths", "512"], "reads no text"),
+        (["--tasks", "needle", "--depths", "2"], "--depths 2 must lie between 0 (start) and 1 (end)"),
+        (["--tasks", "needle", "--kv_cache", "offloaded"], "there is none"),
         (["--dump_prompts", "out", "--tasks", "recall"], "task recall has no prompts"),
     ],
 )

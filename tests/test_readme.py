@@ -28,7 +28,8 @@ def test_every_make_target_in_readme_exists():
 
 def test_every_key_in_the_table_is_a_field_with_the_default_it_says():
     fields = {field.name: field for dataclass in DATACLASSES for field in dataclasses.fields(dataclass)}
-    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| [^|]+ \| ([^|]+) \|$", README, re.MULTILINE)
+    recipe = README[README.index("A recipe is YAML") : README.index("Any key is also a flag")]
+    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| [^|]+ \| ([^|]+) \|$", recipe, re.MULTILINE)
     assert len(rows) >= 9
     for names, default in rows:
         for name in re.findall(r"`([a-z_]+)`", names):
@@ -72,6 +73,21 @@ def test_the_tables_of_the_reproduction_equal_its_json():
         order = [(part, name) for part in ("2048", "middle") for name in ("pose", "cream")]
         found = [rows[scaling, name, "target"][part]["mean"] for part, name in order]
         assert [cell.strip() for cell in cells[2]] == [printed(value) for value in found]
+
+
+def test_the_figures_of_smollm2_equal_their_json():
+    path = ROOT / "recipes/smollm2-135m-instruct/results/inside-and-beyond.json"
+    cells = json.loads(path.read_text())["cells"]
+    right = {(cell["task"], cell["length"]): 0 for cell in cells}
+    for cell in cells:
+        right[cell["task"], cell["length"]] += cell["correct"].count("1")
+    found = [right["passkey", length] for length in (1024, 4096, 12288)]
+    text = " ".join(README.split())
+    assert (
+        "the passkey in {} of 6 prompts of 1,024 tokens, in {} of 6 of 4,096, in {} of 6 of 12,288".format(*found)
+        in text
+    )
+    assert right["needle", 1024] == right["needle", 4096] == 6
 
 
 DEMO_TASKS = ("recall", "kv_retrieval", "needle")

@@ -77,10 +77,12 @@ def header(**changes):
     return {"model": "m", "adapter": None, "versions": {}, "seed": 1, "settings": {"samples": 2}} | changes
 
 
-def test_an_evaluation_goes_on_where_it_stopped_and_starts_over_for_another_model(tmp_path):
+def test_an_evaluation_goes_on_where_it_stopped_and_is_not_replaced_by_another_models(tmp_path):
     calls = []
 
-    def task(model, tokenizer, length, samples, seed):
+    def task(model, tokenizer, length, samples, seed, done=()):
+        if 0.5 in done:
+            return
         calls.append(length)
         if length == 30 and len(calls) == 3:
             raise KeyboardInterrupt
@@ -92,5 +94,6 @@ def test_an_evaluation_goes_on_where_it_stopped_and_starts_over_for_another_mode
     assert [cell["length"] for cell in read_results(tmp_path / "r.json")["cells"]] == [10, 20]
     results = evaluate(None, None, {"t": task}, header=header(), **arguments)
     assert calls == [10, 20, 30, 30] and [cell["length"] for cell in results["cells"]] == [10, 20, 30]
-    evaluate(None, None, {"t": task}, header=header(settings={"adapter_sha256": "another"}), **arguments)
-    assert calls == [10, 20, 30, 30, 10, 20, 30]
+    with pytest.raises(ValueError, match=r"other settings, adapter_sha256 .*choose another --output_dir"):
+        evaluate(None, None, {"t": task}, header=header(settings={"adapter_sha256": "another"}), **arguments)
+    assert read_results(tmp_path / "r.json") == results and calls == [10, 20, 30, 30]

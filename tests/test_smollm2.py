@@ -15,7 +15,7 @@ import torch
 from hub_server import Hub, Repository
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cream_peft import load_adapter
+from cream_peft import cli, load_adapter
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "smollm2-135m-instruct" / "prepare.py"
@@ -77,3 +77,13 @@ def test_an_adapter_of_smollm2_is_trained_pushed_pulled_and_merged(base, tmp_pat
     assert (found - wanted).norm() < 0.05 * (before - wanted).norm()
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base).chat_template
     assert merged.config.max_position_embeddings == 65536 and merged.config.rope_parameters["factor"] == 8.0
+
+
+def test_smollm2_finds_a_passkey_inside_its_window_and_not_beyond(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", "--no_4bit", "--compare", f"smollm2={base}", "--tasks", "passkey", "--samples", "1"]
+    assert cli.main([*command, "--depths", "0.5", "--lengths", "4096", "12288", "--output_dir", "results"]) == 0
+    cells = json.loads((tmp_path / "results" / "smollm2.json").read_text())["cells"]
+    assert {cell["length"]: cell["value"] for cell in cells} == {4096: 1.0, 12288: 0.0}
+    # Prompts are as long as they say, answer's room included.
+    assert all(0.95 * cell["length"] < cell["tokens"] <= cell["length"] for cell in cells)

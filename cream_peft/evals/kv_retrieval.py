@@ -95,5 +95,6 @@ def kv_retrieval(
         depths = [round(place / (keys - 1), 4) for place in PAPER_POSITIONS[keys]]
     settings = {"prompt": kv_prompt, "grade": contains, "depths": depths or QUARTERS, "keys": keys}
     if embedded.is_embedded(tokenizer):
-        settings |= {"prompt": embedded.kv_prompt, "answer_tokens": 1, "shared_document": True}
+        shared = options.get("kv_cache", "default") == "default"
+        settings |= {"prompt": embedded.kv_prompt, "answer_tokens": 1, "shared_document": shared}
     yield from measure(model, tokenizer, length, samples, seed, **{"answer_tokens": ANSWER_TOKENS} | settings | options)

@@ -21,13 +21,14 @@ def read_results(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not one.
     """
+    lost = f"{path} is not a results file of `cream-peft evaluate`, as they lie in its --output_dir"
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
         missing = [key for key in (*HEADER, "cells") if key not in results]
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not a results file of `cream-peft evaluate`: {error}") from error
+        raise ValueError(f"{lost}: {error}") from error
     if missing:
-        raise ValueError(f"{path} is not a results file of `cream-peft evaluate`: {', '.join(missing)} missing")
+        raise ValueError(f"{lost}: {', '.join(missing)} missing")
     return results
 
 
@@ -36,6 +37,23 @@ def _write(path: Path, results: dict[str, Any]) -> None:
     scratch = path.with_name(f".{path.name}.part")
     scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, path)
+
+
+def _refuse_other_settings(path: Path, earlier: dict[str, Any], header: dict[str, Any], tasks: list[str]) -> None:
+    """A ValueError that names what differs between the results in a file and those that would be added to it."""
+    found = {**earlier, **earlier["settings"]}
+    wanted = {**header, **header["settings"]}
+    measured = {cell["task"] for cell in earlier["cells"]}
+    differing = [key for key in wanted if key not in ("settings", "options") and found.get(key) != wanted[key]]
+    for task in measured & set(tasks):
+        if found.get("options", {}).get(task) != wanted.get("options", {}).get(task):
+            differing.append(f"options of {task}")
+    if measured and differing:
+        key = differing[0]
+        was = f" ({found.get(key)}, now {wanted[key]})" if isinstance(wanted.get(key), int | str) else ""
+        raise ValueError(
+            f"{path} was measured with other settings, {key}{was}: choose another --output_dir, or delete it"
+        )
 
 
 def evaluate(
@@ -52,20 +70,26 @@ def evaluate(
     """Measure every task at every length (tokens) and return the results, written to `path` after each cell.
 
     `header` holds model, adapter, versions, seed and settings. A results file at `path` with the same header is gone
-    on with; one with another header is started over. `options`: task -> keyword arguments of its own.
+    on with; its other tasks and lengths stay. `options`: task -> keyword arguments of its own.
+
+    Raises:
+        ValueError: if the file at `path` was measured otherwise: nothing that was measured is thrown away.
     """
     path, options = Path(path), options or {}
     path.parent.mkdir(parents=True, exist_ok=True)
     results = {**header, "cells": []}
     if path.is_file():
         earlier = read_results(path)
-        if {key: earlier[key] for key in HEADER} == json.loads(json.dumps(header)):
-            results = earlier
+        _refuse_other_settings(path, earlier, json.loads(json.dumps(header)), list(tasks))
+        results["cells"] = earlier["cells"]
+        others = earlier["settings"].get("options", {})
+        results["settings"] = {**header["settings"], "options": others | header["settings"].get("options", {})}
     pending = [(name, length) for name in tasks for length in lengths]
     # By tokens, not by cells: one at 32K takes as long as eight at 4K.
     total = sum(length for _, length in pending)
     label = header["settings"].get("label") or header["model"]
-    with tqdm(total=total, desc=f"evaluate {label}", unit="tok", unit_scale=True, delay=0) as bar:
+    shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=total, desc=f"evaluate {label}", bar_format=shape, delay=0) as bar:
         for name, length in pending:
             bar.set_postfix(task=name, length=length)
             done = [cell["depth"] for cell in results["cells"] if (cell["task"], cell["length"]) == (name, length)]

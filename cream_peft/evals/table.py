@@ -117,8 +117,8 @@ def table_of(results: Results, threshold: float = 0.85) -> list[str]:
         for found in effective:
             if found["task"] == task:
                 reached, claimed = found["effective_length"], found["target_length"]
-                kept = f"{reached:,}" if reached else "none measured"
-                lines.append(f"{found['model']}: accuracy {threshold:g} and above up to {kept}, of {claimed:,} tokens")
+                kept = f"up to {reached:,}" if reached else "at no length measured"
+                lines.append(f"{found['model']}: accuracy {threshold:g} and above {kept}, of {claimed:,} tokens")
         lines.append("")
     return lines
 
