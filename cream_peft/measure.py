@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
-from . import rope
-from .adapter import adapter_folder, is_adapter, load_adapter, read_description
-from .card import adapter_sha256
 from .config import DEFAULT_FACTOR
-from .errors import about
+from .data import load_documents
 from .evals import TASKS, evaluate
 from .evals.harness import run_harness
-from .evals.prompts import STYLES
+from .evals.prompts import STYLES, TEXT_SUFFIXES
 from .fit import fitting_kv_cache
-from .model import load_base, load_tokenizer, resolve_base
+from .model import load_tokenizer
 from .provenance import machine, versions
+from .subjects import Subject, load_subject, open_subject, public_name, result_file, subjects_of
 from .tiny.recall import VOCABULARY_SIZE
 
 GENERATED = ("kv_retrieval", "longchat_lines", "needle", "passkey")
@@ -40,6 +36,7 @@ TAKEN_BY = {
     "chunk_length": (*GENERATED, "perplexity"),
 }
 """Option on the command line -> the tasks that take it."""
+MOST_DOCUMENTS = 1000
 EMBEDDED = ("kv_retrieval", "needle", "recall")
 """The tasks of the embedded model."""
 KV_CACHES = ("auto", "default", "quantized", "offloaded")
@@ -63,7 +60,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--key_length", type=int, help="kv_retrieval: keys of so many digits instead of UUIDs")
     parser.add_argument("--lines", type=int, help="longchat_lines: so many lines")
     parser.add_argument("--haystack", metavar="PATH", help="needle: text file or folder to hide it in")
-    parser.add_argument("--text", metavar="PATH", help="perplexity: text file, or folder of .txt and .md files")
+    parser.add_argument("--text", metavar="PATH_OR_ID", help="perplexity: text file, folder of such, or a data set")
+    parser.add_argument("--text_config", help="configuration of that data set")
+    parser.add_argument("--text_split", default="test", help="split of that data set (default: test)")
     parser.add_argument("--stride", type=int, help="perplexity: tokens between windows (default: half the length)")
     parser.add_argument("--style", choices=STYLES, help="form of the prompt (default: chat where there is a template)")
     parser.add_argument("--batch_size", type=int, help="prompts answered together (default: 1)")
@@ -75,47 +74,6 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
     parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
     parser.add_argument("--output_dir", default="runs/evaluate", help="folder of the results (default: runs/evaluate)")
-
-
-@dataclass
-class Subject:
-    """One model to measure: `[LABEL=]MODEL[+linear|+ntk|+yarn]`."""
-
-    label: str
-    name: str
-    rope_scaling_type: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> Subject:
-        label, _, rest = text.rpartition("=")
-        if not rest:
-            raise ValueError(f"--compare {text!r} names no model: write MODEL or LABEL=MODEL")
-        name, plus, scaling = rest.partition("+")
-        if plus and Path(rest).exists():
-            name, plus, scaling = rest, "", ""
-        if plus and scaling not in rope.ROPE_SCALING_TYPES:
-            allowed = ", ".join(rope.ROPE_SCALING_TYPES)
-            raise ValueError(f"{text}: unknown RoPE scaling {scaling!r}: use one of {allowed}")
-        return cls(label or rest.rstrip("/").split("/")[-1], name, scaling or None)
-
-
-def _adapter(name: str) -> Path | None:
-    """The folder of an adapter, None for a base model. A folder that holds neither is refused."""
-    path = Path(name)
-    if is_adapter(path):
-        return path
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{name} holds neither an adapter (adapter_config.json) nor a model (config.json)")
-        return None
-    if path.is_absolute() or name.startswith((".", "~")):
-        raise ValueError(f"no such model folder: {name}")
-    if Path(resolve_base(name)).is_dir() or "/" not in name:
-        return None
-    from huggingface_hub import file_exists
-
-    with about(name):
-        return adapter_folder(name) if file_exists(name, "adapter_config.json") else None
 
 
 def _task_options(options: Namespace) -> dict[str, dict[str, Any]]:
@@ -133,6 +91,19 @@ def _task_options(options: Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _documents(options: Namespace) -> str | list[str]:
+    """What --text names: a text file or folder as it is, or the texts of a data set's first rows."""
+    path = Path(options.text)
+    if path.is_dir() or path.suffix in TEXT_SUFFIXES:
+        return options.text
+    settings = {"streaming": True} | ({"name": options.text_config} if options.text_config else {})
+    rows = load_documents(options.text, "train" if path.is_file() else options.text_split, **settings)
+    texts = [row["text"] for row in islice(rows, MOST_DOCUMENTS) if "text" in row]
+    if not texts:
+        raise ValueError(f"--text {options.text} has no column text: give a data set that has one, or text files")
+    return texts
+
+
 def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
     if "recall" in tasks and config.vocab_size != VOCABULARY_SIZE:
         raise ValueError(f"task recall is for the embedded model's vocabulary, {name} has another: leave it out")
@@ -141,60 +112,8 @@ def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: s
         raise ValueError(f"{name} reads no text, which {text[0]} is: its tasks are {', '.join(EMBEDDED)}")
 
 
-def _open(
-    subject: Subject, options: Namespace, factor: int = DEFAULT_FACTOR
-) -> tuple[Path | None, dict[str, Any], str, PreTrainedConfig]:
-    """(adapter's folder or None, settings, base's name, base's config), before any weights are read.
-
-    A base's target is `factor` windows where no --target_length is given.
-    """
-    folder = _adapter(subject.name)
-    settings: dict[str, Any] = {"label": subject.label, "load_in_4bit": not options.no_4bit}
-    if folder is None:
-        with about(subject.name):
-            config = AutoConfig.from_pretrained(resolve_base(subject.name))
-        window = rope.pretrained_window(config)
-        merged = Path(subject.name) / "cream.json"
-        if merged.is_file():
-            description = read_description(merged.parent, subject.name)
-            settings |= {key: description[key] for key in ("pretrained_window", "target_length", "rope_scaling_type")}
-            settings["adapter_sha256"] = description.get("adapter_sha256")
-            return None, settings, description["base_model"], config
-        settings |= {"rope_scaling_type": subject.rope_scaling_type, "pretrained_window": window}
-        settings["target_length"] = options.target_length or factor * window
-        return None, settings, subject.name, config
-    if subject.rope_scaling_type:
-        raise ValueError(
-            f"{subject.name} is an adapter and brings its RoPE scaling: leave out +{subject.rope_scaling_type}"
-        )
-    description = read_description(folder, subject.name)
-    settings |= {key: description[key] for key in ("pretrained_window", "target_length", "rope_scaling_type")}
-    settings["adapter_sha256"] = adapter_sha256(folder)
-    return folder, settings, description["base_model"], rope.load_base_config(folder)
-
-
-def _load(
-    subject: Subject, folder: Path | None, settings: dict[str, Any], options: Namespace
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    in_4bit = not options.no_4bit
-    if folder is not None:
-        return load_adapter(folder, base_model=options.base_model, load_in_4bit=in_4bit)
-    scaling = {"target_length": settings["target_length"], "rope_scaling_type": subject.rope_scaling_type}
-    model = load_base(subject.name, **scaling, load_in_4bit=in_4bit).eval()
-    return model, load_tokenizer(subject.name)
-
-
-def _public(name: str) -> str:
-    """A name for results, which are published: local paths are not."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def _result_file(subject: Subject, options: Namespace) -> Path:
-    return Path(options.output_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', subject.label)}.json"
-
-
 def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    folder, settings, base, config = _open(subject, options)
+    folder, settings, base, config = open_subject(subject, options)
     _refuse_other_vocabulary(options.tasks, config, subject.name)
     window, target = settings["pretrained_window"], settings["target_length"]
     lengths = options.lengths or [window * 2**power for power in range(20) if window * 2**power <= target]
@@ -203,7 +122,7 @@ def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[
         lengths = [target]
     if options.dump_prompts:
         return _dump(subject, options, task_options, lengths, str(folder or subject.name))
-    model, tokenizer = _load(subject, folder, settings, options)
+    model, tokenizer = load_subject(subject, folder, settings, options)
     kv_cache = options.kv_cache
     if kv_cache == "auto":
         kv_cache = fitting_kv_cache(config, max(lengths), options.batch_size or 1)
@@ -213,19 +132,19 @@ def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[
             given[task]["kv_cache"] = kv_cache
         if task == "perplexity":
             # Every length scores the same documents.
-            given[task]["min_tokens"] = max(lengths)
+            given[task] |= {"min_tokens": max(lengths), "text": _documents(options)}
     shown = {
-        task: {key: _public(value) if key in ("text", "haystack") else value for key, value in own.items()}
+        task: {key: public_name(getattr(options, key)) if key in ("text", "haystack") else own[key] for key in own}
         for task, own in given.items()
     }
     header = {
-        "model": _public(base),
-        "adapter": folder and _public(subject.name),
+        "model": public_name(base),
+        "adapter": folder and public_name(subject.name),
         "versions": versions(),
         "seed": options.seed,
         "settings": settings | {"samples": options.samples, "machine": machine(), "options": shown},
     }
-    tasks, path = {name: TASKS[name] for name in options.tasks}, _result_file(subject, options)
+    tasks, path = {name: TASKS[name] for name in options.tasks}, result_file(subject, options)
     return evaluate(
         model, tokenizer, tasks, lengths=lengths, samples=options.samples, path=path, header=header, options=given
     )
@@ -268,18 +187,11 @@ def evaluate_models(options: Namespace) -> dict[str, dict[str, Any]]:
         raise ValueError("task perplexity has no text: set --text to a file, or to a folder of .txt and .md files")
     for name in ("text", "haystack"):
         value = getattr(options, name)
-        if value is not None and not Path(value).exists():
+        is_path = name == "haystack" or Path(str(value)).suffix in TEXT_SUFFIXES
+        if value is not None and is_path and not Path(value).exists():
             raise ValueError(f"--{name} {value}: no such file or folder")
     task_options = _task_options(options)
-    return {subject.label: _measure(subject, options, task_options) for subject in _subjects(options)}
-
-
-def _subjects(options: Namespace) -> list[Subject]:
-    subjects = [Subject.parse(text) for text in options.compare]
-    labels = [subject.label for subject in subjects]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"two models have the same label ({', '.join(labels)}): write LABEL=MODEL")
-    return subjects
+    return {subject.label: _measure(subject, options, task_options) for subject in subjects_of(options)}
 
 
 def add_harness_options(parser: ArgumentParser) -> None:
@@ -297,7 +209,7 @@ def add_harness_options(parser: ArgumentParser) -> None:
     parser.add_argument("--num_fewshot", type=int, help="default: the task's")
     parser.add_argument("--seed", type=int, help="default: lm-eval's own, with which published figures were made")
     parser.add_argument("--include_path", metavar="DIR", help="task YAMLs beside lm-eval's own")
-    parser.add_argument("--metadata", type=json.loads, help='for tasks that want it: \'{"max_seq_lengths": [32768]}\'')
+    parser.add_argument("--metadata", type=json.loads, help="for tasks that want it: '{\"max_seq_lengths\": [32768]}'")
     parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
     parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
     parser.add_argument("--output_dir", default="runs/lm-eval", help="folder of the results (default: runs/lm-eval)")
@@ -306,15 +218,15 @@ def add_harness_options(parser: ArgumentParser) -> None:
 def run_lm_eval(options: Namespace) -> dict[str, dict[str, Any]]:
     """Label -> lm-eval's results for every model in `options.compare`, each written to its file of output_dir."""
     found = {}
-    for subject in _subjects(options):
+    for subject in subjects_of(options):
         # An unscaled base is measured at its own window, where the short benchmarks are.
-        folder, settings, base, _ = _open(subject, options, DEFAULT_FACTOR if subject.rope_scaling_type else 1)
-        model, tokenizer = _load(subject, folder, settings, options)
-        header = {"model": _public(base), "adapter": folder and _public(subject.name), **settings}
+        folder, settings, base, _ = open_subject(subject, options, DEFAULT_FACTOR if subject.rope_scaling_type else 1)
+        model, tokenizer = load_subject(subject, folder, settings, options)
+        header = {"model": public_name(base), "adapter": folder and public_name(subject.name), **settings}
         keys = ("max_length", "batch_size", "chat_template", "include_path", "metadata", "seed", "limit", "num_fewshot")
         given = {key: getattr(options, key) for key in keys}
         found[subject.label] = run_harness(model, tokenizer, options.tasks.split(","), header=header, **given)
-        path = _result_file(subject, options)
+        path = result_file(subject, options)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found[subject.label], indent=1) + "\n", encoding="utf-8")
     return found

@@ -5,12 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cream_peft import cli, fit, memory
 from cream_peft.evals import mean_by, recall, runner
 from cream_peft.evals.table import table_of
-from cream_peft.measure import Subject
 from cream_peft.plots import plot_results
+from cream_peft.subjects import Subject
 
 
 class Oracle:
@@ -203,6 +205,32 @@ def test_what_cannot_be_measured_is_said_in_one_line(arguments, said, tmp_path, 
     assert cli.main(["evaluate", *arguments]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ") and said in line
+
+
+def test_perplexity_takes_texts_of_a_data_set_as_of_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                    max_position_embeddings=64)
+    ).save_pretrained("model")  # fmt: skip
+    letters = {letter: index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained("model")
+    text = "the quick brown fox jumps over the lazy dog " * 5
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": text}) + "\n")
+    values = []
+    for source in ("a.txt", "a.jsonl"):
+        command = ["evaluate", "--compare", "./model", "--no_4bit", "--tasks", "perplexity", "--text", source]
+        assert cli.main([*command, "--lengths", "32", "64", "--output_dir", source[2:]]) == 0
+        found = runner.read_results(tmp_path / source[2:] / "model.json")
+        values.append([cell["value"] for cell in found["cells"]])
+        assert found["settings"]["options"]["perplexity"]["text"] == source
+    assert values[0] == values[1] and len(values[0]) == 2
+    command[-1] = "b.jsonl"
+    assert cli.main([*command, "--lengths", "32", "--output_dir", "b"]) == 2
+    assert "--text b.jsonl has no column text" in capsys.readouterr().err
 
 
 def test_the_kv_cache_is_chosen_by_what_the_gpu_has_free(monkeypatch):
