@@ -106,7 +106,10 @@ gguf-set-metadata model.gguf llama.context_length {target} --force
 def adapter_sha256(folder: Path) -> str | None:
     """The digest by which results name the adapter they were measured on."""
     path = folder / "adapter_model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_own(result: dict[str, Any], folder: Path, description: dict[str, Any]) -> bool:

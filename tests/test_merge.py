@@ -339,8 +339,11 @@ print(json.dumps([measure_here(name, folder, "20MB") for name in ("merge_adapter
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
-@pytest.mark.parametrize("lora", [{}, pytest.param({"use_dora": True}, marks=pytest.mark.slow)], ids=["plain", "dora"])
-def test_a_merge_takes_far_less_memory_than_the_model_has(tmp_path, lora):
+# DoRA takes a norm of each merged weight, in fp32.
+@pytest.mark.parametrize(
+    "lora, share", [({}, 0.6), pytest.param({"use_dora": True}, 0.8, marks=pytest.mark.slow)], ids=["plain", "dora"]
+)
+def test_a_merge_takes_far_less_memory_than_the_model_has(tmp_path, lora, share):
     config = LlamaConfig(
         vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=14, num_attention_heads=8
     )
@@ -349,7 +352,7 @@ def test_a_merge_takes_far_less_memory_than_the_model_has(tmp_path, lora):
     command = [sys.executable, "-c", MEASURE, tmp_path]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, timeout=300)
     ours, plain = json.loads(done.stdout)
-    assert ours["peak_gib"] - ours["start_gib"] < 0.6 * size
+    assert ours["peak_gib"] - ours["start_gib"] < share * size
     assert plain["peak_gib"] - ours["start_gib"] > size  # control: where the whole model is loaded
 
 
