@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .evals import mean_by
+from .evals.table import of_task, tasks_in
 from .tiny import TINY_ID
 
 BODY = """# {title}
@@ -118,18 +119,9 @@ def is_own(result: dict[str, Any], folder: Path, description: dict[str, Any]) ->
     return found is not None and found == (description.get("adapter_sha256") or adapter_sha256(folder))
 
 
-def tasks_of(results: dict[str, dict[str, Any]]) -> list[str]:
-    """The tasks that were measured, in alphabetical order."""
-    return sorted({cell["task"] for result in results.values() for cell in result["cells"]})
-
-
-def _cells(result: dict[str, Any], task: str) -> list[dict[str, Any]]:
-    return [cell for cell in result["cells"] if cell["task"] == task]
-
-
 def _table(results: dict[str, dict[str, Any]], task: str) -> list[str]:
     """Markdown: a row a model, a column a length."""
-    cells = {label: _cells(result, task) for label, result in results.items()}
+    cells = of_task(results, task)
     lengths = sorted({cell["length"] for found in cells.values() for cell in found})
     metric = next(cell["metric"] for found in cells.values() for cell in found)
     lines = [f"{task}: {metric} by length in tokens", ""]
@@ -145,7 +137,7 @@ def _measured(results: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]
     if not own:
         return "Nothing was measured yet."
     lines: list[str] = []
-    for task in tasks_of(results):
+    for task in tasks_in(results):
         lines += [*_table(results, task), ""]
         lines += [f"![{task} by length and by depth](results/{task}.png)", ""]
     one = next(iter(own.values()))
@@ -162,9 +154,8 @@ def _measured(results: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]
 def _eval_results(own: dict[str, dict[str, Any]]) -> list[EvalResult]:
     """What was measured on this adapter, for the metadata's model-index."""
     found = []
-    for result in own.values():
-        for task in sorted({cell["task"] for cell in result["cells"]}):
-            cells = _cells(result, task)
+    for task in tasks_in(own):
+        for cells in filter(None, of_task(own, task).values()):
             for length, value in mean_by(cells, "length").items():
                 found.append(
                     EvalResult(

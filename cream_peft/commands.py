@@ -82,12 +82,13 @@ def evaluate(arguments: list[str]) -> None:
     print()
     for line in table_of(results, options.threshold):
         print(line)
-    content = {
-        "results": results,
-        "comparisons": comparisons(results),
-        "effective_lengths": effective_lengths(results, options.threshold),
-    }
-    _write_json(options.json, content)
+    if options.json:
+        content = {
+            "results": results,
+            "comparisons": comparisons(results),
+            "effective_lengths": effective_lengths(results, options.threshold),
+        }
+        _write_json(options.json, content)
     print(f"The results are in {options.output_dir}")
 
 

@@ -18,8 +18,9 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
 
 from .adapter import read_description
-from .card import is_own, tasks_of, write_card
-from .evals import read_results
+from .card import is_own, write_card
+from .evals import file_name, read_results
+from .evals.table import tasks_in
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +164,8 @@ def _stage_results(results: dict[str, dict[str, Any]], folder: Path) -> None:
 
     (folder / "results").mkdir()
     for label, result in results.items():
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", label)
-        (folder / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for task in tasks_of(results):
+        (folder / "results" / file_name(label)).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for task in tasks_in(results):
         plot_results(results, folder / "results" / f"{task}.png", task=task)
 
 
@@ -267,12 +267,12 @@ def push_folder(
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch)
         for path in _published_files(folder):
-            (staged / path.relative_to(folder)).parent.mkdir(exist_ok=True)
-            (staged / path.relative_to(folder)).symlink_to(path.resolve())
-        for name in ("cream.json", "adapter_config.json", "README.md"):
-            if (staged / name).exists():
-                (staged / name).unlink()
-                shutil.copy(folder / name, staged / name)
+            target = staged / path.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            if path.suffix == ".safetensors":
+                target.symlink_to(path.resolve())
+            else:
+                shutil.copy(path, target)
         _put(staged / "cream.json", **description)
         if (staged / "adapter_config.json").exists():
             _put(staged / "adapter_config.json", base_model_name_or_path=description["base_model"])

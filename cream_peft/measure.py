@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from .config import DEFAULT_FACTOR
 from .data import load_documents
 from .evals import TASKS, evaluate
+from .evals.generation import KV_CACHES
 from .evals.harness import run_harness
 from .evals.prompts import STYLES, TEXT_SUFFIXES
 from .fit import fitting_kv_cache
@@ -39,7 +40,6 @@ TAKEN_BY = {
 MOST_DOCUMENTS = 1000
 EMBEDDED = ("kv_retrieval", "needle", "recall")
 """The tasks of the embedded model."""
-KV_CACHES = ("auto", "default", "quantized", "offloaded")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -68,8 +68,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, help="prompts answered together (default: 1)")
     parser.add_argument("--chunk_length", type=int, help="tokens read at once (default: 1024)")
     parser.add_argument(
-        "--kv_cache", choices=KV_CACHES, default="auto", help="default: 16-bit where it fits, else quantized, offloaded"
-    )
+        "--kv_cache", choices=["auto", *KV_CACHES], default="auto",
+        help="default: 16-bit where it fits, else quantized, offloaded",
+    )  # fmt: skip
     parser.add_argument("--dump_prompts", "--dump-prompts", metavar="DIR", help="write the prompts, measure nothing")
     parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
     parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from .adapter import adapter_folder, is_adapter, load_adapter, read_description
 from .card import adapter_sha256
 from .config import DEFAULT_FACTOR
 from .errors import about
+from .evals import file_name
 from .model import load_base, load_tokenizer, resolve_base
 
 
@@ -109,7 +109,7 @@ def public_name(name: str) -> str:
 
 
 def result_file(subject: Subject, options: Namespace) -> Path:
-    return Path(options.output_dir) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', subject.label)}.json"
+    return Path(options.output_dir) / file_name(subject.label)
 
 
 def subjects_of(options: Namespace) -> list[Subject]:

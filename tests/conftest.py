@@ -6,6 +6,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import shutil
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -14,12 +17,28 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cream_peft import CREAMConfig
+from cream_peft.recipe import parse_recipe
 from cream_peft.tiny import base_folder
+from cream_peft.train import run_recipe
 
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
 
 WINDOW, TARGET = 64, 512
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of an adapter of the embedded model, trained for two steps. Not to be changed: take `adapter`."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run_recipe(parse_recipe(["--max_steps", "2", "--output_dir", str(folder), "--save_strategy", "no"]))
+    return folder
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """A copy of `trained` of one's own."""
+    return Path(shutil.copytree(trained, tmp_path / "adapter"))
 
 
 @pytest.fixture

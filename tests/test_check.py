@@ -19,18 +19,6 @@ from cream_peft.tiny import base_folder
 from cream_peft.train import run_recipe
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    run_recipe(parse_recipe(["--max_steps", "2", "--output_dir", str(folder), "--save_strategy", "no"]))
-    return folder
-
-
-@pytest.fixture
-def adapter(trained, tmp_path):
-    return Path(shutil.copytree(trained, tmp_path / "adapter"))
-
-
 def verdicts(folder, **options):
     return {row["item"]: row["verdict"] for row in check_adapter(folder, **options)}
 

@@ -30,18 +30,6 @@ CALLS = ("create", "validate-yaml", "preupload", "lfs-batch", "put", "verify", "
 FAULTS = (401, 403, 404, 409, 412, 429, 500, 503, "drop-early", "half", "drop", "lost")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    run_recipe(parse_recipe(["--max_steps", "2", "--output_dir", str(folder), "--save_strategy", "no"]))
-    return folder
-
-
-@pytest.fixture
-def adapter(trained, tmp_path):
-    return Path(shutil.copytree(trained, tmp_path / "adapter"))
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub that the client in this process talks to, and no waiting."""

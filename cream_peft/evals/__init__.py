@@ -6,7 +6,7 @@ from .needle import needle
 from .passkey import passkey
 from .perplexity import perplexity
 from .recall import recall
-from .runner import evaluate, mean_by, read_results
+from .runner import evaluate, file_name, mean_by, read_results
 
 TASKS = {
     "kv_retrieval": kv_retrieval,
@@ -19,4 +19,4 @@ TASKS = {
 """name -> function(model, tokenizer, length, samples, seed, done=depths, **options) that yields cells: depth, metric,
 value, samples. Written out after each."""
 
-__all__ = ["TASKS", "evaluate", "mean_by", "read_results"]
+__all__ = ["TASKS", "evaluate", "file_name", "mean_by", "read_results"]

@@ -68,7 +68,7 @@ def _without_paths(content: Any) -> Any:
         return [_without_paths(value) for value in content]
     if isinstance(content, str) and os.sep in content:
         parts = Path(content).parts
-        # The first catches patterns too, such as /home/me/data/*.json.
+        # The first catches patterns too, such as data/*.json.
         if (len(parts) > 2 and parts[0] == os.sep and os.path.isdir(os.sep + parts[1])) or os.path.exists(content):
             return parts[-1]
     return content

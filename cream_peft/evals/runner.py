@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -30,6 +31,11 @@ def read_results(path: str | Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{lost}: {', '.join(missing)} missing")
     return results
+
+
+def file_name(label: str) -> str:
+    """The name of a label's results file."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label) + ".json"
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ PAPER = Path(__file__).parent / "paper.json"
 Results = dict[str, dict[str, Any]]
 
 
-def _of_task(results: Results, task: str) -> Results:
+def of_task(results: Results, task: str) -> dict[str, list[dict[str, Any]]]:
+    """Label -> its cells of one task."""
     return {label: [cell for cell in result["cells"] if cell["task"] == task] for label, result in results.items()}
 
 
@@ -35,7 +36,7 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     first, *others = results
     for task in tasks_in(results):
-        cells = _of_task(results, task)
+        cells = of_task(results, task)
         for other in others:
             for length in sorted({cell["length"] for cell in cells[other]}):
                 pairs = [
@@ -56,7 +57,7 @@ def effective_lengths(results: Results, threshold: float) -> list[dict[str, Any]
     """Up to which length (tokens) each model stays at `threshold`, beside the length it was extended to."""
     found = []
     for task in tasks_in(results):
-        for label, cells in _of_task(results, task).items():
+        for label, cells in of_task(results, task).items():
             if cells and cells[0]["metric"] == "accuracy":
                 length = effective_length(mean_by(cells, "length"), threshold)
                 claimed = results[label]["settings"].get("target_length")
@@ -100,7 +101,7 @@ def table_of(results: Results, threshold: float = 0.85) -> list[str]:
     width = max(len(label) for label in results)
     compared, effective = comparisons(results), effective_lengths(results, threshold)
     for task in tasks_in(results):
-        cells = _of_task(results, task)
+        cells = of_task(results, task)
         metric = next(cell["metric"] for found in cells.values() for cell in found)
         if metric != "accuracy":
             lines += [f"{task}: {metric} per token by length (tokens)", *_perplexity_table(cells, width)]
