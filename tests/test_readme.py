@@ -90,6 +90,25 @@ def test_the_figures_of_smollm2_equal_their_json():
     assert right["needle", 1024] == right["needle", 4096] == 6
 
 
+def test_the_planned_figures_equal_what_plan_wrote():
+    def without_context(name, *where):
+        terms = json.loads((ROOT / f"recipes/llama-2-7b/results/plan-{name}.json").read_text())
+        for key in where:
+            terms = terms[key]
+        return terms["total"] - terms["cuda_context"]
+
+    rows = {
+        "| default | 8 GB": "7b-default",
+        "| `memory: low` | 8 GB": "7b-low",
+        "| 13B, default | 16 GB": "13b-default",
+        "| 13B, `memory: low` | 12 GB": "13b-low",
+    }
+    for row, name in rows.items():
+        assert f"{row} | {without_context(name, 'terms'):.2f} GiB |" in README
+    for cache, row in (("default", "16-bit cache | 24 GB"), ("quantized", "4-bit cache | 12 GB")):
+        assert f"{row} | {without_context('7b-default', 'evaluation', 'terms', cache):.1f} GiB" in README
+
+
 DEMO_TASKS = ("recall", "kv_retrieval", "needle")
 
 
