@@ -16,20 +16,17 @@ from transformers import (
     Cache,
     GenerationConfig,
     PreTrainedModel,
-    QuantizedCache,
     StoppingCriteriaList,
     TextStreamer,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.utils import is_hqq_available
 
 from . import rope
 from .adapter import load_adapter
-from .evals.generation import KV_CACHES, new_cache
+from .kv_cache import new_cache, refuse_unusable
+from .memory import PREFILL_CHUNK
 
 Write = Callable[[str], Any]
-PREFILL_CHUNK = 2048
-"""Tokens read at once: attention then needs this times the length, never the length squared."""
 WITH_DOCUMENT = "Here is a document. Questions about it follow.\n\n{document}\n\n{question}"
 PROBE = "Where does this end?"
 
@@ -54,12 +51,7 @@ class ChatSettings:
     """0 takes the likeliest token each time."""
 
     def __post_init__(self) -> None:
-        if self.kv_cache not in KV_CACHES:
-            raise ChatError(f"unknown --kv_cache {self.kv_cache!r}: use one of {', '.join(KV_CACHES)}")
-        if self.kv_cache == "quantized" and not is_hqq_available():
-            raise ChatError("--kv_cache quantized needs HQQ: run `pip install hqq`")
-        if self.kv_cache == "offloaded" and not torch.cuda.is_available():
-            raise ChatError("--kv_cache offloaded takes the cache off a CUDA GPU, and there is none: leave it out")
+        refuse_unusable(self.kv_cache)
         if self.max_new_tokens < 1 or self.temperature < 0:
             raise ChatError("--max_new_tokens must be at least 1, and --temperature at least 0")
 
@@ -230,8 +222,7 @@ class Chat:
         # The last token is always read, for its logits.
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, ids[:-1], strict=False)))
         surplus = len(cached) - shared
-        # A quantized cache is called croppable, but crop leaves what is quantized as it is.
-        if cache is None or (surplus and (isinstance(cache, QuantizedCache) or any(cache.is_sliding))):
+        if cache is None or (surplus and any(cache.is_sliding)):
             return new_cache(self.model.config, self.settings.kv_cache), 0
         if surplus:
             cache.crop(-surplus)

@@ -51,6 +51,7 @@ NOISE = {
 }
 """Logger -> pattern of the lines that say nothing to a user."""
 
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a library's log line is for the user. Of eleven lines of the Hub client's retries one is left."""
     message = record.getMessage()

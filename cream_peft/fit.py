@@ -57,9 +57,9 @@ def shortage(recipe: Recipe, config: PreTrainedConfig, gib: float | None, valida
     training, validation = _memory_settings(recipe, config)
     if validating and validation:
         terms = memory.estimate_validation(config, **validation)
-        return plan.shortage(terms, gib, lambda gib: plan.advise_validation(config, gib, **validation))
+        return plan.shortage(terms, gib, lambda gib: plan.to_set(plan.advise_validation(config, gib, **validation)))
     terms = memory.estimate(config, **training)
-    return plan.shortage(terms, gib, lambda gib: plan.advise(config, gib, **training))
+    return plan.shortage(terms, gib, lambda gib: plan.to_set(plan.advise(config, gib, **training)))
 
 
 def allowed_gib() -> float | None:
@@ -86,6 +86,29 @@ def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> Iterator[None]
             with suppress(ValueError):
                 line = shortage(recipe, config, allowed_gib(), validating)
                 error.add_note(f"{MEMORY_RAN_OUT}{where}: {line}; `cream-peft plan` shows every term")
+        raise
+
+
+def _flags_for(config: PreTrainedConfig, gib: float, batch_size: int, settings: dict[str, Any]) -> str:
+    """What to change on `cream-peft evaluate`'s command line, so that prompts are read in `gib` GiB."""
+    if batch_size > 1:
+        return "--batch_size 1, which is planned"
+    flags = {"load_in_4bit": "leave out --no_4bit", "kv_cache": "--kv_cache {}", "length": "--lengths up to {}"}
+    changes = plan.advise_evaluation(config, gib, **settings) or {}
+    return ", ".join(flags[name].format(value) for name, value in changes.items())
+
+
+@contextmanager
+def reading_explained(config: PreTrainedConfig, batch_size: int = 1, **settings: Any) -> Iterator[None]:
+    """The same for reading prompts with `memory.estimate_evaluation`'s settings, in the flags of `evaluate`."""
+    try:
+        yield
+    except Exception as error:
+        if ran_out_of_memory(error):
+            with suppress(ValueError):
+                terms = memory.estimate_evaluation(config, **settings)
+                line = plan.shortage(terms, allowed_gib(), lambda gib: _flags_for(config, gib, batch_size, settings))
+                error.add_note(f"{MEMORY_RAN_OUT} with prompts of {settings['length']:,} tokens: {line}")
         raise
 
 

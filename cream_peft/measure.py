@@ -8,16 +8,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from .config import DEFAULT_FACTOR
 from .data import load_documents
 from .evals import TASKS, evaluate
-from .evals.generation import KV_CACHES
 from .evals.harness import run_harness
 from .evals.prompts import STYLES, TEXT_SUFFIXES
-from .fit import fitting_kv_cache
+from .fit import fitting_kv_cache, reading_explained
+from .kv_cache import refuse_unusable
+from .memory import KV_CACHES
 from .model import load_tokenizer
 from .provenance import machine, versions
 from .subjects import Subject, load_subject, open_subject, public_name, result_file, subjects_of
@@ -146,9 +146,11 @@ def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[
         "settings": settings | {"samples": options.samples, "machine": machine(), "options": shown},
     }
     tasks, path = {name: TASKS[name] for name in options.tasks}, result_file(subject, options)
-    return evaluate(
-        model, tokenizer, tasks, lengths=lengths, samples=options.samples, path=path, header=header, options=given
-    )
+    reading = {"length": max(lengths), "load_in_4bit": not options.no_4bit, "kv_cache": kv_cache}
+    with reading_explained(config, options.batch_size or 1, **reading):
+        return evaluate(
+            model, tokenizer, tasks, lengths=lengths, samples=options.samples, path=path, header=header, options=given
+        )
 
 
 def _dump(
@@ -182,8 +184,8 @@ def evaluate_models(options: Namespace) -> dict[str, dict[str, Any]]:
     for depth in options.depths or []:
         if not 0 <= depth <= 1:
             raise ValueError(f"--depths {depth:g} must lie between 0 (start) and 1 (end)")
-    if options.kv_cache == "offloaded" and not torch.cuda.is_available():
-        raise ValueError("--kv_cache offloaded takes the cache off a CUDA GPU, and there is none: leave it out")
+    if options.kv_cache != "auto":
+        refuse_unusable(options.kv_cache)
     if "perplexity" in options.tasks and options.text is None:
         raise ValueError("task perplexity has no text: set --text to a file, or to a folder of .txt and .md files")
     for name in ("text", "haystack"):

@@ -24,13 +24,16 @@ LM_HEAD_TILE = (4096, 32_768)
 OFFLOAD_STASH = 5
 
 KV_CACHES = ("default", "quantized", "offloaded")
-# Tokens read at once into a cache, as `cream-peft chat` does.
+# Tokens that `cream-peft chat` reads at once: attention then needs this times the length, never the length squared.
 PREFILL_CHUNK = 2048
 # HQQ in 4 bits: half a byte, and in 16 bits a scale and a zero per group of 32.
 HQQ_BYTES = 0.5 + 2 * 2 / 32
-# While HQQ 0.2.8 quantizes the keys of a layer, bytes for each of them on a GPU: old and new keys and values in 16 bits
-# (8), the keys in fp32 and fp16 (6), and eight fp16 tensors of its solver (16; hqq/core/optimize.py).
+# While HQQ 0.2.8 quantizes the keys of a chunk, bytes for each of them on a GPU: keys and values in 16 bits, as they
+# came and as they are added (8), the keys in fp32 and fp16 (6), and eight fp16 tensors of its solver (16;
+# hqq/core/optimize.py).
 HQQ_WORK_BYTES = 8 + 6 + 16
+# And while a piece is unpacked beside the layer's keys and values: 8 as above, three 16-bit tensors.
+HQQ_UNPACK_BYTES = 8 + 6
 
 _FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _FIELDS += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
@@ -280,10 +283,15 @@ def estimate_evaluation(
     cached = {"default": layers * layer, "quantized": layers * HQQ_BYTES * layer / 2, "offloaded": 2 * layer}
     # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, and a mask of one byte.
     throughout = tokens * (6 * hidden + length)
-    # Old and new keys together; then a 16-bit mask, and keys and values repeated for queries that share them.
-    adding = keys * length * (HQQ_WORK_BYTES if kv_cache == "quantized" else 2) + tokens * (2 * queries + 4 * keys)
+    # Old and new keys together, or a chunk quantized, then the layer unpacked; then a 16-bit mask, and keys and values
+    # repeated for queries that share them.
+    unpacked = layer if kv_cache == "quantized" else 0
+    if unpacked:
+        adding = 2 * tokens * queries + max(HQQ_WORK_BYTES * tokens * keys, layer + HQQ_UNPACK_BYTES * tokens * keys)
+    else:
+        adding = 2 * keys * length + tokens * (2 * queries + 4 * keys)
     shared = 4 * queries * length if 1 < config.num_key_value_heads < config.num_attention_heads else 0
-    attending = (layer if kv_cache == "quantized" else 0) + shared + tokens * (2 * length + 4 * queries)
+    attending = unpacked + shared + tokens * (2 * length + 4 * queries)
     # The feed-forward's three products in 16 bits; or a linear's output in 16 bits and its adapter's input in fp32, and
     # output, twice, for its scaling.
     beside = _beside(config)

@@ -116,14 +116,19 @@ def in_words(changes: dict[str, Any] | None) -> str:
     return ", ".join(f"{RECIPE_KEYS.get(key, key)}: {str(value).lower()}" for key, value in (changes or {}).items())
 
 
-def shortage(terms: dict[str, float], gib: float | None, advice: Callable[[float], dict[str, Any] | None]) -> str:
+def to_set(changes: dict[str, Any] | None) -> str:
+    """What to write into a recipe; nothing where no changes are enough."""
+    return f"set {in_words(changes)}" if changes else ""
+
+
+def shortage(terms: dict[str, float], gib: float | None, advice: Callable[[float], str]) -> str:
     """What a plan's `terms` need against the `gib` GiB that a process may have (None: not known), CUDA's context not
-    counted in either, and the change that `advice(GiB)` finds; one that saves a tenth where the plan says it fits."""
+    counted in either, and what `advice(GiB)` says to do; it is asked to save a tenth where the plan says it fits."""
     needed = terms["total"] - terms["cuda_context"]
     largest = max((name for name in terms if name not in ("total", "cuda_context")), key=terms.get)
     there = "" if gib is None else f", and the GPU has {gib:.1f} GiB for it"
-    changes = advice(min(0.9 * needed, needed if gib is None else gib) + CUDA_CONTEXT_GIB)
-    remedy = f"set {in_words(changes)}" if changes else "take a smaller base or a larger GPU, no settings are enough"
+    remedy = advice(min(0.9 * needed, needed if gib is None else gib) + CUDA_CONTEXT_GIB)
+    remedy = remedy or "take a smaller base or a larger GPU, no settings are enough"
     return f"the plan is {needed:.1f} GiB, most for {largest} ({terms[largest]:.1f} GiB){there}: {remedy}"
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from conftest import TARGET, WINDOW
 from tokenizers.models import WordLevel
-from transformers import QuantizedCache
 
 from cream_peft import CREAMTrainer
-from cream_peft.chat import Chat, ChatError, ChatSettings, end_tokens, load_chat, new_cache, read_document, talk
+from cream_peft.chat import Chat, ChatError, ChatSettings, end_tokens, load_chat, read_document, talk
 from cream_peft.model import load_base
 from cream_peft.tiny import TINY_ID
 from cream_peft.tiny.recall import vocabulary
@@ -268,7 +267,7 @@ def test_a_document_that_is_no_text_is_refused_by_name(tmp_path, content, reason
 
 
 def test_settings_that_cannot_be_had_are_refused_before_a_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("cream_peft.chat.is_hqq_available", lambda: False)
+    monkeypatch.setattr("cream_peft.kv_cache.is_hqq_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for settings, reason in [
         ({"kv_cache": "quantized"}, "pip install hqq"),
@@ -277,7 +276,7 @@ def test_settings_that_cannot_be_had_are_refused_before_a_model_is_loaded(monkey
         ({"max_new_tokens": 0}, "at least 1"),
         ({"temperature": -1.0}, "at least 0"),
     ]:
-        with pytest.raises(ChatError, match=reason):
+        with pytest.raises(ValueError, match=reason):
             ChatSettings(**settings)
 
 
@@ -293,25 +292,19 @@ def cache_bytes(chat):
     return sum(bytes_of(vars(layer)) for layer in chat._cache.layers)
 
 
-def test_a_quantized_cache_is_smaller_and_started_over_rather_than_cropped(make_chat):
+def test_a_quantized_cache_is_smaller_and_cut_back_like_any_other(make_chat):
     pytest.importorskip("hqq")
     quantized, default = make_chat(kv_cache="quantized", max_new_tokens=1), make_chat(max_new_tokens=1)
     for chat in (quantized, default):
         chat.ask("k001", silent)
-    assert cache_bytes(quantized) < cache_bytes(default) / 3
+    assert cache_bytes(quantized) < 0.6 * cache_bytes(default)  # the last tokens, up to 127, wait in 16 bits
     read, _ = watch(quantized)
     quantized.ask("k002", silent)
     assert 0 < sum(read) < 40
     quantized.messages = []
     read.clear()
     quantized.ask("k003", silent)
-    assert sum(read) > 200
-
-    cache = new_cache(quantized.model.config, "quantized")
-    quantized.model(torch.ones(1, 64, dtype=torch.long), past_key_values=cache)
-    assert isinstance(cache, QuantizedCache) and cache.is_croppable
-    with pytest.raises(IndexError):  # control: why _take_cache does not ask is_croppable
-        cache.crop(-8)
+    assert 0 < sum(read) < 40
 
 
 def test_a_trained_4_bit_adapter_is_loaded_with_its_lengths_and_answers_as_it_was_left(

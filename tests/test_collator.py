@@ -62,9 +62,7 @@ def test_evaluation_documents_get_plain_positions_and_training_documents_do_not(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_draws_are_the_same_whatever_the_workers_and_follow_the_epoch(workers):
     collate = collator()
-    loader = DataLoader(
-        rows(), batch_size=3, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0
-    )
+    loader = DataLoader(rows(), batch_size=3, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0)
     found = []
     for epoch in (0, 1, 0):
         collate.set_epoch(epoch)

@@ -26,7 +26,8 @@ from trl.kernels import chunked_logprob
 from trl.models.activation_offloading import OffloadActivations
 from trl.trainer import utils as trl_utils
 
-from cream_peft import chat, memory
+from cream_peft import memory
+from cream_peft.kv_cache import new_cache
 from cream_peft.memory import (
     ATTENTION,
     CUDA_CONTEXT_GIB,
@@ -421,14 +422,9 @@ def test_memory_low_trains_llama_2_7b_in_less_than_5_gib_of_tensors():
 # Evaluation
 
 
-def test_caches_and_the_chunk_are_those_of_chat():
-    assert (memory.KV_CACHES, memory.PREFILL_CHUNK) == (chat.KV_CACHES, chat.PREFILL_CHUNK)
-
-
 def cache_bytes(cache):
     """Bytes of a cache's tensors, those inside a quantized one included."""
-    parts = [value for layer in cache.layers for value in vars(layer).values()]
-    parts += [value for _, meta in (part for part in parts if isinstance(part, tuple)) for value in meta.values()]
+    parts = [list(vars(layer).values()) for layer in cache.layers]
     tensors = [value for value in tree_leaves(parts) if isinstance(value, torch.Tensor)]
     return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}.values())
 
@@ -439,7 +435,7 @@ def test_a_cache_has_the_bytes_of_a_real_one(kind, config_class):
     if kind == "quantized":
         pytest.importorskip("hqq")
     config = small(config_class, num_key_value_heads=2)
-    cache = chat.new_cache(config, kind)
+    cache = new_cache(config, kind)
     for layer in range(config.num_hidden_layers):
         cache.update(*torch.randn(2, 1, 2, TOKENS, 64, dtype=torch.bfloat16), layer)
     planned = bytes_of(estimate_evaluation(config, length=TOKENS, kv_cache=kind), "kv_cache")
@@ -479,7 +475,7 @@ def test_the_peak_of_reading_a_document_is_within_a_tenth(tmp_path, monkeypatch,
     config = small(num_key_value_heads=heads)
     model = trainable(tmp_path, config, checkpointing=False, **settings).eval()
     ids = torch.randint(0, 2048, (1, length), generator=torch.Generator().manual_seed(0))
-    mask, cache = torch.ones_like(ids), chat.new_cache(config, kind)
+    mask, cache = torch.ones_like(ids), new_cache(config, kind)
     with torch.no_grad(), LiveBytes() as live:
         for start in range(0, length, chunk):
             end = start + chunk

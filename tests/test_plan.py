@@ -284,7 +284,7 @@ def test_memory_that_runs_out_is_explained_by_the_plan(tmp_path, monkeypatch, va
 
 def test_the_line_names_the_largest_term_the_plan_the_card_and_the_change():
     config, settings = embedded_config(LLAMA2), {"context_length": 32_768}
-    line = plan.shortage(estimate(config, **settings), 11.0, lambda gib: advise(config, gib, **settings))
+    line = plan.shortage(estimate(config, **settings), 11.0, lambda gib: plan.to_set(advise(config, gib, **settings)))
     needed = estimate(config, **settings)["total"] - memory.CUDA_CONTEXT_GIB
     assert f"the plan is {needed:.1f} GiB, most for checkpoints (8.0 GiB), and the GPU has 11.0 GiB for it" in line
     change = advise(config, 11.0 + memory.CUDA_CONTEXT_GIB, **settings)
@@ -296,8 +296,27 @@ def test_where_the_plan_says_it_fits_the_change_saves_a_tenth():
     terms = estimate(config, **SETTINGS)
     for gib in (None, 23.6):
         asked = []
-        plan.shortage(terms, gib, lambda gib, asked=asked: asked.append(gib) or {"context_length": 2048})
+        plan.shortage(terms, gib, lambda gib, asked=asked: asked.append(gib) or "set")
         assert asked == [pytest.approx(0.9 * (terms["total"] - 0.75) + 0.75)]
+
+
+def test_evaluation_says_what_was_planned_and_which_flag_to_change(monkeypatch):
+    config = embedded_config(LLAMA2)
+    monkeypatch.setattr(fit, "allowed_gib", lambda: 7.2)
+
+    def said(**settings):
+        with pytest.raises(MemoryError) as caught, fit.reading_explained(config, **settings):
+            raise MemoryError
+        return errors.explain(caught.value)
+
+    line = said(length=32_768, kv_cache="quantized", load_in_4bit=True)
+    assert line.startswith("memory ran out with prompts of 32,768 tokens: the plan is 9.4 GiB, most for kv_cache (5.0")
+    assert line.endswith("and the GPU has 7.2 GiB for it: --kv_cache offloaded")
+    line = said(length=8192, kv_cache="default", load_in_4bit=False)
+    assert line.endswith("leave out --no_4bit, --kv_cache offloaded")
+    assert said(length=8192, batch_size=4).endswith(": --batch_size 1, which is planned")
+    monkeypatch.setattr(fit, "allowed_gib", lambda: 1.0)
+    assert said(length=8192).endswith("no settings are enough")
 
 
 def test_a_base_that_cannot_be_planned_still_gets_the_general_line(tmp_path, monkeypatch):

@@ -8,41 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    Cache,
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    QuantizedCache,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-from transformers.utils import is_hqq_available
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from ..kv_cache import new_cache
 from .prompts import Prompt, TaskError, Writer, dump_prompts
 
 CHUNK_LENGTH = 1024
-KV_CACHES = ("default", "quantized", "offloaded")
-
-
-def new_cache(config: PreTrainedConfig, kv_cache: str = "default") -> Cache:
-    """An empty cache of keys and values: on the GPU, offloaded to the CPU layer by layer, or in 4 bits.
-
-    Raises:
-        TaskError: if `kv_cache` is none of these, or needs what this machine lacks.
-    """
-    if kv_cache not in KV_CACHES:
-        raise TaskError(f"kv_cache={kv_cache!r} is unknown: use one of {', '.join(KV_CACHES)}")
-    if kv_cache == "quantized":
-        if not is_hqq_available():
-            raise TaskError("kv_cache=quantized needs HQQ: run `pip install hqq`, or take kv_cache=offloaded")
-        # Groups within a token. Those of HQQ's axis 0 change whenever tokens are added, and the whole cache is rounded
-        # anew each time: after four times its error is 0.17 of the keys' norm, not 0.09.
-        return QuantizedCache("hqq", config, axis_key=1, axis_value=1, q_group_size=32)
-    if kv_cache == "offloaded" and not torch.cuda.is_available():
-        raise TaskError("kv_cache=offloaded needs a GPU to be offloaded from: use kv_cache=default")
-    return DynamicCache(config=config, offloading=kv_cache == "offloaded")
 
 
 @torch.no_grad()
@@ -138,8 +109,8 @@ def answers(
         one_line: stop at the end of the first line that is not blank, as base models go on for ever.
         shared_prefix: read once the tokens that all prompts begin with, then answer one after the other.
     """
-    if shared_prefix and kv_cache != "default":
-        raise TaskError(f"shared_document needs kv_cache=default, which can be cut back, not {kv_cache}")
+    if shared_prefix and kv_cache == "offloaded":
+        raise TaskError("shared_document needs a cache that can be cut back: default or quantized, not offloaded")
     settings = {"answer_tokens": answer_tokens, "one_line": one_line, "chunk_length": chunk_length}
     cache = new_cache(model.config, kv_cache)
     if not shared_prefix:
@@ -190,8 +161,8 @@ def measure(
         grade: (reply, answer) -> whether it is right.
         style: form of the prompt; see `prompts.Writer`.
         batch_size: prompts answered together, padded on the left.
-        shared_document: ask all depths of one document before the next, which a task whose document is the same at
-            every depth then reads once. The cells come together, at the end.
+        shared_document: read a document once and ask it for every depth, where a task's is the same at all of them.
+            The cells of a length then come together, at its end. An offloaded cache cannot be cut back: False there.
         chunk_length, kv_cache: see `answers`.
         dump: add the prompts to this file, and ask the model nothing.
         options: the task's own.

@@ -94,7 +94,7 @@ def kv_retrieval(
     if depths is None and keys in PAPER_POSITIONS:
         depths = [round(place / (keys - 1), 4) for place in PAPER_POSITIONS[keys]]
     settings = {"prompt": kv_prompt, "grade": contains, "depths": depths or QUARTERS, "keys": keys}
+    settings["shared_document"] = options.get("kv_cache") != "offloaded" and options.get("batch_size", 1) == 1
     if embedded.is_embedded(tokenizer):
-        shared = options.get("kv_cache", "default") == "default"
-        settings |= {"prompt": embedded.kv_prompt, "answer_tokens": 1, "shared_document": shared}
+        settings |= {"prompt": embedded.kv_prompt, "answer_tokens": 1}
     yield from measure(model, tokenizer, length, samples, seed, **{"answer_tokens": ANSWER_TOKENS} | settings | options)

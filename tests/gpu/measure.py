@@ -143,7 +143,8 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
     from peft import get_peft_model
 
     from cream_peft import bench, memory
-    from cream_peft.chat import PREFILL_CHUNK, new_cache
+    from cream_peft.kv_cache import new_cache
+    from cream_peft.memory import PREFILL_CHUNK
     from cream_peft.model import lora_config
     from cream_peft.train import base_config
 

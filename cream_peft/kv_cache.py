@@ -1,0 +1,95 @@
+"""The cache of keys and values that a long document is read into: 16-bit, in 4 bits, or offloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
+from transformers.cache_utils import HQQQuantizedLayer
+from transformers.utils import is_hqq_available
+
+from .memory import KV_CACHES
+
+
+class AppendingHQQLayer(HQQQuantizedLayer):
+    """A layer's keys and values in 4 bits, each token quantized once, in groups of 32 within its own.
+
+    That of transformers quantizes all tokens anew whenever it quantizes some, with HQQ's solver over the whole layer:
+    30 bytes for each key, and more rounding each time. This one keeps pieces as they were read, and can be cut back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(nbits=4, axis_key=1, axis_value=1, q_group_size=32)
+        self._pieces: list[tuple[int, Any, Any]] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values [batch, heads, tokens, head size]; all there are, the added ones as they came."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        older = list(self._pieces)
+        keys, values = torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        self.cumulative_length += key_states.shape[-2]
+        quantized = keys.shape[-2] // self.residual_length * self.residual_length
+        self.keys, self.values = keys, values
+        if quantized:
+            parts = (part[..., :quantized, :].contiguous() for part in (keys, values))
+            self._pieces.append((quantized, *(self._quantize(part, axis=1) for part in parts)))
+            # Copies: a view would keep all of it.
+            self.keys, self.values = keys[..., quantized:, :].clone(), values[..., quantized:, :].clone()
+        if not older:
+            return keys, values
+        return self._joined(older, 1, keys), self._joined(older, 2, values)
+
+    def _joined(self, pieces: list[tuple[int, Any, Any]], part: int, recent: torch.Tensor) -> torch.Tensor:
+        """The keys (part 1) or values (2) of `pieces`, then `recent`, with one piece at a time beside them."""
+        batch, heads, tokens, size = recent.shape
+        length = tokens + sum(piece[0] for piece in pieces)
+        joined = recent.new_empty(batch, heads, length, size)
+        begin = 0
+        for piece in pieces:
+            joined[..., begin : begin + piece[0], :] = self._dequantize(piece[part])
+            begin += piece[0]
+        joined[..., begin:, :] = recent
+        return joined
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; as in transformers, their number is given as a negative one."""
+        kept = self.get_seq_length() + min(tokens_to_remove, 0)
+        while self._pieces and sum(piece[0] for piece in self._pieces) > kept:
+            _, keys, values = self._pieces.pop()
+            self.keys = torch.cat([self._dequantize(keys), self.keys], dim=-2)
+            self.values = torch.cat([self._dequantize(values), self.values], dim=-2)
+        left = kept - sum(piece[0] for piece in self._pieces)
+        self.keys, self.values = self.keys[..., :left, :].clone(), self.values[..., :left, :].clone()
+        self.cumulative_length = kept
+
+    def reset(self) -> None:
+        super().reset()
+        self._pieces, self.cumulative_length = [], 0
+
+
+def refuse_unusable(kv_cache: str) -> None:
+    """Raises a ValueError if `kv_cache` is no kind of cache, or needs what this machine lacks."""
+    if kv_cache not in KV_CACHES:
+        raise ValueError(f"unknown kv_cache {kv_cache!r}: use one of {', '.join(KV_CACHES)}")
+    if kv_cache == "quantized" and not is_hqq_available():
+        raise ValueError("kv_cache quantized needs HQQ: run `pip install hqq`, or take offloaded")
+    if kv_cache == "offloaded" and not torch.cuda.is_available():
+        raise ValueError("kv_cache offloaded takes the cache off a CUDA GPU, and there is none: leave it out")
+
+
+def new_cache(config: PreTrainedConfig, kv_cache: str = "default") -> Cache:
+    """An empty cache: on the model's device in 16 bits or in 4, or offloaded to the CPU layer by layer.
+
+    Raises:
+        ValueError: see `refuse_unusable`.
+    """
+    refuse_unusable(kv_cache)
+    if kv_cache != "quantized":
+        return DynamicCache(config=config, offloading=kv_cache == "offloaded")
+    cache = QuantizedCache("hqq", config)  # which refuses sliding windows
+    cache.layers = [AppendingHQQLayer() for _ in cache.layers]
+    return cache
