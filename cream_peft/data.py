@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -193,21 +194,22 @@ def _alternating(dataset: Any, column: str, columns: list[str], name: str) -> An
 def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A template with generation marks that renders exactly what the tokenizer's own does, or None.
 
-    TRL has training templates for many families; Llama-2 is not one of them. Ours is used only where the two render
-    a probe conversation to the same string, so that the model is trained on the format it is served with.
+    TRL has training templates for many families; Llama-2 and SmolLM2 are not among them. One of ours is used only where
+    the two render a probe conversation to the same string, so that the model is trained on the format it is served with.
     """
     if not tokenizer.chat_template or isinstance(tokenizer.chat_template, dict):
         return None
-    ours = files("cream_peft").joinpath("chat_templates/llama-2.jinja").read_text(encoding="utf-8")
-    try:
-        same = all(
-            tokenizer.apply_chat_template(probe, tokenize=False)
-            == tokenizer.apply_chat_template(probe, tokenize=False, chat_template=ours)
-            for probe in (PROBE, PROBE[1:])
-        )
-    except Exception:
-        return None
-    return ours if same else None
+    for file in files("cream_peft").joinpath("chat_templates").iterdir():
+        ours = file.read_text(encoding="utf-8")
+        # A template may refuse the probe.
+        with suppress(Exception):
+            if all(
+                tokenizer.apply_chat_template(probe, tokenize=False)
+                == tokenizer.apply_chat_template(probe, tokenize=False, chat_template=ours)
+                for probe in (PROBE, PROBE[1:])
+            ):
+                return ours
+    return None
 
 
 def fit_short_documents(dataset: Any, mode: str, context_length: int) -> Any:

@@ -23,14 +23,15 @@ from .provenance import machine, versions
 from .subjects import Subject, load_subject, open_subject, public_name, result_file, subjects_of
 from .tiny.recall import VOCABULARY_SIZE
 
-GENERATED = ("kv_retrieval", "longchat_lines", "needle", "passkey")
+GENERATED = ("kv_retrieval", "longchat_lines", "multikey_needle", "needle", "passkey")
 TAKEN_BY = {
     "keys": ("kv_retrieval",),
     "key_length": ("kv_retrieval",),
     "lines": ("longchat_lines",),
-    "haystack": ("needle",),
+    "haystack": ("multikey_needle", "needle"),
     "text": ("perplexity",),
     "stride": ("perplexity",),
+    "max_tokens": ("perplexity",),
     "depths": GENERATED,
     "style": GENERATED,
     "batch_size": GENERATED,
@@ -59,11 +60,12 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--keys", type=int, help="kv_retrieval: so many keys, as the paper's 75 and 140")
     parser.add_argument("--key_length", type=int, help="kv_retrieval: keys of so many digits instead of UUIDs")
     parser.add_argument("--lines", type=int, help="longchat_lines: so many lines")
-    parser.add_argument("--haystack", metavar="PATH", help="needle: text file or folder to hide it in")
+    parser.add_argument("--haystack", metavar="PATH", help="needles: text file or folder to hide them in")
     parser.add_argument("--text", metavar="PATH_OR_ID", help="perplexity: text file, folder of such, or a data set")
     parser.add_argument("--text_config", help="configuration of that data set")
     parser.add_argument("--text_split", default="test", help="split of that data set (default: test)")
     parser.add_argument("--stride", type=int, help="perplexity: tokens between windows (default: half the length)")
+    parser.add_argument("--max_tokens", type=int, help="perplexity: tokens read of each document; default: all")
     parser.add_argument("--style", choices=STYLES, help="form of the prompt (default: chat where there is a template)")
     parser.add_argument("--batch_size", type=int, help="prompts answered together (default: 1)")
     parser.add_argument("--chunk_length", type=int, help="tokens read at once (default: 1024)")

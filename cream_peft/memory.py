@@ -46,12 +46,14 @@ _ARCHITECTURES: dict[str, tuple[Any, ...]] = {
     "meta-llama/Llama-2-13b-hf": ("llama", 32_000, 5120, 13_824, 40, 40, 40, 4096, 1e-5, {"rope_theta": 1e4}),
     "meta-llama/Llama-3.1-8B": ("llama", 128_256, 4096, 14_336, 32, 32, 8, 131_072, 1e-5, _LLAMA3),
     "mistralai/Mistral-7B-v0.3": ("mistral", 32_768, 4096, 14_336, 32, 32, 8, 32_768, 1e-5, {"rope_theta": 1e6}),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", 49_152, 576, 1536, 30, 9, 3, 8192, 1e-5, {"rope_theta": 1e5}),
     "Qwen/Qwen3-8B-Base": ("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 32_768, 1e-6, {"rope_theta": 1e6}),
 }
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # The architecture of the recipes' bases, so that planning needs no network.
 EMBEDDED_CONFIGS = {name: dict(zip(_FIELDS, values, strict=True)) for name, values in _ARCHITECTURES.items()}
 EMBEDDED_CONFIGS["mistralai/Mistral-7B-v0.3"]["sliding_window"] = None
+EMBEDDED_CONFIGS["HuggingFaceTB/SmolLM2-135M-Instruct"]["tie_word_embeddings"] = True
 
 
 def embedded_config(model_id: str) -> PreTrainedConfig | None:

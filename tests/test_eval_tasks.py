@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from cream_peft.evals import generation
 from cream_peft.evals.kv_retrieval import PAPER_POSITIONS, kv_prompt, kv_retrieval
 from cream_peft.evals.longchat_lines import ADJECTIVES, NOUNS, PAPER_LENGTHS, _lines, lines_prompt, longchat_lines
+from cream_peft.evals.multikey_needle import multikey_needle, multikey_prompt
 from cream_peft.evals.needle import NEEDLE, SENTENCES, needle, needle_prompt, split_sentences
 from cream_peft.evals.passkey import passkey, passkey_prompt
 from cream_peft.evals.perplexity import perplexity, windows
@@ -30,10 +31,12 @@ CHAT = (
 )
 TASKS = {"kv_retrieval": kv_retrieval, "longchat_lines": longchat_lines, "needle": needle, "passkey": passkey}
 PROMPTS = dict(zip(TASKS, (kv_prompt, lines_prompt, needle_prompt, passkey_prompt), strict=True))
+TASKS["multikey_needle"] = multikey_needle
 QUESTIONS = {
     "kv_retrieval": (r'Key: "(.*)"', r'"{}": "(.*?)"'),
     "longchat_lines": (r"in line (\S+)\?", r"line {}: REGISTER_CONTENT is <(\d+)>"),
     "needle": (r"magic number of (\w+)\?", r"magic number of {} is (\d+)\."),
+    "multikey_needle": (r"magic number of (\w+)\?", r"magic number of {} is (\d+)\."),
     "passkey": (r"(pass key)\?", r"The {} is (\d+)\."),
 }
 """What each question asks for, and where its answer stands: read out of the prompt as a model would have to."""
@@ -277,6 +280,32 @@ def test_the_haystack_is_the_users_own_if_given(reading, tokenizer, tmp_path):
         split_sentences(tmp_path / "empty")
     with pytest.raises(TaskError, match="no place for the answer"):
         next(needle(None, tokenizer, 1000, 1, 0, needle="Nothing to see."))
+
+
+def test_every_city_of_a_multikey_text_has_a_number_of_its_own_at_its_depth(tokenizer):
+    depths = (0.0, 0.25, 0.5, 0.75, 1.0)
+    prompts = [multikey_prompt(Writer(tokenizer), 6000, depth, 0, 0, needles=depths) for depth in depths]
+    texts = {prompt.text.split("\n\nWhat is")[0] for prompt in prompts}
+    assert len(texts) == 1  # the same text for every depth
+    found = dict(re.findall(r"magic number of (\w+) is (\d+)\.", texts.pop()))
+    asked = [re.search(r"What is the special magic number of (\w+)\?", prompt.text).group(1) for prompt in prompts]
+    assert list(found) == asked and len(set(found.values())) == 5
+    assert [found[city] for city in asked] == [prompt.answer for prompt in prompts]
+    for depth, prompt in zip(depths, prompts, strict=True):
+        assert prompt.text.index(prompt.answer) / len(prompt.text) == pytest.approx(depth, abs=0.04)
+    other = multikey_prompt(Writer(tokenizer), 6000, 0.5, 1, 0, needles=depths)
+    assert other.text != prompts[2].text
+    with pytest.raises(TaskError, match="32 cities"):
+        next(multikey_needle(None, tokenizer, 6000, 1, 0, depths=[place / 40 for place in range(33)]))
+
+
+def test_a_multikey_text_is_read_once(llama, tokenizer):
+    model, rows = llama(), []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda module, given: rows.append(given[0].shape[1]))
+    settings = {"depths": [0.1, 0.5, 0.9], "answer_tokens": 6, "chunk_length": 256}
+    cells = list(multikey_needle(model, tokenizer, 1500, 1, 0, **settings))
+    hook.remove()
+    assert len(cells) == 3 and cells[0]["tokens"] > 1300 and sum(rows) < 2200
 
 
 def test_the_embedded_haystack_has_no_number_but_the_needles(tokenizer):

@@ -140,7 +140,7 @@ def tiny_base(recipe, folder: Path) -> None:
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 64, 96, 2
     if hasattr(config, "layer_types") and config.layer_types:
         config.layer_types = config.layer_types[:2]
-    tokenizer = tiny_tokenizer(LLAMA2_CHAT_TEMPLATE if "chat" in recipe.model.model_name_or_path else None)
+    tokenizer = tiny_tokenizer(LLAMA2_CHAT_TEMPLATE if recipe.run.assistant_only_loss else None)
     config.vocab_size, config.bos_token_id, config.eos_token_id = len(tokenizer), 1, 2
     context = recipe.run.context_length
     config.max_position_embeddings = config.max_position_embeddings * CONTEXT // context
@@ -178,7 +178,7 @@ def ultrachat_200k() -> DatasetDict:
     ]
     columns = {"prompt": [turns[0]["content"] for turns in conversations], "messages": conversations}
     columns["prompt_id"] = [str(index) for index in range(160)]
-    return DatasetDict({split: Dataset.from_dict(columns) for split in ("train_sft", "test_sft")})
+    return DatasetDict({split: Dataset.from_dict(columns) for split in ("train", "train_sft", "test_sft")})
 
 
 def pg19() -> DatasetDict:
@@ -197,6 +197,7 @@ DATA_SETS = {
     "victor-wu/pile_4k_train": pile_4k_train,
     "HuggingFaceH4/ultrachat_200k": ultrachat_200k,
     "emozilla/pg19": pg19,
+    "runs/smollm2-135m-instruct/data/chat.jsonl": ultrachat_200k,
 }
 
 

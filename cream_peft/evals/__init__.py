@@ -2,6 +2,7 @@
 
 from .kv_retrieval import kv_retrieval
 from .longchat_lines import longchat_lines
+from .multikey_needle import multikey_needle
 from .needle import needle
 from .passkey import passkey
 from .perplexity import perplexity
@@ -11,6 +12,7 @@ from .runner import evaluate, file_name, mean_by, read_results
 TASKS = {
     "kv_retrieval": kv_retrieval,
     "longchat_lines": longchat_lines,
+    "multikey_needle": multikey_needle,
     "needle": needle,
     "passkey": passkey,
     "perplexity": perplexity,

