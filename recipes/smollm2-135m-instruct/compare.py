@@ -1,0 +1,302 @@
+"""SmolLM2-135M-Instruct extended with every position strategy under one budget, against RoPE scaling alone.
+
+    python recipes/smollm2-135m-instruct/compare.py --budget cpu      # 8K to 16K, hours on two cores
+    python recipes/smollm2-135m-instruct/compare.py --budget gpu --minutes 9    # 8K to 64K, again until it says done
+    python recipes/smollm2-135m-instruct/compare.py --budget search   # the settings tried, on a seed of their own
+
+Trains and measures with cream-peft's own commands, a row at a time. Whatever a kill or --minutes interrupts goes on
+where it stopped with the same command. Writes compare.json and a picture to --output, and prints the table. With
+--only several processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cream_peft.cli import main as cream_peft
+from cream_peft.evals.statistics import paired_comparison, wilson_interval
+from cream_peft.provenance import machine, versions
+
+HOME = Path("runs/smollm2-135m-instruct")
+RECIPE = Path(__file__).parent / "cream-8k-64k-qlora.yaml"
+BASE, DATA = HOME / "base", HOME / "data"
+DEPTHS = [(place + 0.5) / 8 for place in range(8)]
+MIDDLE = (0.3, 0.7)
+STRATEGIES = ("contiguous", "randpos", "pose", "cream")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: a RoPE scaling (none: the base as it is) and a strategy (untuned: nothing is trained)."""
+
+    scaling: str
+    strategy: str
+    seed: int = 0
+    changed: dict[str, Any] = field(default_factory=dict)
+    """Settings of the recipe that differ."""
+
+    @property
+    def name(self) -> str:
+        changed = (f"{key} {str(value).rpartition('/')[2]}" for key, value in self.changed.items())
+        words = [self.scaling, self.strategy, *changed]
+        return " ".join([*words, f"seed {self.seed}"] if self.seed else words)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is trained, for how long, and what is asked."""
+
+    rows: list[Row]
+    target_length: int
+    lengths: list[int]
+    samples: int
+    seed: int
+    """Of the prompts."""
+    texts: list[str]
+    """Held-out texts whose perplexity is measured, of data/held-out."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Settings that differ from the recipe's."""
+    flags: tuple[str, ...] = ()
+    """Flags of the evaluation."""
+
+
+ON_A_CPU = {
+    "context_length": 1024, "max_steps": 48, "warmup_steps": 4, "gradient_accumulation_steps": 1, "max_documents": 400,
+    "held_out_documents": 0, "eval_strategy": "no", "optim": "adamw_torch", "gradient_checkpointing": False,
+    "load_in_4bit": False, "save_steps": 12,
+}  # fmt: skip
+UNTUNED = [Row(scaling, "untuned") for scaling in ("none", "linear", "ntk", "yarn")]
+SEARCHED = [
+    {}, {"learning_rate": 2e-4}, {"learning_rate": 2e-3}, {"lora_r": 64},
+    {"dataset_name": str(DATA / "plays.jsonl"), "assistant_only_loss": False},
+]  # fmt: skip
+BUDGETS = {
+    "cpu": Budget(
+        rows=UNTUNED + [Row("yarn", strategy) for strategy in STRATEGIES],
+        target_length=16_384, lengths=[4096, 16_384], samples=2, seed=2026, texts=["paradise-lost"],
+        train=ON_A_CPU, flags=("--no_4bit",),
+    ),
+    "search": Budget(
+        rows=[Row("yarn", "cream", changed=changed) for changed in SEARCHED],
+        target_length=16_384, lengths=[16_384], samples=1, seed=77, texts=["areopagitica"],
+        train=ON_A_CPU, flags=("--no_4bit",),
+    ),
+    "gpu": Budget(
+        rows=UNTUNED
+        + [Row(scaling, strategy) for scaling in ("yarn", "ntk", "linear") for strategy in STRATEGIES]
+        + [Row(scaling, strategy, seed) for seed in (1, 2) for scaling in ("yarn", "ntk", "linear")
+           for strategy in ("pose", "cream")],
+        target_length=65_536, lengths=[4096, 8192, 16_384, 32_768, 65_536], samples=25, seed=2026,
+        texts=["paradise-lost", "king-james-bible"],
+    ),
+}  # fmt: skip
+
+
+class TimeIsUp(Exception):
+    """--minutes are over; what runs was stopped in an orderly way."""
+
+
+def call(arguments: list[str], deadline: float, log: Path) -> None:
+    """`cream-peft` in a process of its own, its output added to `log`.
+
+    Raises:
+        TimeIsUp: at `deadline` (time.monotonic()); the process is interrupted as by Ctrl-C.
+        SystemExit: if it fails, with its last line.
+    """
+    if time.monotonic() > deadline:
+        raise TimeIsUp
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as output:
+        process = subprocess.Popen([sys.executable, "-m", "cream_peft.cli", *arguments], stdout=output, stderr=output)
+        try:
+            process.wait(timeout=max(1.0, deadline - time.monotonic()) if deadline < float("inf") else None)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise TimeIsUp from reason
+    if process.returncode:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        raise SystemExit(f"error: cream-peft {arguments[0]} failed: {last} ({log} has more)")
+
+
+def train(row: Row, budget: Budget, output: Path, deadline: float) -> Path:
+    """The adapter of `row`, trained unless it is there."""
+    folder = output / "adapters" / row.name.replace(" ", "-")
+    if (folder / "summary.json").is_file():
+        return folder
+    settings = {
+        "model_name_or_path": BASE, "base_model_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "output_dir": folder,
+        "target_length": budget.target_length, "position_strategy": row.strategy, "rope_scaling_type": row.scaling,
+        "seed": row.seed, **budget.train, **row.changed,
+    }  # fmt: skip
+    if list(folder.glob("checkpoint-*")):
+        settings["resume_from_checkpoint"] = True
+    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    call(["train", "--config", str(RECIPE), *flags, "--json", str(folder / "summary.json")], deadline, output / "log")
+    return folder
+
+
+def measure(row: Row, budget: Budget, output: Path, deadline: float) -> None:
+    """The results of `row`, in output/needles and output/perplexity; what is there is kept."""
+    if row.strategy == "untuned":
+        model = str(BASE) if row.scaling == "none" else f"{BASE}+{row.scaling}"
+    else:
+        model = str(train(row, budget, output, deadline))
+    common = [
+        "evaluate",
+        "--compare",
+        f"{row.name}={model}",
+        "--target_length",
+        str(budget.target_length),
+        *budget.flags,
+    ]
+    common += ["--base_model", str(BASE), "--seed", str(budget.seed), "--lengths", *map(str, budget.lengths)]
+    needles = ["--tasks", "multikey_needle", "--samples", str(budget.samples), "--depths", *map(str, DEPTHS)]
+    call([*common, *needles, "--output_dir", str(output / "needles")], deadline, output / "log")
+    for text in budget.texts:
+        path = DATA / "held-out" / f"{text}.txt"
+        if path.is_file():
+            longest = ["--max_tokens", str(max(budget.lengths)), "--samples", "1"]
+            perplexity = ["--tasks", "perplexity", "--text", str(path), *longest]
+            call([*common, *perplexity, "--output_dir", str(output / f"perplexity-{text}")], deadline, output / "log")
+
+
+def found_of(folder: Path, row: Row) -> list[dict[str, Any]]:
+    path = folder / f"{row.name.replace(' ', '-')}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+
+
+def answers(cells: list[dict[str, Any]], length: int, low: float = 0.0, high: float = 1.0) -> str:
+    """0 and 1 for each answer at `length`, of the depths between `low` and `high`."""
+    chosen = [cell for cell in cells if cell["length"] == length and low <= cell["depth"] <= high]
+    return "".join(cell["correct"] for cell in sorted(chosen, key=lambda cell: cell["depth"]))
+
+
+def summarise(budget: Budget, output: Path) -> dict[str, Any]:
+    """What was measured so far: a row a model, and CREAM against each other strategy on the same questions."""
+    rows, given = [], {}
+    for row in budget.rows:
+        cells = found_of(output / "needles", row)
+        if not cells:
+            continue
+        found: dict[str, Any] = {
+            "scaling": row.scaling,
+            "strategy": row.strategy,
+            "seed": row.seed,
+            "changed": row.changed,
+        }
+        for length in sorted({cell["length"] for cell in cells}):
+            asked = answers(cells, length)
+            middle = answers(cells, length, *MIDDLE)
+            given[row.scaling, row.strategy, row.seed, length] = asked, middle
+            found[f"needles at {length}"] = {
+                "accuracy": asked.count("1") / len(asked), "questions": len(asked),
+                "interval": wilson_interval(asked.count("1"), len(asked)), "middle": middle.count("1") / len(middle),
+                "by depth": {str(cell["depth"]): cell["value"] for cell in cells if cell["length"] == length},
+            }  # fmt: skip
+        for text in budget.texts:
+            values = {str(cell["length"]): cell["value"] for cell in found_of(output / f"perplexity-{text}", row)}
+            found[f"perplexity of {text}"] = values
+        summary = output / "adapters" / row.name.replace(" ", "-") / "summary.json"
+        if summary.is_file():
+            found["training"] = json.loads(summary.read_text(encoding="utf-8"))
+        rows.append(found)
+    differences = []
+    for scaling, strategy in dict.fromkeys((row.scaling, row.strategy) for row in budget.rows if not row.changed):
+        for length in budget.lengths:
+            seeds = [key[2] for key in given if (key[0], key[1], key[3]) == (scaling, strategy, length)]
+            seeds = [seed for seed in seeds if (scaling, "cream", seed, length) in given]
+            if strategy == "cream" or not seeds:
+                continue
+            for part, name in enumerate(("all depths", "middle")):
+                theirs = "".join(given[scaling, strategy, seed, length][part] for seed in seeds)
+                ours = "".join(given[scaling, "cream", seed, length][part] for seed in seeds)
+                test = paired_comparison(theirs, ours)
+                differences.append({"scaling": scaling, "against": strategy, "length": length, "depths": name, **test})
+    settings = {name: value for name, value in vars(budget).items() if name != "rows"}
+    return {
+        "settings": settings,
+        "machine": machine(),
+        "versions": versions(),
+        "rows": rows,
+        "cream minus": differences,
+    }
+
+
+def table(summary: dict[str, Any]) -> list[str]:
+    """Markdown: a row a model, accuracy of all needles and of the middle ones, and perplexities."""
+    lengths, texts = summary["settings"]["lengths"], summary["settings"]["texts"]
+    head = ["RoPE scaling, positions", *(f"needles, {length:,}" for length in lengths)]
+    head += [f"{text}, {length:,}" for text in texts for length in lengths]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in summary["rows"]:
+        words = [
+            row["scaling"],
+            row["strategy"],
+            *map(str, row["changed"].values()),
+            *([f"seed {row['seed']}"] * row["seed"]),
+        ]
+        columns = [" ".join(words)]
+        for length in lengths:
+            found = row.get(f"needles at {length}")
+            interval = "-".join(f"{bound:.2f}" for bound in found["interval"]) if found else ""
+            columns.append(
+                f"{found['accuracy']:.2f} ({interval}), middle {found['middle']:.2f}" if found else "not run"
+            )
+        for text in texts:
+            values = row[f"perplexity of {text}"]
+            columns += [f"{values[str(length)]:.1f}" if str(length) in values else "not run" for length in lengths]
+        lines.append(f"| {' | '.join(columns)} |")
+    for found in summary["cream minus"]:
+        lines.append(
+            f"{found['scaling']}, {found['length']:,} tokens, {found['depths']}: CREAM minus {found['against']} "
+            f"{found['difference']:+.2f} (p = {found['p_value']:.2f}; {found['only_second']} to {found['only_first']})"
+        )
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    here = "gpu" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--budget", choices=BUDGETS, default=here, help=f"default: {here}, as this machine")
+    parser.add_argument("--output", type=Path, help=f"default: {HOME}/BUDGET")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to go on later")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
+    options = parser.parse_args()
+    budget, output = BUDGETS[options.budget], options.output or HOME / options.budget
+    if not (BASE / "model.safetensors").is_file() or not (DATA / "plays.jsonl").is_file():
+        print(f"error: {HOME} has no model and data: run {Path(__file__).parent / 'prepare.py'} first", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + 60 * options.minutes
+    try:
+        for row in budget.rows:
+            if not options.only or row.name in options.only:
+                start = time.monotonic()
+                measure(row, budget, output, deadline)
+                print(f"{row.name}: {time.monotonic() - start:.0f} s", flush=True)
+        state = "done"
+    except TimeIsUp:
+        state = "not done: the same command goes on"
+    summary = summarise(budget, output)
+    (output / "compare.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(table(summary)))
+    results = [str(path) for row in budget.rows for path in [output / "needles" / f"{row.name.replace(' ', '-')}.json"]]
+    results = [path for path in results if Path(path).is_file()]
+    if results:
+        cream_peft(["plot", *results, "--output", str(output / "compare.png")])
+    print(f"{state}; the results are in {output / 'compare.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

