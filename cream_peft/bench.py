@@ -5,7 +5,6 @@ What is measured is the real trainer on the real architecture; neither weights n
 
 from __future__ import annotations
 
-import re
 import statistics
 import tempfile
 import time
@@ -32,6 +31,8 @@ MOST_ACCUMULATION = 2
 FIXED = "--save_strategy no --eval_strategy no --logging_strategy no --load_best_model_at_end false --report_to none "
 FIXED += "--push_to_hub false --assistant_only_loss false --short_documents shrink --disable_tqdm true"
 """Keys of a recipe that would save, publish, or need a tokenizer and documents of their own."""
+OWN_OPTIONS = {"max_steps": "--steps", "gpu": "--memory_limit"}
+"""Options of train and plan -> what bench has instead."""
 SETTINGS = ("memory", "optim", "activation_offloading", "gradient_checkpointing", "per_device_train_batch_size")
 
 
@@ -49,6 +50,10 @@ class _Clock(TrainerCallback):
 
 def parse_bench(arguments: list[str], steps: int) -> Recipe:
     """The recipe of `[--config FILE] [--field value ...]` for `steps` optimizer steps of at most two micro-batches."""
+    for option in arguments:
+        name = option.split("=")[0].replace("-", "_").removeprefix("__")
+        if option.startswith("--") and name in OWN_OPTIONS:
+            raise RecipeError(f"--{name} is not for bench: use {OWN_OPTIONS[name]}")
     if steps < 2:
         raise RecipeError(f"--steps {steps} must be at least 2: the first step is a warm-up")
     recipe = parse_recipe([*arguments, *FIXED.split()])
@@ -150,7 +155,7 @@ def utilisation(recipe: Recipe, config: PreTrainedConfig, tokens_per_second: flo
     is the share that plan assumes. None for a card that plan does not know."""
     shares = {"model_flop_utilisation": False, "with_recomputation": bool(recipe.run.gradient_checkpointing)}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    card = find_card(re.sub(r"SXM\d*|HBM\d*e?", "", name))
+    card = find_card(name)
     if card is None:
         return dict.fromkeys(shares)
     settings = {"lora_r": recipe.model.lora_r, "target_modules": recipe.model.lora_target_modules}
@@ -208,12 +213,14 @@ def _train(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
 def lines_of(result: dict[str, Any]) -> Iterator[str]:
     """What was measured, as `cream-peft bench` prints it."""
     yield f"{result['model']} on {result['machine']}, random weights, {result['steps']} steps"
+    on_gpu = result["peak_allocated_gib"] is not None
     for name in ("loading_peak_gib", "peak_allocated_gib", "planned_gib", "peak_reserved_gib"):
-        size = result[name]
-        label = name.removesuffix("_gib").replace("_", " ")
-        yield f"{label:<26}" + ("not measured, there is no CUDA GPU" if size is None else f"{size:.2f} GiB")
+        if result[name] is not None:
+            yield f"{name.removesuffix('_gib').replace('_', ' '):<26}{result[name]:.2f} GiB"
+    if not on_gpu:
+        yield f"{'peak memory':<26}not measured, there is no CUDA GPU"
     step = f"{result['seconds_per_step']:.3g} s a step of {result['tokens_per_step']:,} tokens"
     yield f"{'tokens/s':<26}{result['tokens_per_second']:,.0f} ({step})"
-    for name in ("model_flop_utilisation", "with_recomputation"):
+    for name in ("model_flop_utilisation", "with_recomputation") if on_gpu else ():
         share = "unknown card" if result[name] is None else f"{result[name]:.0%} of the card's 16-bit peak"
         yield f"{name.replace('_', ' '):<26}{share}"

@@ -38,28 +38,38 @@ TFLOPS = {
     "H100 80GB": 989.0,
 }
 
+# Larger than any card: a bare number above it is a model's (4090).
+MOST_GIB = 400
+# What a driver's name says beside (NVIDIA H100 80GB HBM3, A100-SXM4-80GB). The H100 PCIe is slower than the one above.
+BESIDE = r"nvidia|geforce|tesla|sxm\d*|hbm\d*e?|(?<=a100-)pcie|(?<=a100 80gb )pcie"
+
 
 def find_card(text: str) -> str | None:
-    """The card in CARDS that `text` names; None if it is not there.
+    """The card in CARDS that `text` names, as people do or as its driver does; None if it is not there.
 
     Raises:
         ValueError: if it can be several.
     """
-    # Its memory may be left out (A100 is then two cards), or its unit.
-    plain = {name: re.sub("nvidia|geforce|tesla", "", name.lower()) for name in (*CARDS, text)}
+    # Its memory may be left out (A100 is then two cards), or its unit, or RTX.
+    plain = {name: re.sub(BESIDE, "", name.lower()) for name in (*CARDS, text)}
     words = {name: re.findall(r"[a-z]+|\d+", plain[name]) for name in plain}
-    matches = [card for card in CARDS if words[text] in (words[card], words[card][:-1], words[card][:-2])]
+    names = {card: (words[card], words[card][:-1], words[card][:-2]) for card in CARDS}
+    matches = [card for card in CARDS if words[text] in names[card] or ["rtx", *words[text]] in names[card]]
     if len(matches) > 1:
         raise ValueError(f"GPU {text!r} can be {' or '.join(matches)}: say which")
     return matches[0] if matches else None
 
 
 def parse_gpu(text: str) -> float:
-    """GiB of a card by its name ("RTX 4090") or by its memory ("8GB"; GB is read as GiB, as on the box)."""
-    amount = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", text, re.IGNORECASE)
-    if amount and float(amount[1]) > 0:
-        return float(amount[1])
+    """GiB of a card by its name ("RTX 4090") or by its memory: "8GB" is what the smallest card with that on its box
+    reports, "8GiB" and "8" are taken as they are."""
+    amount = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(g|gb|gi|gib)?\s*", text, re.IGNORECASE)
+    if amount and 0 < float(amount[1]) <= MOST_GIB:
+        size, unit = float(amount[1]), (amount[2] or "").lower()
+        reported = [gib for card, gib in CARDS.items() if card.endswith(f" {size:g}GB")]
+        return min(reported, default=size) if unit in ("g", "gb") else size
     card = find_card(text)
     if card is None:
-        raise ValueError(f"GPU {text!r} is not known: give its memory (8GB), or one of {', '.join(CARDS)}")
+        allowed = f"give its memory in GB or GiB (8GB, 7.6GiB), or one of {', '.join(CARDS)}"
+        raise ValueError(f"GPU {text!r} is not known: {allowed}")
     return CARDS[card]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PLOTTED = ("task", "metric", "length", "depth", "value", "samples")
+GPU_HELP = "its name, such as 'RTX 4090', or its memory; 8GB is the 7.6 GiB that an 8 GB card reports, 8GiB is 8 GiB"
 
 
 class UserError(ValueError):
@@ -119,7 +120,7 @@ def plan(arguments: list[str]) -> None:
         "train --help` lists them. What is set nowhere has the recipe class's default.",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="recipe, such as those under recipes/ (default: the embedded)")
-    parser.add_argument("--gpu", help="plan for this card alone: its name or its memory, such as 'RTX 4090' or 8GB")
+    parser.add_argument("--gpu", help=f"plan for this card alone: {GPU_HELP}")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
     options, rest = parser.parse_known_args(arguments)
     from .cards import find_card, parse_gpu
@@ -143,7 +144,7 @@ def bench(arguments: list[str]) -> None:
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="recipe (default: the embedded one)")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps, the first is a warm-up (default: 5)")
-    limited = "use no more of the GPU than this: 8GB, or a card's name"
+    limited = f"use no more of the GPU than this one has: {GPU_HELP}"
     parser.add_argument("--memory_limit", "--memory-limit", metavar="GPU", help=limited)
     parser.add_argument("--json", metavar="FILE", help="write what was measured as JSON")
     options, rest = parser.parse_known_args(arguments)

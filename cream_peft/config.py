@@ -23,6 +23,13 @@ def _one_of(name: str, value: Any, allowed: Any) -> None:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, allowed))}")
 
 
+def _refuse_below(least: int, arguments: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+
+
 @dataclass
 class CREAMConfig(SFTConfig):
     """SFTConfig with the fields of context extension. Every other field means what it means in TRL.
@@ -116,6 +123,8 @@ class CREAMConfig(SFTConfig):
         if self.sigma is not None and self.sigma <= 0:
             raise ValueError(f"sigma={self.sigma} must be above 0 (half-windows)")
         _one_of("memory", self.memory, MEMORY_SETTINGS)
+        _refuse_below(1, self, "per_device_train_batch_size", "per_device_eval_batch_size")
+        _refuse_below(1, self, "gradient_accumulation_steps")
         self._check_lengths()
         self._refuse_packing()
         self._choose_memory()
@@ -213,6 +222,7 @@ class CREAMModelArguments(ModelConfig):
             raise ValueError("use_peft=false is not offered: this package trains adapters")
         if self.load_in_8bit:
             raise ValueError("load_in_8bit=true is not offered: use load_in_4bit=true, or false for 16-bit")
+        _refuse_below(1, self, "lora_r", "lora_alpha")
         _one_of("dtype", self.dtype, (None, "auto", "bfloat16", "float16", "float32"))
         super().__post_init__()
 
@@ -236,3 +246,7 @@ class CREAMDataArguments(ScriptArguments):
     max_documents: int | None = field(
         default=None, metadata={"help": "Use only the first so many documents. None: all of them."}
     )
+
+    def __post_init__(self):
+        _refuse_below(0, self, "held_out_documents")
+        _refuse_below(1, self, "max_documents")

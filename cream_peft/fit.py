@@ -93,9 +93,7 @@ def _flags_for(config: PreTrainedConfig, gib: float, batch_size: int, settings: 
     """What to change on `cream-peft evaluate`'s command line, so that prompts are read in `gib` GiB."""
     if batch_size > 1:
         return "--batch_size 1, which is planned"
-    flags = {"load_in_4bit": "leave out --no_4bit", "kv_cache": "--kv_cache {}", "length": "--lengths up to {}"}
-    changes = plan.advise_evaluation(config, gib, **settings) or {}
-    return ", ".join(flags[name].format(value) for name, value in changes.items())
+    return plan.as_flags(plan.advise_evaluation(config, gib, **settings))
 
 
 @contextmanager

@@ -31,6 +31,11 @@ SMALLEST_TIMED = 3e8
 # A setting of the estimate -> the key of a recipe, where they differ.
 RECIPE_KEYS = {"checkpoint_offload": "activation_offloading"}
 MEMORY_LOW = {"checkpoint_offload": True, "optim": "paged_adamw_8bit"}
+# And -> the flag of `cream-peft evaluate`.
+EVALUATE_FLAGS = {"kv_cache": "--kv_cache", "length": "--lengths"}
+# Terms that are never there together (memory.py): the total has the larger sum.
+TRAINING_PHASES = (("recomputation", "quantization"), ("logits",))
+READING_PHASES = (("activations", "quantization"), ("attention",))
 
 
 def training_flops(
@@ -110,15 +115,20 @@ def advise_evaluation(config: PreTrainedConfig, gib: float, **settings: Any) -> 
 
 
 def in_words(changes: dict[str, Any] | None) -> str:
-    """`key: value` of a recipe, for each of the changes."""
-    if changes and MEMORY_LOW.items() <= changes.items():
-        changes = {"memory": "low"} | {key: value for key, value in changes.items() if key not in MEMORY_LOW}
+    """`key: value` of a recipe, for each of the changes. `memory: low` would not change an `optim` that is set."""
     return ", ".join(f"{RECIPE_KEYS.get(key, key)}: {str(value).lower()}" for key, value in (changes or {}).items())
 
 
 def to_set(changes: dict[str, Any] | None) -> str:
     """What to write into a recipe; nothing where no changes are enough."""
     return f"set {in_words(changes)}" if changes else ""
+
+
+def as_flags(changes: dict[str, Any] | None) -> str:
+    """The changes of reading a document as flags of `cream-peft evaluate`, whose bases are in 4 bits by default."""
+    changes = changes or {}
+    flags = " ".join(f"{flag} {changes[key]}" for key, flag in EVALUATE_FLAGS.items() if key in changes)
+    return ", ".join(part for part in (flags, "without --no_4bit" if "load_in_4bit" in changes else "") if part)
 
 
 def shortage(terms: dict[str, float], gib: float | None, advice: Callable[[float], str]) -> str:
@@ -128,6 +138,9 @@ def shortage(terms: dict[str, float], gib: float | None, advice: Callable[[float
     largest = max((name for name in terms if name not in ("total", "cuda_context")), key=terms.get)
     there = "" if gib is None else f", and the GPU has {gib:.1f} GiB for it"
     remedy = advice(min(0.9 * needed, needed if gib is None else gib) + CUDA_CONTEXT_GIB)
+    if gib is not None and needed <= gib:
+        less = f"; what takes less: {remedy}" if remedy else ""
+        remedy = f"by plan it fits, so something else held memory (see nvidia-smi) or the plan is wrong{less}"
     remedy = remedy or "take a smaller base or a larger GPU, no settings are enough"
     return f"the plan is {needed:.1f} GiB, most for {largest} ({terms[largest]:.1f} GiB){there}: {remedy}"
 
@@ -212,6 +225,8 @@ def _advice(
     reading: dict[str, Any],
 ) -> Iterator[str]:
     """A line for what does not fit, for all cards of one size."""
+    if training.get("checkpoint_offload") and not training.get("gradient_checkpointing", True):
+        yield "activation_offloading is planned to save nothing without checkpoints: set gradient_checkpointing: true"
     for gib in sorted({card["gib"] for card in cards}):
         same = [card for card in cards if card["gib"] == gib]
         names = " or ".join(card["card"] for card in same)
@@ -224,7 +239,16 @@ def _advice(
             yield f"training on {names}: {in_words(changes) or 'no settings fit, a smaller base may'}"
         if not same[0]["evaluates_with"]:
             changes = advise_evaluation(config, gib, **reading)
-            yield f"evaluating on {names}: {in_words(changes) or 'no settings fit, a smaller base may'}"
+            command = f"cream-peft evaluate {as_flags(changes)}" if changes else "no settings fit, a smaller base may"
+            yield f"evaluating on {names}: {command}"
+
+
+def _marked(term: str, phases: Sequence[Sequence[str]]) -> str:
+    return f"{term} *" if any(term in phase for phase in phases) else term
+
+
+def _never_together(phases: Sequence[Sequence[str]]) -> str:
+    return f"  * never together: total has the larger of {' and '.join(' + '.join(phase) for phase in phases)}"
 
 
 def lines_of(planned: dict[str, Any]) -> Iterator[str]:
@@ -232,7 +256,8 @@ def lines_of(planned: dict[str, Any]) -> Iterator[str]:
     work, evaluation = planned["work"], planned["evaluation"]
     yield f"training, {work['tokens_at_once']:,} tokens at once (GiB)"
     for term, size in planned["terms"].items():
-        yield f"  {term:<22}{size:8.2f}"
+        yield f"  {_marked(term, TRAINING_PHASES):<22}{size:8.2f}"
+    yield _never_together(TRAINING_PHASES)
     if planned["validation"]:
         yield f"  {'held-out loss, total':<22}{planned['validation']['total']:8.2f}"
     caches = evaluation["terms"]
@@ -240,7 +265,9 @@ def lines_of(planned: dict[str, Any]) -> Iterator[str]:
     yield f"evaluation at {evaluation['length']:,} tokens, {evaluation['chunk']:,} at a time, by cache (GiB)"
     yield " " * 24 + "".join(f"{cache:>11}" for cache in caches)
     for term in next(iter(caches.values())):
-        yield f"  {term:<22}" + "".join(f"{terms[term]:11.2f}" for terms in caches.values())
+        sizes = "".join(f"{terms[term]:11.2f}" for terms in caches.values())
+        yield f"  {_marked(term, READING_PHASES):<22}{sizes}"
+    yield _never_together(READING_PHASES)
     yield f"  {'on a 16-bit base':<22}" + "".join(f"{size:11.2f}" for size in evaluation["sixteen_bit_base"].values())
     yield f"  offloaded puts {caches['default']['kv_cache']:.2f} GiB into main memory"
     steps, tokens = work["max_steps"] or 1000, work["tokens_per_step"]

@@ -11,8 +11,10 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig, PrinterCallback, ProgressCallback
+from transformers.training_args import ParallelMode
 
 from . import memory, rope
+from .config import CREAMConfig
 from .data import DataError, load_documents, prepare_columns
 from .errors import about
 from .fit import allowed_gib, memory_explained, plan_of, shortage
@@ -86,6 +88,16 @@ def _check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
         if planned[part] and planned[part]["total"] - planned[part]["cuda_context"] > gib:
             line = shortage(recipe, config, gib, part == "validation")
             raise RecipeError(f"this recipe does not fit: {line}; `cream-peft plan` shows every term")
+
+
+def _refuse_separate_runs(run: CREAMConfig) -> None:
+    """Refuse processes that a launcher started together and that would train apart, all into one output_dir."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and run.parallel_mode in (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED):
+        raise RecipeError(
+            f"{processes} processes were started (WORLD_SIZE) and would train apart, each for itself: on CPUs add "
+            "--use_cpu true, on GPUs give each process one"
+        )
 
 
 def _load_tokenizer(recipe: Recipe) -> Any:
@@ -195,6 +207,7 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError("model_init_kwargs is for Python: a recipe has dtype, attn_implementation, model_revision")
     config = base_config(recipe)
     _check_machine(recipe, config)
+    _refuse_separate_runs(recipe.run)
     checkpoint = _checkpoint(recipe)
     _make_output_dir(Path(recipe.run.output_dir), checkpoint is not None)
     with memory_explained(recipe, config):

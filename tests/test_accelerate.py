@@ -12,8 +12,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from transformers.training_args import ParallelMode
 
-from cream_peft import model
+from cream_peft import CREAMConfig, cli, model
 from cream_peft.recipe import EMBEDDED_RECIPE, parse_recipe
 from cream_peft.tiny import TINY_ID
 
@@ -99,6 +100,34 @@ def test_a_base_that_zero_3_shares_out_is_not_put_on_one_gpu(monkeypatch, sharde
     with pytest.raises(Stop):
         model.load_base(TINY_ID, dtype="bfloat16", load_in_4bit=False, attn_implementation="sdpa")
     assert asked.get("device_map") == (None if sharded else {"": 1})
+
+
+def test_the_config_for_ddp_and_readme_say_what_cpus_need():
+    ddp = (ROOT / "recipes" / "accelerate" / "ddp.yaml").read_text()
+    assert "`--use_cpu true`" in ddp
+    assert "On CPUs add `--use_cpu true`" in (ROOT / "README.md").read_text()
+
+
+def test_processes_that_would_train_apart_are_refused_before_anything_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(CREAMConfig, "parallel_mode", ParallelMode.NOT_PARALLEL)
+    arguments = ["train", "--max_steps", "1", "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
+    assert cli.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: 2 processes") and "--use_cpu true" in line and line.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [True, False])
+def test_two_cpu_processes_train_together_with_use_cpu_and_not_at_all_without(tmp_path, together):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[0])]
+    arguments = ["-m", "cream_peft.cli", "train", "--max_steps", "1", "--max_documents", "32", "--output_dir", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    words = [*launcher, *arguments, *(["--use_cpu", "true"] if together else [])]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, timeout=300, capture_output=True, text=True)
+    assert (done.returncode == 0) == together == (tmp_path / "run").exists()
+    assert ("would train apart" in done.stderr) != together
 
 
 RECORDER = """

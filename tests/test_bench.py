@@ -79,9 +79,10 @@ def test_bench_takes_real_steps_on_an_architecture_without_weights(architecture,
     recipe = parse_recipe(architecture)
     terms = fit.plan_of(recipe, base_config(recipe))["terms"]
     assert measured["planned_gib"] == terms["total"] - terms["cuda_context"]
-    assert f"{measured['tokens_per_second']:,.0f}" in printed and "unknown card" in printed
+    assert f"{measured['tokens_per_second']:,.0f}" in printed and f"{measured['planned_gib']:.2f} GiB" in printed
     if not torch.cuda.is_available():
-        assert measured["peak_allocated_gib"] is None and "there is no CUDA GPU" in printed
+        assert measured["peak_allocated_gib"] is None and "unknown card" not in printed
+        assert printed.count("not measured") == printed.count("there is no CUDA GPU") == 1
 
 
 def test_a_recipe_keeps_its_settings_but_those_that_save_publish_or_evaluate():
@@ -104,6 +105,8 @@ def test_what_a_machine_without_a_gpu_cannot_try_is_said_in_one_line(monkeypatch
         "no CUDA GPU here: leave it out": ["--memory_limit", "8GB"],
         "Llama-2-7b-hf is too large to try without a CUDA GPU": ["--config", str(recipe)],
         "'9 lives' is not known": ["--memory-limit", "9 lives"],
+        "--gpu is not for bench: use --memory_limit": ["--gpu", "8"],
+        "--max_steps is not for bench: use --steps": ["--max-steps=3"],
     }
     for said, arguments in cases.items():
         assert cli.main(["bench", *arguments]) == 2
@@ -289,11 +292,52 @@ def measure():
     return module
 
 
-def test_the_script_says_in_one_line_that_there_is_no_gpu(measure, monkeypatch):
+def test_the_script_says_in_one_line_that_there_is_no_gpu(measure, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["measure.py"])
-    with pytest.raises(SystemExit, match="there is no CUDA GPU here: nothing was measured"):
+    with pytest.raises(SystemExit) as stopped:
         measure.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("there is no CUDA GPU here: nothing was measured")
+
+
+@pytest.mark.parametrize(
+    ("written", "options", "said"),
+    [
+        ('{"tiny": true, "cas', [], "gpu.json is damaged"),
+        ("[]", [], "gpu.json is damaged"),
+        ('{"tiny": true, "cases": {"7B low, 8 GB": {}}}', [], "gpu.json is damaged"),
+        (None, ["--only", "70B"], "--only '70B' is in no case's name: 7B low, 8 GB; "),
+    ],
+)
+def test_the_script_refuses_a_damaged_file_and_no_case_in_one_line(
+    measure, monkeypatch, tmp_path, capsys, written, options, said
+):
+    path = tmp_path / "gpu.json"
+    if written:
+        path.write_text(written)
+    monkeypatch.setattr("sys.argv", ["measure.py", "--tiny", "--output", str(path), *options])
+    with pytest.raises(SystemExit) as stopped:
+        measure.main()
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in line and line.count("\n") == 1
+
+
+def test_ctrl_c_on_the_script_says_that_the_same_command_goes_on(measure, monkeypatch, tmp_path, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "start_case", interrupt)
+    monkeypatch.setattr("sys.argv", ["measure.py", "--tiny", "--output", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as stopped:
+        measure.main()
+    line = capsys.readouterr().err
+    assert stopped.value.code == 130 and line.count("\n") == 1 and line.endswith("the same command goes on\n")
+
+
+def test_the_table_of_the_tiny_model_says_that_it_is_no_7b(measure):
+    first = {tiny: measure.table_of({"tiny": tiny, "cases": {}})[0] for tiny in (True, False)}
+    assert first[True].endswith("no 7B, no 13B") and first[False].startswith("| case |")
 
 
 def test_every_kind_of_case_runs_on_a_cpu(measure):
@@ -347,7 +391,7 @@ def test_the_script_goes_on_where_it_stopped_and_tries_again_what_failed(measure
     assert started == [first, second, third, second]
     assert json.loads(path.read_text()) == results and results["cases"][second]["status"] == "measured"
     assert f"| {first} | 7.60 | 5.50 | 5.00 | +10.0% |" in "\n".join(measure.table_of(results))
-    with pytest.raises(SystemExit, match="was written with --tiny: choose another"):
+    with pytest.raises(ValueError, match="was written with --tiny: choose another"):
         measure.measure(path, False, minutes=1, case_seconds=1)
 
 

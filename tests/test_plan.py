@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import ArgumentParser
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cream_peft import cli, errors, fit, memory, plan, train
 from cream_peft.cards import CARDS, TFLOPS, find_card, parse_gpu
+from cream_peft.measure import add_options
 from cream_peft.memory import ATTENTION, embedded_config, estimate, estimate_evaluation, estimate_validation
 from cream_peft.plan import advise, advise_evaluation, advise_validation, in_words, training_flops
 from cream_peft.recipe import parse_recipe
@@ -27,12 +29,24 @@ SETTINGS = {"context_length": 4096}
 @pytest.mark.parametrize(
     ("text", "gib"),
     [
-        ("8GB", 8),
+        ("8GB", CARDS["RTX 4060 8GB"]),
+        ("16 gb", CARDS["T4 16GB"]),
+        ("24G", CARDS["L4 24GB"]),
+        ("10GB", 10),
+        ("8GiB", 8),
         ("7.5 gib", 7.5),
         ("24", 24),
         ("RTX 4090", CARDS["RTX 4090 24GB"]),
         ("NVIDIA GeForce RTX 4060 Ti", CARDS["RTX 4060 Ti 16GB"]),
         ("rtx4060", CARDS["RTX 4060 8GB"]),
+        ("4090", CARDS["RTX 4090 24GB"]),
+        ("3060 12GB", CARDS["RTX 3060 12GB"]),
+        ("4060 Ti", CARDS["RTX 4060 Ti 16GB"]),
+        ("400", 400),
+        ("NVIDIA H100 80GB HBM3", CARDS["H100 80GB"]),
+        ("A100-SXM4-80GB", CARDS["A100 80GB"]),
+        ("NVIDIA A100-PCIE-40GB", CARDS["A100 40GB"]),
+        ("NVIDIA A100 80GB PCIe", CARDS["A100 80GB"]),
         ("A100-80GB", CARDS["A100 80GB"]),
         ("a100 40", CARDS["A100 40GB"]),
         ("T4", CARDS["T4 16GB"]),
@@ -42,9 +56,14 @@ def test_a_gpu_is_known_by_its_name_or_its_memory(text, gib):
     assert parse_gpu(text) == gib
 
 
-@pytest.mark.parametrize("text", ["", "0GB", "RTX", "RTX 4070 Ti", "lots", "8TB", "GB"])
+UNKNOWN = ["", "0GB", "RTX", "RTX 4070 Ti", "lots", "8TB", "GB", "8000MB", "8192MiB", "4090GB", "4050", "401"]
+
+
+@pytest.mark.parametrize("text", [*UNKNOWN, "NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090 Laptop GPU"])
 def test_a_gpu_that_is_not_known_is_refused_with_what_is(text):
-    with pytest.raises(ValueError, match=r"is not known: give its memory \(8GB\), or one of RTX 4060 8GB"):
+    with pytest.raises(
+        ValueError, match=r"is not known: give its memory in GB or GiB \(8GB, 7.6GiB\), or one of RTX 4060"
+    ):
         parse_gpu(text)
 
 
@@ -148,8 +167,7 @@ def test_the_window_is_kept_as_long_as_main_memory_can_help():
 
 def test_advice_is_in_keys_that_a_recipe_has():
     both = {"checkpoint_offload": True, "optim": "paged_adamw_8bit"}
-    assert in_words(both | {"context_length": 2048}) == "memory: low, context_length: 2048"
-    assert in_words({"checkpoint_offload": True}) == "activation_offloading: true"
+    assert in_words(both) == "activation_offloading: true, optim: paged_adamw_8bit"
     for key in ("memory", "activation_offloading", "gradient_checkpointing", "per_device_train_batch_size", "optim"):
         assert hasattr(parse_recipe([]).run, key)
     assert (in_words({}), in_words(None)) == ("", "")
@@ -182,7 +200,7 @@ def test_a_plan_lists_every_card_and_advises_on_those_that_do_not_fit():
     assert [row["card"] for row in planned["cards"] if not row["evaluates_with"]] == ["RTX 4060 8GB"]
     assert planned["advice"] == [
         "training on RTX 4060 8GB: activation_offloading: true, context_length: 2048",
-        "evaluating on RTX 4060 8GB: kv_cache: offloaded, length: 32768",
+        "evaluating on RTX 4060 8GB: cream-peft evaluate --kv_cache offloaded --lengths 32768",
     ]
     nothing = plan.plan(embedded_config(LLAMA2_13B), SETTINGS, cards={"6GB": 6.0})["advice"]
     assert [line.split(": ", 1)[1] for line in nothing] == ["no settings fit, a smaller base may"] * 2
@@ -217,10 +235,10 @@ def recipe(tmp_path):
 def test_plan_prints_every_term_cache_card_and_assumption(recipe, tmp_path, capsys):
     planned, printed = planned_by(["--config", recipe], tmp_path, capsys)
     for term, size in planned["terms"].items():
-        assert re.search(rf"^  {term} +{size:.2f}$", printed, re.MULTILINE)
+        assert re.search(rf"^  {term}(?: \*)? +{size:.2f}$", printed, re.MULTILINE)
     for term in planned["evaluation"]["terms"]["default"]:
         sizes = " +".join(f"{terms[term]:.2f}" for terms in planned["evaluation"]["terms"].values())
-        assert re.search(rf"^  {term} +{sizes}$", printed, re.MULTILINE)
+        assert re.search(rf"^  {term}(?: \*)? +{sizes}$", printed, re.MULTILINE)
     assert "evaluation at 32,768 tokens" in printed and "held-out loss" in printed
     for row in planned["cards"]:
         line = re.search(rf"^{row['card']} .*", printed, re.MULTILINE)[0]
@@ -233,7 +251,40 @@ def test_plan_for_one_card_lists_it_alone(recipe, tmp_path, capsys):
     planned, printed = planned_by([f"--config={recipe}", "--gpu", "geforce rtx 4090"], tmp_path, capsys)
     assert [row["card"] for row in planned["cards"]] == ["RTX 4090 24GB"] and "RTX 3060" not in printed
     planned, printed = planned_by(["--config", recipe, "--gpu", "5.6GB"], tmp_path, capsys)
-    assert "training on 5.6GB: memory: low\n" in printed
+    assert "training on 5.6GB: activation_offloading: true, optim: paged_adamw_8bit\n" in printed
+
+
+def test_the_printed_terms_without_those_never_there_together_add_up_to_the_total(recipe, tmp_path, capsys):
+    _, printed = planned_by(["--config", recipe], tmp_path, capsys)
+    tables = [part for part in printed.split("\n\n") if "never together" in part]
+    assert len(tables) == 2
+    for table in tables:
+        rows = re.findall(r"^  ([a-z_]+)( \*)? +(\d+\.\d\d)", table, re.MULTILINE)
+        sizes = {term: float(size) for term, _, size in rows}
+        either = re.search(r"the larger of (.*) and (.*)", table).groups()
+        sums = [sum(sizes[term] for term in phase.split(" + ")) for phase in either]
+        assert {term for term, mark, _ in rows if mark} == {term for phase in either for term in phase.split(" + ")}
+        together = sum(float(size) for term, mark, size in rows if not mark and term != "total")
+        assert together + max(sums) == pytest.approx(sizes["total"], abs=0.06)
+        assert together + sum(sums) != pytest.approx(sizes["total"], abs=0.06)  # control: all of them
+
+
+@pytest.mark.parametrize("gib", ["6.2", "5.6", "5.5", "5.2"])
+def test_advice_fits_once_a_recipe_that_sets_its_optimizer_takes_it(recipe, tmp_path, capsys, gib):
+    options = ["--config", recipe, "--optim", "adamw_torch_fused", "--gpu", gib]
+    planned, _ = planned_by(options, tmp_path, capsys)
+    (line,) = (line for line in planned["advice"] if line.startswith("training"))
+    keys = dict(change.split(": ") for change in line.split(": ", 1)[1].split(", "))
+    taken, _ = planned_by([*options, *(word for key in keys for word in (f"--{key}", keys[key]))], tmp_path, capsys)
+    assert not planned["cards"][0]["fits"] and taken["cards"][0]["fits"]
+
+
+def test_offloading_without_checkpoints_is_said_to_save_nothing(recipe, tmp_path, capsys):
+    low = ["--config", recipe, "--memory", "low", "--gpu", "H100"]
+    said = "activation_offloading is planned to save nothing without checkpoints: set gradient_checkpointing: true"
+    planned, printed = planned_by([*low, "--gradient_checkpointing", "false"], tmp_path, capsys)
+    assert planned["advice"] == [said] and said in printed
+    assert planned_by(low, tmp_path, capsys)[0]["advice"] == []
 
 
 def test_memory_low_and_its_parts_change_the_plan(recipe, tmp_path, capsys):
@@ -296,8 +347,14 @@ def test_where_the_plan_says_it_fits_the_change_saves_a_tenth():
     terms = estimate(config, **SETTINGS)
     for gib in (None, 23.6):
         asked = []
-        plan.shortage(terms, gib, lambda gib, asked=asked: asked.append(gib) or "set")
+        line = plan.shortage(terms, gib, lambda gib, asked=asked: asked.append(gib) or "set")
         assert asked == [pytest.approx(0.9 * (terms["total"] - 0.75) + 0.75)]
+        assert ("by plan it fits" in line) == (gib is not None) and line.endswith(": set")
+
+
+def test_where_the_plan_says_it_fits_and_nothing_takes_less_the_line_asks_for_no_smaller_base():
+    line = plan.shortage(estimate(embedded_config(LLAMA2), **SETTINGS), 23.6, lambda gib: "")
+    assert line.endswith("by plan it fits, so something else held memory (see nvidia-smi) or the plan is wrong")
 
 
 def test_evaluation_says_what_was_planned_and_which_flag_to_change(monkeypatch):
@@ -313,8 +370,15 @@ def test_evaluation_says_what_was_planned_and_which_flag_to_change(monkeypatch):
     assert line.startswith("memory ran out with prompts of 32,768 tokens: the plan is 9.4 GiB, most for kv_cache (5.0")
     assert line.endswith("and the GPU has 7.2 GiB for it: --kv_cache offloaded")
     line = said(length=8192, kv_cache="default", load_in_4bit=False)
-    assert line.endswith("leave out --no_4bit, --kv_cache offloaded")
+    assert line.endswith("for it: --kv_cache offloaded, without --no_4bit")
+    flags = line.split("for it: ")[1].split(", ")[0]
+    parser = ArgumentParser()
+    add_options(parser)
+    assert parser.parse_args(flags.split()).kv_cache == "offloaded"
     assert said(length=8192, batch_size=4).endswith(": --batch_size 1, which is planned")
+    monkeypatch.setattr(fit, "allowed_gib", lambda: 6.0)
+    flags = said(length=262_144).split("for it: ")[1]
+    assert parser.parse_args(flags.split()).lengths == [32_768]
     monkeypatch.setattr(fit, "allowed_gib", lambda: 1.0)
     assert said(length=8192).endswith("no settings are enough")
 

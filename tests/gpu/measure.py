@@ -31,10 +31,8 @@ LOW = ["--memory", "low"]
 CARD = {8: "RTX 4060 8GB", 12: "RTX 3060 12GB", 16: "RTX 4060 Ti 16GB", 24: "RTX 3090 24GB"}
 """GB on the box -> the card whose memory is the limit."""
 STEPS, LENGTH, NEW_TOKENS = 4, 32_768, 8
-TOO_LARGE = 1.25
-"""A case that plan puts this many times above its limit is not tried."""
-LEAST_SECONDS = 20
-"""With less than this left no further case is started."""
+# A case that plan puts so many times above its limit is not tried; with so little time left none is started.
+TOO_LARGE, LEAST_SECONDS = 1.25, 20
 
 
 def _cases() -> dict[str, dict[str, Any]]:
@@ -42,9 +40,8 @@ def _cases() -> dict[str, dict[str, Any]]:
     cases: dict[str, dict[str, Any]] = {}
 
     def add(name: str, kind: str, arguments: list[str], limit: int | None = None, **more: Any) -> None:
-        cases[name + (f", {limit} GB" if limit else "")] = {
-            "kind": kind, "arguments": arguments, "limit": limit, **more
-        }  # fmt: skip
+        case = {"kind": kind, "arguments": arguments, "limit": limit}
+        cases[name + (f", {limit} GB" if limit else "")] = case | more
 
     add("7B low", "train", [*RECIPE, *LOW], 8)
     add("7B default", "train", RECIPE, 8)
@@ -69,9 +66,6 @@ def _cases() -> dict[str, dict[str, Any]]:
 
 
 CASES = _cases()
-
-
-# One case, in a process of its own
 
 
 def train_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[str, Any]:
@@ -187,8 +181,7 @@ def run_case(name: str, tiny: bool) -> dict[str, Any]:
     from cream_peft.provenance import machine, versions
     from cream_peft.train import base_config
 
-    case = CASES[name]
-    arguments = case["arguments"]
+    case, arguments = CASES[name], CASES[name]["arguments"]
     if tiny:
         options = [word for word in arguments if word in ("--memory", "low")]
         arguments = [*options, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
@@ -208,9 +201,6 @@ def run_case(name: str, tiny: bool) -> dict[str, Any]:
         return result | {"status": "measured"} | KINDS[case["kind"]](case, recipe, limit)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return result | {"status": "does not fit", "said": " ".join(str(error).split())[:300], **peaks()}
-
-
-# All cases
 
 
 def start_case(name: str, tiny: bool, seconds: float) -> dict[str, Any]:
@@ -238,10 +228,15 @@ def _write(path: Path, results: dict[str, Any]) -> None:
 def measure(path: Path, tiny: bool, minutes: float, case_seconds: float, only: str = "") -> dict[str, Any]:
     """Run the cases that `path` does not hold yet, in the time there is, and return all results."""
     end = time.monotonic() + 60 * minutes
-    results = json.loads(path.read_text()) if path.is_file() else {"tiny": tiny, "cases": {}}
-    if results["tiny"] != tiny:
-        raise SystemExit(f"{path} was {'' if results['tiny'] else 'not '}written with --tiny: choose another --output")
-    done = {name for name, result in results["cases"].items() if not result["status"].startswith("failed")}
+    try:
+        results = json.loads(path.read_text()) if path.is_file() else {"tiny": tiny, "cases": {}}
+        done = {name for name, result in results["cases"].items() if not result["status"].startswith("failed")}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or not of this script: delete it, or choose another --output") from error
+    if results.get("tiny") != tiny:
+        raise ValueError(f"{path} was {'not ' * tiny}written with --tiny: choose another --output")
+    if not any(only in name for name in CASES):
+        raise ValueError(f"--only {only!r} is in no case's name: {'; '.join(CASES)}")
     pending = [name for name in CASES if only in name and name not in done]
     for name in pending:
         left = end - time.monotonic()
@@ -257,7 +252,8 @@ def measure(path: Path, tiny: bool, minutes: float, case_seconds: float, only: s
 
 def table_of(results: dict[str, Any]) -> list[str]:
     """The table's lines, in Markdown, memory in GiB."""
-    lines = ["| case | limit | peak allocated | planned | off by | reserved | tokens/s | of peak FLOP/s | |"]
+    lines = ["The embedded tiny model on this machine, without limits: no 7B, no 13B", ""] if results["tiny"] else []
+    lines += ["| case | limit | peak allocated | planned | off by | reserved | tokens/s | of peak FLOP/s | |"]
     lines.append("|---" * 9 + "|")
     for name, result in results["cases"].items():
         peak, planned, share = (result.get(key) for key in ("peak_allocated_gib", "planned_gib", "with_recomputation"))
@@ -285,8 +281,13 @@ def main() -> None:
     import torch
 
     if not options.tiny and not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA GPU here: nothing was measured; --tiny tries the script itself")
-    results = measure(options.output, options.tiny, options.minutes, options.case_seconds, options.only)
+        parser.exit(2, "there is no CUDA GPU here: nothing was measured; --tiny tries the script itself\n")
+    try:
+        results = measure(options.output, options.tiny, options.minutes, options.case_seconds, options.only)
+    except KeyboardInterrupt:
+        parser.exit(130, f"interrupted, what was measured is in {options.output}: the same command goes on\n")
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
     print("\n".join(table_of(results)))
     left = [name for name in CASES if options.only in name and name not in results["cases"]]
     if left:
