@@ -71,25 +71,25 @@ class Budget:
 
 
 ON_A_CPU = {
-    "context_length": 1024, "max_steps": 48, "warmup_steps": 4, "gradient_accumulation_steps": 1, "max_documents": 400,
+    "context_length": 1024, "max_steps": 96, "warmup_steps": 4, "gradient_accumulation_steps": 1, "max_documents": 400,
     "held_out_documents": 0, "eval_strategy": "no", "optim": "adamw_torch", "gradient_checkpointing": False,
-    "load_in_4bit": False, "save_steps": 12,
+    "load_in_4bit": False, "dtype": "bfloat16", "learning_rate": 1e-3, "save_steps": 24,
 }  # fmt: skip
+TRIED_FIRST = ON_A_CPU | {"max_steps": 48, "dtype": "float32", "learning_rate": 5e-4, "save_steps": 12}
+CHOSEN = {name: ON_A_CPU[name] for name in ("max_steps", "dtype", "learning_rate", "save_steps")}
 UNTUNED = [Row(scaling, "untuned") for scaling in ("none", "linear", "ntk", "yarn")]
-SEARCHED = [
-    {}, {"learning_rate": 2e-4}, {"learning_rate": 2e-3}, {"lora_r": 64},
-    {"dataset_name": str(DATA / "plays.jsonl"), "assistant_only_loss": False},
-]  # fmt: skip
 BUDGETS = {
     "cpu": Budget(
-        rows=UNTUNED + [Row("yarn", strategy) for strategy in STRATEGIES],
+        rows=UNTUNED + [Row("linear", strategy) for strategy in STRATEGIES],
         target_length=16_384, lengths=[4096, 16_384], samples=2, seed=2026, texts=["paradise-lost"],
         train=ON_A_CPU, flags=("--no_4bit",),
     ),
     "search": Budget(
-        rows=[Row("yarn", "cream", changed=changed) for changed in SEARCHED],
+        rows=[Row("yarn", "untuned"), Row("yarn", "cream"), Row("yarn", "cream", changed={"learning_rate": 2e-3}),
+              Row("none", "untuned"), Row("none", "cream"),
+              Row("linear", "untuned"), Row("linear", "cream", changed=CHOSEN)],
         target_length=16_384, lengths=[16_384], samples=1, seed=77, texts=["areopagitica"],
-        train=ON_A_CPU, flags=("--no_4bit",),
+        train=TRIED_FIRST, flags=("--no_4bit",),
     ),
     "gpu": Budget(
         rows=UNTUNED
