@@ -47,9 +47,9 @@ base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GP
 chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CUDA GPU)
 	$(BIN)/cream-peft train --config recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml
 
-smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (a GPU: to 64K; two cores: to 16K, half an hour)
+smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (on two cores to 16K, half an hour)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
-	$(BIN)/python recipes/smollm2-135m-instruct/compare.py --only "yarn untuned" "yarn cream"
+	$(BIN)/python recipes/smollm2-135m-instruct/compare.py --first
 
 smollm2-compare: $(READY)  ## the same with every position strategy and RoPE scaling (hours, goes on where it stopped)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py

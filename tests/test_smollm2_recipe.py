@@ -73,18 +73,18 @@ def test_the_summary_pairs_the_same_questions_and_says_what_was_not_run(compare,
     budget = compare.BUDGETS["cpu"]
     pose = {0.0625: "111", 0.4375: "010", 0.5625: "000", 0.9375: "111"}
     cream = {0.0625: "111", 0.4375: "111", 0.5625: "011", 0.9375: "110"}
-    results(tmp_path / "needles", "yarn-pose", pose)
-    results(tmp_path / "needles", "yarn-cream", cream)
+    results(tmp_path / "answers", "linear-pose", pose)
+    results(tmp_path / "answers", "linear-cream", cream)
     summary = compare.summarise(budget, tmp_path)
     assert [row["strategy"] for row in summary["rows"]] == ["pose", "cream"]
-    ours = summary["rows"][1]["needles at 16384"]
+    ours = summary["rows"][1]["passkey at 16384"]
     assert (ours["accuracy"], ours["questions"], ours["middle"]) == (10 / 12, 12, 5 / 6)
     told = {found["depths"]: found for found in summary["cream minus"]}
     assert (told["all depths"]["only_second"], told["all depths"]["only_first"]) == (4, 1)
     assert (told["middle"]["only_second"], told["middle"]["only_first"]) == (4, 0)
     assert told["middle"]["difference"] == pytest.approx(4 / 6)
     lines = compare.table(summary)
-    assert "| yarn cream | not run | 0.83 (0.55-0.95), middle 0.83 | not run | not run |" in lines
+    assert "| linear cream | not run | 0.83 (0.55-0.95), middle 0.83 | not run | not run |" in lines
 
 
 def test_rows_have_names_of_their_own_and_gpu_rows_three_seeds_where_it_counts(compare):
@@ -111,17 +111,39 @@ def test_every_training_command_parses(compare, monkeypatch, tmp_path):
                 assert recipe.run.target_length == budget.target_length
 
 
-def test_when_time_is_up_the_work_is_interrupted_and_a_failure_says_its_last_line(compare, tmp_path, monkeypatch):
+def test_the_first_rows_are_there_and_others_are_refused_by_name(compare, tmp_path, monkeypatch, capsys):
+    for budget in compare.BUDGETS.values():
+        assert set(budget.first) <= {row.name for row in budget.rows}
+    base, data = tmp_path / "base", tmp_path / "data"
+    monkeypatch.setattr(compare, "BASE", base)
+    monkeypatch.setattr(compare, "DATA", data)
+    monkeypatch.setattr("sys.argv", ["compare.py", "--budget", "cpu", "--only", "linear creme"])
+    assert compare.main() == 2 and "run " in capsys.readouterr().err
+    for path in (base / "model.safetensors", data / "plays.jsonl"):
+        path.parent.mkdir()
+        path.touch()
+    assert compare.main() == 2
+    assert "has the rows none untuned, linear untuned" in capsys.readouterr().err
+
+
+def test_when_time_is_up_nothing_is_begun_and_a_failure_says_why(compare, tmp_path, capfd):
     with pytest.raises(compare.TimeIsUp):
         compare.call(["plan"], 0.0, tmp_path / "log")
     assert not (tmp_path / "log").exists()
-    with pytest.raises(SystemExit, match=r"cream-peft plan failed: .*no-such-recipe"):
+    with pytest.raises(SystemExit, match="2"):
         compare.call(["plan", "--config", "no-such-recipe.yaml"], float("inf"), tmp_path / "log")
+    assert "no-such-recipe.yaml" in capfd.readouterr().err
 
 
-def test_a_running_command_is_interrupted_when_its_time_is_up(compare, tmp_path):
-    endless = ["train", "--max_steps", "100000", "--output_dir", str(tmp_path / "run"), "--save_steps", "5"]
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_running_command_ends_when_its_time_is_up_even_if_it_does_not_listen(compare, tmp_path, monkeypatch, deaf):
+    program = tmp_path / "cream_peft" / "cli.py"
+    program.parent.mkdir()
+    handler = "signal.SIG_IGN" if deaf else "signal.default_int_handler"
+    program.write_text(f"import signal, time\nsignal.signal(signal.SIGINT, {handler})\ntime.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(compare, "PATIENCE", 1)
     start = time.monotonic()
     with pytest.raises(compare.TimeIsUp):
-        compare.call(endless, start + 8, tmp_path / "log")
-    assert 8 <= time.monotonic() - start < 60
+        compare.call(["train"], start + 3, tmp_path / "log")
+    assert 3 <= time.monotonic() - start < 30

@@ -30,8 +30,10 @@ from cream_peft.provenance import machine, versions
 HOME = Path("runs/smollm2-135m-instruct")
 RECIPE = Path(__file__).parent / "cream-8k-64k-qlora.yaml"
 BASE, DATA = HOME / "base", HOME / "data"
-DEPTHS = [(place + 0.5) / 8 for place in range(8)]
+EIGHTHS = [(place + 0.5) / 8 for place in range(8)]
 MIDDLE = (0.3, 0.7)
+PATIENCE = 20
+"""Seconds that an interrupted command has to end."""
 STRATEGIES = ("contiguous", "randpos", "pose", "cream")
 
 
@@ -62,12 +64,16 @@ class Budget:
     samples: int
     seed: int
     """Of the prompts."""
+    task: str
+    depths: list[float]
     texts: list[str]
     """Held-out texts whose perplexity is measured, of data/held-out."""
     train: dict[str, Any] = field(default_factory=dict)
     """Settings that differ from the recipe's."""
     flags: tuple[str, ...] = ()
     """Flags of the evaluation."""
+    first: tuple[str, ...] = ()
+    """Rows of --first: what RoPE scaling alone does, and the recipe."""
 
 
 ON_A_CPU = {
@@ -81,15 +87,15 @@ UNTUNED = [Row(scaling, "untuned") for scaling in ("none", "linear", "ntk", "yar
 BUDGETS = {
     "cpu": Budget(
         rows=UNTUNED + [Row("linear", strategy) for strategy in STRATEGIES],
-        target_length=16_384, lengths=[4096, 16_384], samples=2, seed=2026, texts=["paradise-lost"],
-        train=ON_A_CPU, flags=("--no_4bit",),
+        target_length=16_384, lengths=[4096, 16_384], samples=1, seed=2026, task="passkey", depths=[0.1, 0.5, 0.9],
+        texts=["paradise-lost"], train=ON_A_CPU, flags=("--no_4bit",), first=("linear untuned", "linear cream"),
     ),
     "search": Budget(
         rows=[Row("yarn", "untuned"), Row("yarn", "cream"), Row("yarn", "cream", changed={"learning_rate": 2e-3}),
               Row("none", "untuned"), Row("none", "cream"),
               Row("linear", "untuned"), Row("linear", "cream", changed=CHOSEN)],
-        target_length=16_384, lengths=[16_384], samples=1, seed=77, texts=["areopagitica"],
-        train=TRIED_FIRST, flags=("--no_4bit",),
+        target_length=16_384, lengths=[16_384], samples=1, seed=77, task="multikey_needle", depths=EIGHTHS,
+        texts=["areopagitica"], train=TRIED_FIRST, flags=("--no_4bit",),
     ),
     "gpu": Budget(
         rows=UNTUNED
@@ -97,7 +103,8 @@ BUDGETS = {
         + [Row(scaling, strategy, seed) for seed in (1, 2) for scaling in ("yarn", "ntk", "linear")
            for strategy in ("pose", "cream")],
         target_length=65_536, lengths=[4096, 8192, 16_384, 32_768, 65_536], samples=25, seed=2026,
-        texts=["paradise-lost", "king-james-bible"],
+        task="multikey_needle", depths=EIGHTHS, texts=["paradise-lost", "king-james-bible"],
+        first=("yarn untuned", "yarn cream"),
     ),
 }  # fmt: skip
 
@@ -107,26 +114,29 @@ class TimeIsUp(Exception):
 
 
 def call(arguments: list[str], deadline: float, log: Path) -> None:
-    """`cream-peft` in a process of its own, its output added to `log`.
+    """`cream-peft` in a process of its own: its progress is shown, what it prints is added to `log`.
 
     Raises:
         TimeIsUp: at `deadline` (time.monotonic()); the process is interrupted as by Ctrl-C.
-        SystemExit: if it fails, with its last line.
+        SystemExit: if it fails; it has said why.
     """
     if time.monotonic() > deadline:
         raise TimeIsUp
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as output:
-        process = subprocess.Popen([sys.executable, "-m", "cream_peft.cli", *arguments], stdout=output, stderr=output)
+        process = subprocess.Popen([sys.executable, "-m", "cream_peft.cli", *arguments], stdout=output)
         try:
             process.wait(timeout=max(1.0, deadline - time.monotonic()) if deadline < float("inf") else None)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
             process.send_signal(signal.SIGINT)
-            process.wait()
+            try:
+                process.wait(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                # What it was importing or waiting for swallowed the interruption.
+                process.kill()
             raise TimeIsUp from reason
     if process.returncode:
-        last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
-        raise SystemExit(f"error: cream-peft {arguments[0]} failed: {last} ({log} has more)")
+        raise SystemExit(process.returncode)
 
 
 def train(row: Row, budget: Budget, output: Path, deadline: float) -> Path:
@@ -146,8 +156,8 @@ def train(row: Row, budget: Budget, output: Path, deadline: float) -> Path:
     return folder
 
 
-def measure(row: Row, budget: Budget, output: Path, deadline: float) -> None:
-    """The results of `row`, in output/needles and output/perplexity; what is there is kept."""
+def evaluate(row: Row, budget: Budget, output: Path, deadline: float, folder: str, *task: str) -> None:
+    """Measure `row`, trained first if need be, with one task; what `folder` holds already is kept."""
     if row.strategy == "untuned":
         model = str(BASE) if row.scaling == "none" else f"{BASE}+{row.scaling}"
     else:
@@ -161,14 +171,19 @@ def measure(row: Row, budget: Budget, output: Path, deadline: float) -> None:
         *budget.flags,
     ]
     common += ["--base_model", str(BASE), "--seed", str(budget.seed), "--lengths", *map(str, budget.lengths)]
-    needles = ["--tasks", "multikey_needle", "--samples", str(budget.samples), "--depths", *map(str, DEPTHS)]
-    call([*common, *needles, "--output_dir", str(output / "needles")], deadline, output / "log")
+    call([*common, "--output_dir", str(output / folder), "--tasks", *task], deadline, output / "log")
+
+
+def evaluations(budget: Budget) -> dict[str, list[str]]:
+    """Folder of the results -> task and its flags; what costs least comes first."""
+    found = {}
     for text in budget.texts:
-        path = DATA / "held-out" / f"{text}.txt"
+        path, longest = DATA / "held-out" / f"{text}.txt", str(max(budget.lengths))
         if path.is_file():
-            longest = ["--max_tokens", str(max(budget.lengths)), "--samples", "1"]
-            perplexity = ["--tasks", "perplexity", "--text", str(path), *longest]
-            call([*common, *perplexity, "--output_dir", str(output / f"perplexity-{text}")], deadline, output / "log")
+            words = ["perplexity", "--text", str(path), "--max_tokens", longest, "--samples", "1"]
+            found[f"perplexity-{text}"] = words
+    depths = map(str, budget.depths)
+    return found | {"answers": [budget.task, "--samples", str(budget.samples), "--depths", *depths]}
 
 
 def found_of(folder: Path, row: Row) -> list[dict[str, Any]]:
@@ -186,31 +201,26 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
     """What was measured so far: a row a model, and CREAM against each other strategy on the same questions."""
     rows, given = [], {}
     for row in budget.rows:
-        cells = found_of(output / "needles", row)
-        if not cells:
-            continue
-        found: dict[str, Any] = {
-            "scaling": row.scaling,
-            "strategy": row.strategy,
-            "seed": row.seed,
-            "changed": row.changed,
-        }
+        found: dict[str, Any] = vars(row).copy()
+        cells = found_of(output / "answers", row)
         for length in sorted({cell["length"] for cell in cells}):
-            asked = answers(cells, length)
-            middle = answers(cells, length, *MIDDLE)
-            given[row.scaling, row.strategy, row.seed, length] = asked, middle
-            found[f"needles at {length}"] = {
+            asked, middle = answers(cells, length), answers(cells, length, *MIDDLE)
+            if not row.changed:
+                given[row.scaling, row.strategy, row.seed, length] = asked, middle
+            found[f"{budget.task} at {length}"] = {
                 "accuracy": asked.count("1") / len(asked), "questions": len(asked),
                 "interval": wilson_interval(asked.count("1"), len(asked)), "middle": middle.count("1") / len(middle),
                 "by depth": {str(cell["depth"]): cell["value"] for cell in cells if cell["length"] == length},
             }  # fmt: skip
         for text in budget.texts:
             values = {str(cell["length"]): cell["value"] for cell in found_of(output / f"perplexity-{text}", row)}
-            found[f"perplexity of {text}"] = values
+            if values:
+                found[f"perplexity of {text}"] = values
         summary = output / "adapters" / row.name.replace(" ", "-") / "summary.json"
         if summary.is_file():
             found["training"] = json.loads(summary.read_text(encoding="utf-8"))
-        rows.append(found)
+        if set(found) > set(vars(row)):
+            rows.append(found)
     differences = []
     for scaling, strategy in dict.fromkeys((row.scaling, row.strategy) for row in budget.rows if not row.changed):
         for length in budget.lengths:
@@ -223,7 +233,7 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
                 ours = "".join(given[scaling, "cream", seed, length][part] for seed in seeds)
                 test = paired_comparison(theirs, ours)
                 differences.append({"scaling": scaling, "against": strategy, "length": length, "depths": name, **test})
-    settings = {name: value for name, value in vars(budget).items() if name != "rows"}
+    settings = {name: value for name, value in vars(budget).items() if name != "rows"} | {"recipe": RECIPE.name}
     return {
         "settings": settings,
         "machine": machine(),
@@ -234,9 +244,9 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: a row a model, accuracy of all needles and of the middle ones, and perplexities."""
-    lengths, texts = summary["settings"]["lengths"], summary["settings"]["texts"]
-    head = ["RoPE scaling, positions", *(f"needles, {length:,}" for length in lengths)]
+    """Markdown: a row a model, accuracy at all depths and in the middle, and perplexities."""
+    lengths, texts, task = (summary["settings"][name] for name in ("lengths", "texts", "task"))
+    head = ["RoPE scaling, positions", *(f"{task}, {length:,}" for length in lengths)]
     head += [f"{text}, {length:,}" for text in texts for length in lengths]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in summary["rows"]:
@@ -248,13 +258,13 @@ def table(summary: dict[str, Any]) -> list[str]:
         ]
         columns = [" ".join(words)]
         for length in lengths:
-            found = row.get(f"needles at {length}")
+            found = row.get(f"{task} at {length}")
             interval = "-".join(f"{bound:.2f}" for bound in found["interval"]) if found else ""
             columns.append(
                 f"{found['accuracy']:.2f} ({interval}), middle {found['middle']:.2f}" if found else "not run"
             )
         for text in texts:
-            values = row[f"perplexity of {text}"]
+            values = row.get(f"perplexity of {text}", {})
             columns += [f"{values[str(length)]:.1f}" if str(length) in values else "not run" for length in lengths]
         lines.append(f"| {' | '.join(columns)} |")
     for found in summary["cream minus"]:
@@ -272,25 +282,32 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help=f"default: {HOME}/BUDGET")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to go on later")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
+    parser.add_argument("--first", action="store_true", help="two rows: RoPE scaling alone, and the recipe")
     options = parser.parse_args()
     budget, output = BUDGETS[options.budget], options.output or HOME / options.budget
     if not (BASE / "model.safetensors").is_file() or not (DATA / "plays.jsonl").is_file():
         print(f"error: {HOME} has no model and data: run {Path(__file__).parent / 'prepare.py'} first", file=sys.stderr)
         return 2
+    names = [row.name for row in budget.rows]
+    wanted = budget.first if options.first else options.only or names
+    if not set(wanted) <= set(names):
+        print(f"error: --budget {options.budget} has the rows {', '.join(names)}", file=sys.stderr)
+        return 2
     deadline = time.monotonic() + 60 * options.minutes
     try:
-        for row in budget.rows:
-            if not options.only or row.name in options.only:
-                start = time.monotonic()
-                measure(row, budget, output, deadline)
-                print(f"{row.name}: {time.monotonic() - start:.0f} s", flush=True)
+        for folder, task in evaluations(budget).items():
+            for row in budget.rows:
+                if row.name in wanted:
+                    start = time.monotonic()
+                    evaluate(row, budget, output, deadline, folder, *task)
+                    print(f"{row.name}, {folder}: {time.monotonic() - start:.0f} s", flush=True)
         state = "done"
     except TimeIsUp:
         state = "not done: the same command goes on"
     summary = summarise(budget, output)
     (output / "compare.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(summary)))
-    results = [str(path) for row in budget.rows for path in [output / "needles" / f"{row.name.replace(' ', '-')}.json"]]
+    results = [str(path) for row in budget.rows for path in [output / "answers" / f"{row.name.replace(' ', '-')}.json"]]
     results = [path for path in results if Path(path).is_file()]
     if results:
         cream_peft(["plot", *results, "--output", str(output / "compare.png")])
