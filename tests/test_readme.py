@@ -1,8 +1,10 @@
 """What README says can be found: files, targets, keys, and figures in the JSON they link to."""
 
 import dataclasses
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,10 @@ def test_every_local_link_and_recipe_in_readme_exists():
 
 
 def test_every_make_target_in_readme_exists():
-    targets = set(re.findall(r"`make ([a-z-]+)", README)) | set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))
-    defined = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"`make ([a-z0-9-]+)", README)) | set(
+        re.findall(r"^make ([a-z0-9-]+)", README, re.MULTILINE)
+    )
+    defined = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test"} <= targets <= defined
 
 
@@ -75,19 +79,39 @@ def test_the_tables_of_the_reproduction_equal_its_json():
         assert [cell.strip() for cell in cells[2]] == [printed(value) for value in found]
 
 
+SMOLLM2 = ROOT / "recipes/smollm2-135m-instruct"
+
+
 def test_the_figures_of_smollm2_equal_their_json():
-    path = ROOT / "recipes/smollm2-135m-instruct/results/inside-and-beyond.json"
-    cells = json.loads(path.read_text())["cells"]
-    right = {(cell["task"], cell["length"]): 0 for cell in cells}
-    for cell in cells:
-        right[cell["task"], cell["length"]] += cell["correct"].count("1")
-    found = [right["passkey", length] for length in (1024, 4096, 12288)]
-    text = " ".join(README.split())
-    assert (
-        "the passkey in {} of 6 prompts of 1,024 tokens, in {} of 6 of 4,096, in {} of 6 of 12,288".format(*found)
-        in text
-    )
-    assert right["needle", 1024] == right["needle", 4096] == 6
+    shown = {
+        "`multikey_needle`, 8 cities": "ability/multikey_needle-8",
+        "`multikey_needle`, 16 cities": "ability/multikey_needle-16",
+        "`kv_retrieval`, 4 digits": "ability/kv_retrieval-4-digits",
+        "`kv_retrieval`, UUIDs": "ability/kv_retrieval-uuid",
+        "`longchat_lines`": "ability/longchat_lines",
+        "`passkey` ([JSON]": "inside-and-beyond",
+        "`needle`": "ability/needle",
+    }
+    for start, name in shown.items():
+        cells = json.loads((SMOLLM2 / "results" / f"{name}.json").read_text())["cells"]
+        task = re.search(r"`(\w+)`", start)[1]
+        means = mean_by([cell for cell in cells if cell["task"] == task], "length")
+        section = README[README.index("## A real chat model") :]
+        row = next(line for line in section.splitlines() if line.startswith(f"| {start}"))
+        told = re.findall(r"(\d[\d,]*): ([\d.]+)", row)
+        told = {int(length.replace(",", "")): float(value) for length, value in told}
+        assert set(means) == set(told)
+        assert all(abs(told[length] - value) <= 0.0051 for length, value in means.items()), row
+
+
+@pytest.mark.parametrize("name", ["cpu", "search"])
+def test_the_comparison_of_smollm2_is_what_its_script_makes_of_the_json(name):
+    spec = importlib.util.spec_from_file_location("compare_in_readme", SMOLLM2 / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = compare
+    spec.loader.exec_module(compare)
+    lines = compare.table(json.loads((SMOLLM2 / f"results/{name}.json").read_text()))
+    assert len(lines) > 4 and all(line in README for line in lines if line.startswith("|"))
 
 
 def test_the_planned_figures_equal_what_plan_wrote():

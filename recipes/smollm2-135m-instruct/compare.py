@@ -247,15 +247,11 @@ def table(summary: dict[str, Any]) -> list[str]:
     """Markdown: a row a model, accuracy at all depths and in the middle, and perplexities."""
     lengths, texts, task = (summary["settings"][name] for name in ("lengths", "texts", "task"))
     head = ["RoPE scaling, positions", *(f"{task}, {length:,}" for length in lengths)]
-    head += [f"{text}, {length:,}" for text in texts for length in lengths]
+    head += [f"perplexity of {text}, {length:,}" for text in texts for length in lengths]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in summary["rows"]:
-        words = [
-            row["scaling"],
-            row["strategy"],
-            *map(str, row["changed"].values()),
-            *([f"seed {row['seed']}"] * row["seed"]),
-        ]
+        changed = [f"{key}={value}" for key, value in row["changed"].items() if key != "save_steps"]
+        words = [row["scaling"], row["strategy"], *changed, *([f"seed {row['seed']}"] if row["seed"] else [])]
         columns = [" ".join(words)]
         for length in lengths:
             found = row.get(f"{task} at {length}")
