@@ -84,7 +84,15 @@ def test_the_summary_pairs_the_same_questions_and_says_what_was_not_run(compare,
     assert (told["middle"]["only_second"], told["middle"]["only_first"]) == (4, 0)
     assert told["middle"]["difference"] == pytest.approx(4 / 6)
     lines = compare.table(summary)
-    assert "| linear cream | not run | 0.83 (0.55-0.95), middle 0.83 | not run | not run |" in lines
+    assert "| linear cream | not run | 0.83 of 12 (0.55-0.95), middle 0.83 | not run | not run |" in lines
+
+
+def test_a_row_that_a_kill_left_half_measured_is_shown_and_not_compared(compare, tmp_path):
+    results(tmp_path / "answers", "linear-pose", {0.1: "1"})
+    results(tmp_path / "answers", "linear-cream", {0.1: "1", 0.5: "0", 0.9: "0"})
+    summary = compare.summarise(compare.BUDGETS["cpu"], tmp_path)
+    assert summary["cream minus"] == []
+    assert any("1.00 of 1 (0.21-1.00) |" in line for line in compare.table(summary))
 
 
 def test_rows_have_names_of_their_own_and_gpu_rows_three_seeds_where_it_counts(compare):

@@ -209,7 +209,8 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
                 given[row.scaling, row.strategy, row.seed, length] = asked, middle
             found[f"{budget.task} at {length}"] = {
                 "accuracy": asked.count("1") / len(asked), "questions": len(asked),
-                "interval": wilson_interval(asked.count("1"), len(asked)), "middle": middle.count("1") / len(middle),
+                "interval": wilson_interval(asked.count("1"), len(asked)),
+                "middle": middle.count("1") / len(middle) if middle else None,
                 "by depth": {str(cell["depth"]): cell["value"] for cell in cells if cell["length"] == length},
             }  # fmt: skip
         for text in budget.texts:
@@ -226,13 +227,16 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
         for length in budget.lengths:
             seeds = [key[2] for key in given if (key[0], key[1], key[3]) == (scaling, strategy, length)]
             seeds = [seed for seed in seeds if (scaling, "cream", seed, length) in given]
-            if strategy == "cream" or not seeds:
+            if strategy == "cream":
                 continue
             for part, name in enumerate(("all depths", "middle")):
                 theirs = "".join(given[scaling, strategy, seed, length][part] for seed in seeds)
                 ours = "".join(given[scaling, "cream", seed, length][part] for seed in seeds)
-                test = paired_comparison(theirs, ours)
-                differences.append({"scaling": scaling, "against": strategy, "length": length, "depths": name, **test})
+                # Not where one of them is half measured.
+                if ours and len(ours) == len(theirs):
+                    test = paired_comparison(theirs, ours)
+                    where = {"scaling": scaling, "against": strategy, "length": length, "depths": name}
+                    differences.append(where | test)
     settings = {name: value for name, value in vars(budget).items() if name != "rows"} | {"recipe": RECIPE.name}
     return {
         "settings": settings,
@@ -255,10 +259,12 @@ def table(summary: dict[str, Any]) -> list[str]:
         columns = [" ".join(words)]
         for length in lengths:
             found = row.get(f"{task} at {length}")
-            interval = "-".join(f"{bound:.2f}" for bound in found["interval"]) if found else ""
-            columns.append(
-                f"{found['accuracy']:.2f} ({interval}), middle {found['middle']:.2f}" if found else "not run"
-            )
+            if not found:
+                columns.append("not run")
+                continue
+            interval = "-".join(f"{bound:.2f}" for bound in found["interval"])
+            middle = "" if found["middle"] is None else f", middle {found['middle']:.2f}"
+            columns.append(f"{found['accuracy']:.2f} of {found['questions']} ({interval}){middle}")
         for text in texts:
             values = row.get(f"perplexity of {text}", {})
             columns += [f"{values[str(length)]:.1f}" if str(length) in values else "not run" for length in lengths]
