@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers.utils import is_hqq_available
 
 from cream_peft.evals import generation
 from cream_peft.evals.kv_retrieval import PAPER_POSITIONS, kv_prompt, kv_retrieval
@@ -399,6 +400,11 @@ def test_one_read_of_a_shared_document_answers_as_one_read_each(llama, tokenizer
     hook.remove()
     cells = [list(kv_retrieval(model, tokenizer, 1200, 2, 0, shared_document=shared, **options)) for shared in (0, 1)]
     assert cells[0] == cells[1]
+    if is_hqq_available():
+        settings["kv_cache"] = "quantized"
+        apart = [generation.answers(model, tokenizer, [prompt], **settings)[0] for prompt in prompts]
+        assert generation.answers(model, tokenizer, prompts, shared_prefix=True, **settings)[0] == apart[0]
+        del settings["kv_cache"]
     with pytest.raises(TaskError, match="shared_document needs a cache that can be cut back"):
         generation.answers(model, tokenizer, prompts, shared_prefix=True, kv_cache="offloaded", **settings)
 
