@@ -86,7 +86,7 @@ CHOSEN = {name: ON_A_CPU[name] for name in ("max_steps", "dtype", "learning_rate
 UNTUNED = [Row(scaling, "untuned") for scaling in ("none", "linear", "ntk", "yarn")]
 BUDGETS = {
     "cpu": Budget(
-        rows=UNTUNED + [Row("linear", strategy) for strategy in STRATEGIES],
+        rows=UNTUNED + [Row(scaling, strategy) for scaling in ("linear", "ntk") for strategy in STRATEGIES],
         target_length=16_384, lengths=[4096, 16_384], samples=1, seed=2026, task="passkey", depths=[0.1, 0.5, 0.9],
         texts=["paradise-lost"], train=ON_A_CPU, flags=("--no_4bit",), first=("linear untuned", "linear cream"),
     ),
