@@ -47,7 +47,7 @@ base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GP
 chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CUDA GPU)
 	$(BIN)/cream-peft train --config recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml
 
-smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (on two cores to 16K, half an hour)
+smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (without a GPU: to 16K, long on two cores)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
 	$(BIN)/python recipes/smollm2-135m-instruct/compare.py --first
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -73,41 +73,44 @@ def allowed_gib() -> float | None:
 
 
 @contextmanager
-def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> Iterator[None]:
-    """Note on an error of memory what was planned, and what to change; `errors.explain` prints the note."""
+def _explained(say: Callable[[Exception], str]) -> Iterator[None]:
+    """Note on an error of memory what `say(error)` says; `errors.explain` prints the note."""
     try:
         yield
     except Exception as error:
         if ran_out_of_memory(error):
-            frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-            validating = "evaluation_loop" in frames
-            where = " while the loss of held-out documents was computed" if validating else ""
             # A base whose memory cannot be planned.
             with suppress(ValueError):
-                line = shortage(recipe, config, allowed_gib(), validating)
-                error.add_note(f"{MEMORY_RAN_OUT}{where}: {line}; `cream-peft plan` shows every term")
+                error.add_note(MEMORY_RAN_OUT + say(error))
         raise
 
 
-def _flags_for(config: PreTrainedConfig, gib: float, batch_size: int, settings: dict[str, Any]) -> str:
-    """What to change on `cream-peft evaluate`'s command line, so that prompts are read in `gib` GiB."""
-    if batch_size > 1:
-        return "--batch_size 1, which is planned"
-    return plan.as_flags(plan.advise_evaluation(config, gib, **settings))
+def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContextManager[None]:
+    """While training: an error of memory says what was planned, and what to change in the recipe."""
+
+    def say(error: Exception) -> str:
+        frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        validating = "evaluation_loop" in frames
+        where = " while the loss of held-out documents was computed" if validating else ""
+        line = shortage(recipe, config, allowed_gib(), validating)
+        return f"{where}: {line}; `cream-peft plan` shows every term"
+
+    return _explained(say)
 
 
-@contextmanager
-def reading_explained(config: PreTrainedConfig, batch_size: int = 1, **settings: Any) -> Iterator[None]:
-    """The same for reading prompts with `memory.estimate_evaluation`'s settings, in the flags of `evaluate`."""
-    try:
-        yield
-    except Exception as error:
-        if ran_out_of_memory(error):
-            with suppress(ValueError):
-                terms = memory.estimate_evaluation(config, **settings)
-                line = plan.shortage(terms, allowed_gib(), lambda gib: _flags_for(config, gib, batch_size, settings))
-                error.add_note(f"{MEMORY_RAN_OUT} with prompts of {settings['length']:,} tokens: {line}")
-        raise
+def reading_explained(config: PreTrainedConfig, batch_size: int = 1, **settings: Any) -> AbstractContextManager[None]:
+    """While prompts are read with `memory.estimate_evaluation`'s settings: the same, in the flags of `evaluate`."""
+
+    def advice(gib: float) -> str:
+        if batch_size > 1:
+            return "--batch_size 1, which is planned"
+        return plan.as_flags(plan.advise_evaluation(config, gib, **settings))
+
+    def say(error: Exception) -> str:
+        line = plan.shortage(memory.estimate_evaluation(config, **settings), allowed_gib(), advice)
+        return f" with prompts of {settings['length']:,} tokens: {line}"
+
+    return _explained(say)
 
 
 def fitting_kv_cache(config: PreTrainedConfig, length: int, batch_size: int = 1) -> str:

@@ -23,6 +23,10 @@ LM_HEAD_TILE = (4096, 32_768)
 # Layer inputs that TRL 1.16 still has on the GPU when it offloads activations (OffloadActivations.max_fwd_stash_size).
 OFFLOAD_STASH = 5
 
+# Terms of `estimate` and `estimate_evaluation` that are never there together: the total has the larger sum.
+TRAINING_PHASES = (("recomputation", "quantization"), ("logits",))
+READING_PHASES = (("activations", "quantization"), ("attention",))
+
 KV_CACHES = ("default", "quantized", "offloaded")
 # Tokens that `cream-peft chat` reads at once: attention then needs this times the length, never the length squared.
 PREFILL_CHUNK = 2048
@@ -227,7 +231,7 @@ def estimate(
         "logits": head,
         "cuda_context": CUDA_CONTEXT_GIB * GIB,
     }
-    return _in_gib(terms, ("recomputation", "quantization"), ("logits",))
+    return _in_gib(terms, *TRAINING_PHASES)
 
 
 def estimate_validation(
@@ -306,4 +310,4 @@ def estimate_evaluation(
         "logits": 6 * config.vocab_size,
         "cuda_context": CUDA_CONTEXT_GIB * GIB,
     }
-    return _in_gib(terms, ("attention",), ("activations", "quantization"))
+    return _in_gib(terms, *READING_PHASES)

@@ -13,6 +13,8 @@ from .memory import (
     CUDA_CONTEXT_GIB,
     KV_CACHES,
     PREFILL_CHUNK,
+    READING_PHASES,
+    TRAINING_PHASES,
     attention_widths,
     estimate,
     estimate_evaluation,
@@ -33,9 +35,6 @@ RECIPE_KEYS = {"checkpoint_offload": "activation_offloading"}
 MEMORY_LOW = {"checkpoint_offload": True, "optim": "paged_adamw_8bit"}
 # And -> the flag of `cream-peft evaluate`.
 EVALUATE_FLAGS = {"kv_cache": "--kv_cache", "length": "--lengths"}
-# Terms that are never there together (memory.py): the total has the larger sum.
-TRAINING_PHASES = (("recomputation", "quantization"), ("logits",))
-READING_PHASES = (("activations", "quantization"), ("attention",))
 
 
 def training_flops(

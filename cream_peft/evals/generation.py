@@ -133,11 +133,6 @@ def _cell(depth: float, correct: list[int], tokens: list[int]) -> dict[str, Any]
     return cell | {"tokens": round(mean, 1), "correct": "".join(map(str, correct))}
 
 
-def reads_once(options: dict[str, Any]) -> bool:
-    """Whether a task whose document is the same at every depth can be asked with `shared_document`."""
-    return options.get("kv_cache") != "offloaded" and options.get("batch_size", 1) == 1
-
-
 def measure(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -166,8 +161,9 @@ def measure(
         grade: (reply, answer) -> whether it is right.
         style: form of the prompt; see `prompts.Writer`.
         batch_size: prompts answered together, padded on the left.
-        shared_document: read a document once and ask it for every depth, where a task's is the same at all of them.
-            The cells of a length then come together, at its end. An offloaded cache cannot be cut back: False there.
+        shared_document: the task's document is the same at every depth: read it once and ask it for all of them, unless
+            prompts are batched or the cache is offloaded, which cannot be cut back. The cells of a length then come
+            together, at its end.
         chunk_length, kv_cache: see `answers`.
         dump: add the prompts to this file, and ask the model nothing.
         options: the task's own.
@@ -180,6 +176,7 @@ def measure(
         raise TaskError("samples, batch_size and chunk_length must be at least 1, and depths between 0 and 1")
     writer = Writer(tokenizer, style)
     pending = [depth for depth in depths if depth not in done]
+    shared_document = shared_document and batch_size == 1 and kv_cache != "offloaded"
     if shared_document:
         groups = [[(depth, index) for depth in pending] for index in range(samples)] if pending else []
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import embedded
-from .generation import measure, reads_once
+from .generation import measure
 from .prompts import QUARTERS, Drawn, Prompt, TaskError, Writer, contains, generator, position
 
 PAPER_POSITIONS = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}
@@ -94,7 +94,7 @@ def kv_retrieval(
     if depths is None and keys in PAPER_POSITIONS:
         depths = [round(place / (keys - 1), 4) for place in PAPER_POSITIONS[keys]]
     settings = {"prompt": kv_prompt, "grade": contains, "depths": depths or QUARTERS, "keys": keys}
-    settings["shared_document"] = reads_once(options)
+    settings["shared_document"] = True
     if embedded.is_embedded(tokenizer):
         settings |= {"prompt": embedded.kv_prompt, "answer_tokens": 1}
     yield from measure(model, tokenizer, length, samples, seed, **{"answer_tokens": ANSWER_TOKENS} | settings | options)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .generation import measure, reads_once
+from .generation import measure
 from .prompts import FIFTHS, Drawn, Prompt, Writer, first_integer, generator, one_of, position
 
 PAPER_LENGTHS = (
@@ -101,5 +101,5 @@ def longchat_lines(
             `generation.measure`, whose yields these are. The paper's style is vicuna, for base models too.
     """
     settings = {"prompt": lines_prompt, "grade": first_integer, "depths": depths or FIFTHS}
-    settings["shared_document"] = reads_once(options)
+    settings["shared_document"] = True
     yield from measure(model, tokenizer, length, samples, seed, **{"answer_tokens": ANSWER_TOKENS} | settings | options)

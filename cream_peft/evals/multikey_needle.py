@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from .generation import measure, reads_once
+from .generation import measure
 from .needle import CITIES, HIGHEST, INSTRUCTION, LOWEST, NEEDLE, QUESTION, drawn_haystack, split_sentences
 from .prompts import Prompt, TaskError, Writer, first_integer, generator
 
@@ -75,6 +75,5 @@ def multikey_needle(
         raise TaskError(f"multikey_needle has {len(CITIES.split())} cities: give at most so many depths")
     sentences = None if haystack is None else split_sentences(haystack)
     settings = {"prompt": multikey_prompt, "grade": first_integer, "depths": depths, "needles": depths}
-    settings |= {"sentences": sentences, "answer_tokens": ANSWER_TOKENS}
-    settings["shared_document"] = reads_once(options)
+    settings |= {"sentences": sentences, "answer_tokens": ANSWER_TOKENS, "shared_document": True}
     yield from measure(model, tokenizer, length, samples, seed, **settings | options)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from cream_peft.cli import main as cream_peft
+from cream_peft.evals import file_name
 from cream_peft.evals.statistics import paired_comparison, wilson_interval
 from cream_peft.provenance import machine, versions
 
@@ -139,9 +140,13 @@ def call(arguments: list[str], deadline: float, log: Path) -> None:
         raise SystemExit(process.returncode)
 
 
+def adapter_of(row: Row, output: Path) -> Path:
+    return output / "adapters" / row.name.replace(" ", "-")
+
+
 def train(row: Row, budget: Budget, output: Path, deadline: float) -> Path:
     """The adapter of `row`, trained unless it is there."""
-    folder = output / "adapters" / row.name.replace(" ", "-")
+    folder = adapter_of(row, output)
     if (folder / "summary.json").is_file():
         return folder
     settings = {
@@ -187,7 +192,7 @@ def evaluations(budget: Budget) -> dict[str, list[str]]:
 
 
 def found_of(folder: Path, row: Row) -> list[dict[str, Any]]:
-    path = folder / f"{row.name.replace(' ', '-')}.json"
+    path = folder / file_name(row.name)
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
 
 
@@ -217,7 +222,7 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
             values = {str(cell["length"]): cell["value"] for cell in found_of(output / f"perplexity-{text}", row)}
             if values:
                 found[f"perplexity of {text}"] = values
-        summary = output / "adapters" / row.name.replace(" ", "-") / "summary.json"
+        summary = adapter_of(row, output) / "summary.json"
         if summary.is_file():
             found["training"] = json.loads(summary.read_text(encoding="utf-8"))
         if set(found) > set(vars(row)):
@@ -225,10 +230,10 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
     differences = []
     for scaling, strategy in dict.fromkeys((row.scaling, row.strategy) for row in budget.rows if not row.changed):
         for length in budget.lengths:
-            seeds = [key[2] for key in given if (key[0], key[1], key[3]) == (scaling, strategy, length)]
-            seeds = [seed for seed in seeds if (scaling, "cream", seed, length) in given]
             if strategy == "cream":
                 continue
+            seeds = [key[2] for key in given if (key[0], key[1], key[3]) == (scaling, strategy, length)]
+            seeds = [seed for seed in seeds if (scaling, "cream", seed, length) in given]
             for part, name in enumerate(("all depths", "middle")):
                 theirs = "".join(given[scaling, strategy, seed, length][part] for seed in seeds)
                 ours = "".join(given[scaling, "cream", seed, length][part] for seed in seeds)
@@ -309,7 +314,7 @@ def main() -> int:
     summary = summarise(budget, output)
     (output / "compare.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(summary)))
-    results = [str(path) for row in budget.rows for path in [output / "answers" / f"{row.name.replace(' ', '-')}.json"]]
+    results = [str(output / "answers" / file_name(row.name)) for row in budget.rows]
     results = [path for path in results if Path(path).is_file()]
     if results:
         cream_peft(["plot", *results, "--output", str(output / "compare.png")])

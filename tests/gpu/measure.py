@@ -137,6 +137,7 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
     from peft import get_peft_model
 
     from cream_peft import bench, memory
+    from cream_peft.evals.generation import chunked_logits
     from cream_peft.kv_cache import new_cache
     from cream_peft.memory import PREFILL_CHUNK
     from cream_peft.model import lora_config
@@ -152,13 +153,12 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
     mask, cache = torch.ones_like(ids), new_cache(model.config, case["kv_cache"])
     bench.peaks(reset=True)
     start = time.perf_counter()
+    for _ in chunked_logits(model, ids[0, :-1].tolist(), cache, PREFILL_CHUNK, first=length):
+        pass
+    # .item() waits for the GPU.
+    _ = ids[0, 0].item()
+    seconds = time.perf_counter() - start
     with torch.no_grad():
-        for first in range(0, length - 1, PREFILL_CHUNK):
-            end = min(first + PREFILL_CHUNK, length - 1)
-            model(ids[:, first:end], mask[:, :end], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        # .item() waits for the GPU.
-        _ = ids[0, 0].item()
-        seconds = time.perf_counter() - start
         model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW_TOKENS)
     terms = memory.estimate_evaluation(
         config, length=length, kv_cache=case["kv_cache"], load_in_4bit=recipe.model.load_in_4bit,
