@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -108,7 +109,18 @@ class CREAMTrainer(SFTTrainer):
         keep_4bit_trainable_on_cpu(self.model)
         # DeepSpeed keeps fp32 copies of its own, and gathers parameters of one dtype only.
         if isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:
+            self._check_modules_to_save()
             keep_adapter_in_fp32(self.model, given)
+
+    def _check_modules_to_save(self) -> None:
+        # LoRA's layers take any precision; a norm in fp32 hands its own on to the next layer.
+        whole = getattr(self.model.active_peft_config, "modules_to_save", None)
+        if whole and self.accelerator.mixed_precision == "no" and self.model.dtype != torch.float32:
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"lora_modules_to_save={whole} trains in float32 and the base computes in {dtype}, which needs mixed "
+                "precision: set bf16 or fp16 to true on a GPU, dtype to float32 on a CPU, or leave it out"
+            )
 
     def _scaled_model(self, model: Any, args: CREAMConfig, quantization_config: Any) -> nn.Module:
         if isinstance(model, str):

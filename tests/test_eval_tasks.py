@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,8 +64,9 @@ class Reader:
         self.device, self.config, self.fed = "cpu", None, []
         self.generation_config = type("Settings", (), {"eos_token_id": None})
 
-    def __call__(self, input_ids, past_key_values, **others):
+    def __call__(self, input_ids, past_key_values, logits_to_keep, **others):
         past_key_values.update(*torch.zeros(2, 1, 1, input_ids.shape[1], 1), 0)
+        return SimpleNamespace(logits=torch.zeros(1, logits_to_keep, len(self.tokenizer)))
 
     def generate(self, input_ids, attention_mask, generation_config, **others):
         rows = []
@@ -395,7 +397,12 @@ def test_one_read_of_a_shared_document_answers_as_one_read_each(llama, tokenizer
     apart = [generation.answers(model, tokenizer, [prompt], **settings)[0] for prompt in prompts]
     fed_apart = sum(rows)
     rows.clear()
-    assert generation.answers(model, tokenizer, prompts, shared_prefix=True, **settings) == apart
+    expected = [tokenizer(" 17", add_special_tokens=False)["input_ids"]] * len(prompts)
+
+    def read_once():
+        return [reply for reply, _ in generation.scored_answers(model, tokenizer, prompts, expected, **settings)]
+
+    assert read_once() == apart
     assert sum(rows) < 0.5 * fed_apart
     hook.remove()
     cells = [list(kv_retrieval(model, tokenizer, 1200, 2, 0, shared_document=shared, **options)) for shared in (0, 1)]
@@ -403,10 +410,27 @@ def test_one_read_of_a_shared_document_answers_as_one_read_each(llama, tokenizer
     if is_hqq_available():
         settings["kv_cache"] = "quantized"
         apart = [generation.answers(model, tokenizer, [prompt], **settings)[0] for prompt in prompts]
-        assert generation.answers(model, tokenizer, prompts, shared_prefix=True, **settings)[0] == apart[0]
-        del settings["kv_cache"]
-    with pytest.raises(TaskError, match="shared_document needs a cache that can be cut back"):
-        generation.answers(model, tokenizer, prompts, shared_prefix=True, kv_cache="offloaded", **settings)
+        assert read_once()[0] == apart[0]
+    settings["kv_cache"] = "offloaded"
+    with pytest.raises(TaskError, match="needs a cache that can be cut back"):
+        read_once()
+
+
+@pytest.mark.parametrize("template, before", [(None, " "), (CHAT, " "), (CHAT.replace("] {{", "]{{"), "")])
+def test_the_loss_of_the_right_answer_is_that_of_a_plain_forward(llama, template, before):
+    model, tokenizer = llama(), bytes_tokenizer(template)
+    cells = list(kv_retrieval(model, tokenizer, 1200, 2, 0, depths=[0.1, 0.9], chunk_length=128, answer_tokens=40))
+    for cell in cells:
+        for index, loss in enumerate(cell["answer_loss"]):
+            prompt = kv_prompt(Writer(tokenizer), 1200, cell["depth"], index, 0, answer_tokens=40)
+            assert prompt.answer_tokens == tokenizer(before + prompt.answer, add_special_tokens=False)["input_ids"]
+            ids, length = torch.tensor([prompt.tokens + prompt.answer_tokens]), len(prompt.tokens)
+            with torch.no_grad():
+                logits = model(ids).logits[0, length - 1 : -1]
+            assert loss == pytest.approx(functional.cross_entropy(logits, ids[0, length:]).item(), abs=1e-3)
+    assert len({loss for cell in cells for loss in cell["answer_loss"]}) == 4  # control: it is each question's own
+    batched = kv_retrieval(model, tokenizer, 1200, 2, 0, depths=[0.1], batch_size=2, answer_tokens=40)
+    assert "answer_loss" not in next(batched)
 
 
 def test_a_penalty_that_a_checkpoint_brings_is_not_applied(llama, tokenizer):
@@ -475,8 +499,10 @@ def test_no_logits_are_made_for_a_whole_prompt(make_model, tokenizer):
     with Peak() as answering:
         generation.answers(model, tokenizer, [prompt], answer_tokens=2, chunk_length=chunk_length)
     assert set(rows) == {1} and max(fed) == chunk_length
-    generation.answers(model, tokenizer, [prompt, prompt], answer_tokens=1, chunk_length=99, shared_prefix=True)
-    assert set(rows) == {1} and sum(fed[-13:]) == length + 1 and max(fed[-13:]) == 99
+    fed.clear()
+    list(generation.scored_answers(model, tokenizer, [prompt] * 2, [[5, 6, 7]] * 2, answer_tokens=1, chunk_length=99))
+    # The document once; for each question the rows of its answer, and one to generate from.
+    assert set(rows) == {1, 3} and sum(fed) == length - 1 + 2 * (3 + 1) and max(fed) == 99
     rows.clear()
     with Peak() as scoring:
         text = [tokenizer.decode(random_prompts(length)[0], skip_special_tokens=True)]

@@ -128,6 +128,13 @@ def test_the_table_says_which_differences_are_noise_and_how_far_a_model_is_of_us
     assert "better: accuracy 0.8 and above up to 1,024, of 2,048 tokens" in lines
     # 10 of 40 right: Wilson's interval.
     assert lines[2].split()[:4] == ["base", "1,024", "0.25", "0.14-0.40"]
+    assert not any("loss" in line for line in lines)
+    for result, losses in [(results["base"], [1.0, 2.0] * 10), (results["same"], [0.5, 1.4] * 10)]:
+        for cell in result["cells"]:
+            cell["answer_loss"] = losses
+    lines = table_of(results)
+    assert "  loss of the right answers (nats per token, 95 %): 1,024 -0.55 (-0.57 to -0.53)" in lines
+    assert sum("loss" in line for line in lines) == 1  # the third model has none
 
 
 def test_a_run_that_stops_anywhere_loses_one_cell_at_most(tmp_path):

@@ -72,11 +72,13 @@ def test_without_debians_packages_the_bible_is_left_out_and_without_pypi_one_lin
         prepare.main()
 
 
-def results(folder, label, correct, length=16_384):
+def results(folder, label, correct, length=16_384, losses=None):
     cells = [
         {"task": "multikey_needle", "length": length, "depth": depth, "metric": "accuracy", "samples": len(text),
          "value": text.count("1") / len(text), "correct": text} for depth, text in correct.items()
     ]  # fmt: skip
+    if losses:
+        cells = [cell | {"answer_loss": losses[cell["depth"]]} for cell in cells]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{label}.json").write_text(json.dumps({"cells": cells}))
 
@@ -89,14 +91,37 @@ def test_the_summary_pairs_the_same_questions_and_says_what_was_not_run(compare,
     results(tmp_path / "answers", "linear-cream", cream)
     summary = compare.summarise(budget, tmp_path)
     assert [row["strategy"] for row in summary["rows"]] == ["pose", "cream"]
-    ours = summary["rows"][1]["passkey at 16384"]
+    ours = summary["rows"][1]["multikey_needle at 16384"]
     assert (ours["accuracy"], ours["questions"], ours["middle"]) == (10 / 12, 12, 5 / 6)
     told = {found["depths"]: found for found in summary["cream minus"]}
     assert (told["all depths"]["only_second"], told["all depths"]["only_first"]) == (4, 1)
     assert (told["middle"]["only_second"], told["middle"]["only_first"]) == (4, 0)
     assert told["middle"]["difference"] == pytest.approx(4 / 6)
+    assert "answer_loss" not in told["middle"]
     lines = compare.table(summary)
     assert "| linear cream | not run | 0.83 of 12 (0.55-0.95), middle 0.83 | not run | not run |" in lines
+
+
+def test_losses_are_compared_over_documents_with_all_seeds_in_each(compare, tmp_path):
+    budget = compare.BUDGETS["cpu"]
+    for seed, suffix in [(0, ""), (1, "-seed-1")]:
+        results(tmp_path / "answers", f"ntk-pose{suffix}", {0.1: "00", 0.5: "01"}, losses={0.1: [3, 3], 0.5: [2, 4]})
+        better = {0.1: [3, 3], 0.5: [1.5 - seed, 3.25 - seed]}
+        results(tmp_path / "answers", f"ntk-cream{suffix}", {0.1: "00", 0.5: "11"}, losses=better)
+    # Of another length of evaluation: the documents that both have count.
+    results(tmp_path / "answers", "ntk-untuned", {0.1: "0", 0.5: "0"}, losses={0.1: [3], 0.5: [2]})
+    summary = compare.summarise(budget, tmp_path)
+    told = {(found["against"], found["depths"]): found for found in summary["cream minus"]}
+    middle = told["pose", "middle"]
+    assert middle["seeds"] == [0, 1] and (middle["only_second"], middle["only_first"]) == (2, 0)
+    # Document by document the mean of seeds: 2 -> 1.0 and 4 -> 2.75.
+    assert middle["answer_loss"]["difference"] == pytest.approx(-1.125) and middle["answer_loss"]["documents"] == 2
+    assert told["pose", "all depths"]["answer_loss"]["difference"] == pytest.approx(-1.125 / 2)
+    assert told["untuned", "middle"]["answer_loss"]["difference"] == pytest.approx(-0.5)
+    assert told["untuned", "middle"]["answer_loss"]["interval"] is None and told["untuned", "middle"]["seeds"] == [0]
+    lines = compare.table(summary)
+    assert any("0.50 of 4 (0.15-0.85), middle 1.00; loss 2.69, middle 2.38 |" in line for line in lines)
+    assert any("CREAM minus untuned" in line and line.endswith("loss -0.50, 1 documents") for line in lines)
 
 
 def test_a_row_that_a_kill_left_half_measured_is_shown_and_not_compared(compare, tmp_path):

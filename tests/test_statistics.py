@@ -1,9 +1,9 @@
 """Ours against scipy's, and RULER's effective length."""
 
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
-from cream_peft.evals.statistics import effective_length, paired_comparison, wilson_interval
+from cream_peft.evals.statistics import effective_length, paired_comparison, paired_means, wilson_interval
 
 
 @pytest.mark.parametrize("correct, samples", [(0, 1), (0, 50), (1, 20), (25, 50), (49, 50), (50, 50), (377, 500)])
@@ -46,3 +46,19 @@ def test_the_effective_length_ends_before_the_first_length_that_fails():
     assert effective_length(accuracy, 0.7) == 16384
     assert effective_length(accuracy, 1.0) == 2048
     assert effective_length({2048: 0.5}, 0.856) == 0
+
+
+def test_losses_on_the_same_documents_are_compared_by_students_t():
+    first, second = [2.0, 3.0, 4.0, 5.0], [1.5, 2.9, 3.1, 4.9]
+    found = paired_means(first, second)
+    assert found["difference"] == pytest.approx(-0.4) and found["documents"] == 4
+    half = t.ppf(0.975, 3) * (sum((d + 0.4) ** 2 for d in (-0.5, -0.1, -0.9, -0.1)) / 3 / 4) ** 0.5
+    assert found["interval"] == pytest.approx((-0.4 - half, -0.4 + half))
+    assert found["p_value"] > 0.05 and paired_means(first, [x - 0.4 for x in (2.0, 3.01, 4.0, 5.0)])["p_value"] < 0.01
+
+
+def test_one_document_or_none_that_differs_has_no_interval():
+    assert paired_means([2.0], [1.0]) == {"difference": -1.0, "documents": 1, "interval": None, "p_value": None}
+    assert paired_means([2.0, 3.0], [2.0, 3.0])["interval"] is None
+    with pytest.raises(ValueError, match="not 1 and 2"):
+        paired_means([1.0], [1.0, 2.0])

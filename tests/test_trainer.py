@@ -266,6 +266,13 @@ def quantized(make_model, tmp_path, **changes):
     )
 
 
+def test_norms_are_not_trained_in_fp32_before_layers_that_cannot_take_it(make_trainer, make_model, lora):
+    norms = lora(modules_to_save=["norm"])
+    with pytest.raises(ValueError, match=r"=\['norm'\] trains in float32 .* in bfloat16, .* dtype to float32 on a CPU"):
+        make_trainer(model=make_model().to(torch.bfloat16), peft_config=norms)
+    make_trainer(peft_config=norms, max_steps=1).train()
+
+
 def test_adapters_on_a_4bit_base_stay_in_fp32(make_trainer, make_model, tmp_path, tiny_tokenizer, lora, make_documents):
     trainer = make_trainer(model=quantized(make_model, tmp_path))
     trainable = [p for p in trainer.model.parameters() if p.requires_grad]

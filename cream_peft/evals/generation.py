@@ -59,8 +59,8 @@ def _generate(
     prompts: list[list[int]],
     cache: Cache,
     answer_tokens: int,
-    one_line: bool,
-    chunk_length: int,
+    one_line: bool = False,
+    chunk_length: int = CHUNK_LENGTH,
 ) -> list[str]:
     width = max(map(len, prompts))
     eos = model.generation_config.eos_token_id
@@ -99,7 +99,6 @@ def answers(
     *,
     answer_tokens: int,
     one_line: bool = False,
-    shared_prefix: bool = False,
     chunk_length: int = CHUNK_LENGTH,
     kv_cache: str = "default",
 ) -> list[str]:
@@ -107,30 +106,54 @@ def answers(
 
     Args:
         one_line: stop at the end of the first line that is not blank, as base models go on for ever.
-        shared_prefix: read once the tokens that all prompts begin with, then answer one after the other.
     """
-    if shared_prefix and kv_cache == "offloaded":
-        raise TaskError("shared_document needs a cache that can be cut back: default or quantized, not offloaded")
-    settings = {"answer_tokens": answer_tokens, "one_line": one_line, "chunk_length": chunk_length}
     cache = new_cache(model.config, kv_cache)
-    if not shared_prefix:
-        return _generate(model, tokenizer, prompts, cache, **settings)
+    return _generate(model, tokenizer, prompts, cache, answer_tokens, one_line, chunk_length)
+
+
+def scored_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    *,
+    chunk_length: int = CHUNK_LENGTH,
+    kv_cache: str = "default",
+    **settings: Any,
+) -> Iterator[tuple[str, float]]:
+    """As `answers`, one prompt after the other; what all of them begin with is read once.
+
+    Args:
+        expected: the right answer to each prompt, in tokens.
+        settings: as `answers` has them.
+
+    Yields:
+        (answer, loss): loss is the mean negative log-likelihood of `expected` after the prompt, in nats per token.
+    """
+    if kv_cache == "offloaded":
+        raise TaskError("a document that is read once needs a cache that can be cut back: default or quantized")
+    cache = new_cache(model.config, kv_cache)
     # Each prompt needs one token of its own, whose logits begin the answer.
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    prefix = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
-    replies = []
-    for prompt in prompts:
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    for prompt, answer in zip(prompts, expected, strict=True):
         for _ in chunked_logits(model, prompt[:-1], cache, chunk_length, first=len(prompt)):
             pass
-        replies += _generate(model, tokenizer, [prompt], cache, **settings)
-        cache.crop(len(prefix) - cache.get_seq_length())
-    return replies
+        told = chunked_logits(model, prompt + answer[:-1], cache, chunk_length, first=len(prompt) - 1)
+        logits = torch.cat([logits for _, logits in told]).float()
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device)).item()
+        cache.crop(len(prompt) - 1 - cache.get_seq_length())
+        reply = _generate(model, tokenizer, [prompt], cache, chunk_length=chunk_length, **settings)[0]
+        cache.crop(shared - cache.get_seq_length())
+        yield reply, loss
 
 
-def _cell(depth: float, correct: list[int], tokens: list[int]) -> dict[str, Any]:
+def _cell(depth: float, asked: list[tuple[int, int, float | None]]) -> dict[str, Any]:
+    correct, tokens, losses = (list(column) for column in zip(*asked, strict=True))
     value, mean = sum(correct) / len(correct), sum(tokens) / len(tokens)
     cell = {"depth": depth, "metric": "accuracy", "value": value, "samples": len(correct)}
-    return cell | {"tokens": round(mean, 1), "correct": "".join(map(str, correct))}
+    cell |= {"tokens": round(mean, 1), "correct": "".join(map(str, correct))}
+    return cell if None in losses else cell | {"answer_loss": [round(loss, 4) for loss in losses]}
 
 
 def measure(
@@ -169,39 +192,37 @@ def measure(
         options: the task's own.
 
     Yields:
-        cells: depth, metric, value, samples, tokens (mean length of the prompts, without the answers) and correct (a
-        text of 0 and 1, one for each sample).
+        cells: depth, metric, value, samples, tokens (mean length of the prompts, without the answers), correct (a
+        text of 0 and 1, one for each sample) and, unless prompts are batched or the cache is offloaded, answer_loss
+        (for each sample the loss of the right answer in nats per token, see `scored_answers`): it tells models apart
+        that are all right or all wrong.
     """
     if min(samples, batch_size, chunk_length) < 1 or not all(0 <= depth <= 1 for depth in depths):
         raise TaskError("samples, batch_size and chunk_length must be at least 1, and depths between 0 and 1")
     writer = Writer(tokenizer, style)
     pending = [depth for depth in depths if depth not in done]
-    shared_document = shared_document and batch_size == 1 and kv_cache != "offloaded"
-    if shared_document:
+    # Else the cache cannot be cut back.
+    one_by_one = batch_size == 1 and kv_cache != "offloaded"
+    if shared_document and one_by_one:
         groups = [[(depth, index) for depth in pending] for index in range(samples)] if pending else []
     else:
         cuts = [range(samples)[cut : cut + batch_size] for cut in range(0, samples, batch_size)]
         groups = [[(depth, index) for index in indices] for depth in pending for indices in cuts]
-    correct: dict[float, list[int]] = {depth: [] for depth in pending}
-    tokens: dict[float, list[int]] = {depth: [] for depth in pending}
+    found: dict[float, list[tuple[int, int, float | None]]] = {depth: [] for depth in pending}
+    # A base model never stops by itself.
+    settings = {"answer_tokens": answer_tokens, "one_line": writer.style == "plain"}
+    settings |= {"chunk_length": chunk_length, "kv_cache": kv_cache}
     for group in groups:
         prompts = [prompt(writer, length, *place, seed, answer_tokens=answer_tokens, **options) for place in group]
         if dump is not None:
             dump_prompts(prompts, dump)
             continue
-        replies = answers(
-            model,
-            tokenizer,
-            [asked.tokens for asked in prompts],
-            answer_tokens=answer_tokens,
-            # A base model never stops by itself.
-            one_line=writer.style == "plain",
-            shared_prefix=shared_document,
-            chunk_length=chunk_length,
-            kv_cache=kv_cache,
-        )
-        for (depth, index), asked, reply in zip(group, prompts, replies, strict=True):
-            correct[depth].append(int(grade(reply, asked.answer)))
-            tokens[depth].append(len(asked.tokens))
+        read = [asked.tokens for asked in prompts]
+        if one_by_one:
+            replies = scored_answers(model, tokenizer, read, [asked.answer_tokens for asked in prompts], **settings)
+        else:
+            replies = ((reply, None) for reply in answers(model, tokenizer, read, **settings))
+        for (depth, index), asked, (reply, loss) in zip(group, prompts, replies, strict=True):
+            found[depth].append((int(grade(reply, asked.answer)), len(asked.tokens), loss))
             if index == samples - 1:
-                yield _cell(depth, correct[depth], tokens[depth])
+                yield _cell(depth, found[depth])

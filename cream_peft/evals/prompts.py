@@ -38,6 +38,8 @@ class Prompt:
     tokens: list[int]
     """`text` in tokens, as fed."""
     answer: str
+    answer_tokens: list[int]
+    """`answer` in tokens, as a reply that says nothing else has it."""
     depth: float
     """The depth asked for, in [0, 1]: 0 is the start of the document."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +128,21 @@ class Writer:
 
     def prompt(self, request: str, lead: str, answer: str, depth: float, **extra: Any) -> Prompt:
         text = self.text(request, lead)
-        return Prompt(text, self.tokens(text), answer, depth, extra)
+        tokens = self.tokens(text)
+        return Prompt(text, tokens, answer, self._answer_tokens(request, text, tokens, answer), depth, extra)
+
+    def _answer_tokens(self, request: str, text: str, tokens: list[int], answer: str) -> list[int]:
+        reply = f" {answer}"
+        if self.style == "chat":
+            turns = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+            whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            # Some templates put a space or more before a reply; some write another turn than they announce.
+            after = whole.removeprefix(text)
+            reply = answer if after == whole or answer not in after else after[: after.index(answer) + len(answer)]
+        whole_tokens = self.tokens(text + reply)
+        if whole_tokens[: len(tokens)] == tokens:
+            return whole_tokens[len(tokens) :]
+        return encode(self.tokenizer, reply, add_special_tokens=False)
 
 
 class Drawn:

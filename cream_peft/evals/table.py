@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from .runner import mean_by
-from .statistics import effective_length, paired_comparison, wilson_interval
+from .statistics import effective_length, paired_comparison, paired_means, wilson_interval
 
 SIGNIFICANT = 0.05
 PAPER = Path(__file__).parent / "paper.json"
@@ -31,6 +32,26 @@ def _interval(cells: list[dict[str, Any]]) -> tuple[float, float]:
     return wilson_interval(round(sum(cell["value"] * cell["samples"] for cell in cells)), samples)
 
 
+def compare_cells(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any] | None:
+    """The second model's cells against the first's, on the documents that all of them have; None if there are none.
+
+    Returns:
+        what `paired_comparison` says of the answers; as `answer_loss`, if all cells have it, what `paired_means` says
+        of the loss of the right answers, a document's being the mean over its cells.
+    """
+    pairs = [pair for pair in pairs if all("correct" in cell for cell in pair)]
+    if not pairs:
+        return None
+    # The first documents are the same however many there are.
+    documents = min(len(cell["correct"]) for pair in pairs for cell in pair)
+    sides = list(zip(*pairs, strict=True))
+    found = paired_comparison(*("".join(cell["correct"][:documents] for cell in side) for side in sides))
+    if all("answer_loss" in cell for side in sides for cell in side):
+        losses = [[mean(cell["answer_loss"][n] for cell in side) for n in range(documents)] for side in sides]
+        found["answer_loss"] = paired_means(*losses)
+    return found
+
+
 def comparisons(results: Results) -> list[dict[str, Any]]:
     """Every other model against the first one, task by task and length by length, on the same samples."""
     found: list[dict[str, Any]] = []
@@ -39,18 +60,20 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
         cells = of_task(results, task)
         for other in others:
             for length in sorted({cell["length"] for cell in cells[other]}):
-                pairs = [
-                    (mine["correct"], theirs["correct"])
-                    for mine in cells[first]
-                    for theirs in cells[other]
+                test = compare_cells([
+                    (mine, theirs) for mine in cells[first] for theirs in cells[other]
                     if mine["length"] == theirs["length"] == length and mine["depth"] == theirs["depth"]
-                    and "correct" in mine and "correct" in theirs and len(mine["correct"]) == len(theirs["correct"])
-                ]  # fmt: skip
-                if pairs:
-                    test = paired_comparison(*("".join(texts) for texts in zip(*pairs, strict=True)))
+                ])  # fmt: skip
+                if test:
                     where = {"task": task, "length": length, "model": other, "against": first}
                     found.append(where | test | {"noise": test["p_value"] >= SIGNIFICANT})
     return found
+
+
+def difference_in_words(loss: dict[str, Any]) -> str:
+    """What `paired_means` found: the difference and, of more than one document, its interval."""
+    bounds = "" if loss["interval"] is None else " ({:+.2f} to {:+.2f})".format(*loss["interval"])
+    return f"{loss['difference']:+.2f}{bounds}"
 
 
 def effective_lengths(results: Results, threshold: float) -> list[dict[str, Any]]:
@@ -115,6 +138,13 @@ def table_of(results: Results, threshold: float = 0.85) -> list[str]:
                 if found["model"] == model
             )
             lines.append(f"{model} minus {mine[0]['against']}: {told}")
+            told = ", ".join(
+                f"{found['length']:,} {difference_in_words(found['answer_loss'])}"
+                for found in mine
+                if found["model"] == model and "answer_loss" in found
+            )
+            if told:
+                lines.append(f"  loss of the right answers (nats per token, 95 %): {told}")
         for found in effective:
             if found["task"] == task:
                 reached, claimed = found["effective_length"], found["target_length"]

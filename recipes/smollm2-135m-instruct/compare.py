@@ -25,17 +25,24 @@ import torch
 
 from cream_peft.cli import main as cream_peft
 from cream_peft.evals import file_name
-from cream_peft.evals.statistics import paired_comparison, wilson_interval
+from cream_peft.evals.statistics import wilson_interval
+from cream_peft.evals.table import compare_cells, difference_in_words
 from cream_peft.provenance import machine, versions
 
 HOME = Path("runs/smollm2-135m-instruct")
 RECIPE = Path(__file__).parent / "cream-8k-64k-qlora.yaml"
 BASE, DATA = HOME / "base", HOME / "data"
+FIFTHS = [0.1, 0.3, 0.5, 0.7, 0.9]
 EIGHTHS = [(place + 0.5) / 8 for place in range(8)]
 MIDDLE = (0.3, 0.7)
 PATIENCE = 20
 """Seconds that an interrupted command has to end."""
 STRATEGIES = ("contiguous", "randpos", "pose", "cream")
+
+
+def words_of(value: Any) -> list[str]:
+    """A setting as a command line has it."""
+    return list(map(str, value)) if isinstance(value, (list, tuple)) else [str(value)]
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,12 @@ class Row:
     seed: int = 0
     changed: dict[str, Any] = field(default_factory=dict)
     """Settings of the recipe that differ."""
+    samples: int | None = None
+    """Documents asked, if not as many as the budget says."""
 
     @property
     def name(self) -> str:
-        changed = (f"{key} {str(value).rpartition('/')[2]}" for key, value in self.changed.items())
+        changed = (f"{key} {'+'.join(words_of(value)).rpartition('/')[2]}" for key, value in self.changed.items())
         words = [self.scaling, self.strategy, *changed]
         return " ".join([*words, f"seed {self.seed}"] if self.seed else words)
 
@@ -84,12 +93,16 @@ ON_A_CPU = {
 }  # fmt: skip
 TRIED_FIRST = ON_A_CPU | {"max_steps": 48, "dtype": "float32", "learning_rate": 5e-4, "save_steps": 12}
 CHOSEN = {name: ON_A_CPU[name] for name in ("max_steps", "dtype", "learning_rate", "save_steps")}
-UNTUNED = [Row(scaling, "untuned") for scaling in ("none", "linear", "ntk", "yarn")]
+SCALINGS = ("none", "linear", "ntk", "yarn")
+UNTUNED = [Row(scaling, "untuned") for scaling in SCALINGS]
 BUDGETS = {
     "cpu": Budget(
-        rows=UNTUNED + [Row(scaling, strategy) for scaling in ("linear", "ntk") for strategy in STRATEGIES],
-        target_length=16_384, lengths=[4096, 16_384], samples=1, seed=2026, task="passkey", depths=[0.1, 0.5, 0.9],
-        texts=["paradise-lost"], train=ON_A_CPU, flags=("--no_4bit",), first=("linear untuned", "linear cream"),
+        rows=[Row(scaling, "untuned", samples=2) for scaling in SCALINGS]
+        + [Row("linear", strategy, samples=2) for strategy in STRATEGIES]
+        + [Row("ntk", strategy) for strategy in STRATEGIES]
+        + [Row("ntk", strategy, seed) for seed in (1, 2) for strategy in ("pose", "cream")],
+        target_length=16_384, lengths=[4096, 16_384], samples=3, seed=2026, task="multikey_needle", depths=FIFTHS,
+        texts=["paradise-lost"], train=ON_A_CPU, flags=("--no_4bit",), first=("ntk untuned", "ntk cream"),
     ),
     "search": Budget(
         rows=[Row("yarn", "untuned"), Row("yarn", "cream"), Row("yarn", "cream", changed={"learning_rate": 2e-3}),
@@ -97,6 +110,14 @@ BUDGETS = {
               Row("linear", "untuned"), Row("linear", "cream", changed=CHOSEN)],
         target_length=16_384, lengths=[16_384], samples=1, seed=77, task="multikey_needle", depths=EIGHTHS,
         texts=["areopagitica"], train=TRIED_FIRST, flags=("--no_4bit",),
+    ),
+    "settings": Budget(
+        rows=[Row("ntk", "untuned"), Row("ntk", "cream")]
+        + [Row("ntk", "cream", changed=changed) for changed in (
+            {"dataset_name": f"{DATA}/plays.jsonl", "assistant_only_loss": False}, {"learning_rate": 3e-4},
+            {"lora_modules_to_save": "norm"})],
+        target_length=16_384, lengths=[16_384], samples=2, seed=77, task="multikey_needle", depths=FIFTHS,
+        texts=[], train=ON_A_CPU, flags=("--no_4bit",),
     ),
     "gpu": Budget(
         rows=UNTUNED
@@ -156,7 +177,7 @@ def train(row: Row, budget: Budget, output: Path, deadline: float) -> Path:
     }  # fmt: skip
     if list(folder.glob("checkpoint-*")):
         settings["resume_from_checkpoint"] = True
-    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    flags = [word for key, value in settings.items() for word in (f"--{key}", *words_of(value))]
     call(["train", "--config", str(RECIPE), *flags, "--json", str(folder / "summary.json")], deadline, output / "log")
     return folder
 
@@ -179,7 +200,7 @@ def evaluate(row: Row, budget: Budget, output: Path, deadline: float, folder: st
     call([*common, "--output_dir", str(output / folder), "--tasks", *task], deadline, output / "log")
 
 
-def evaluations(budget: Budget) -> dict[str, list[str]]:
+def evaluations(budget: Budget, row: Row) -> dict[str, list[str]]:
     """Folder of the results -> task and its flags; what costs least comes first."""
     found = {}
     for text in budget.texts:
@@ -188,7 +209,7 @@ def evaluations(budget: Budget) -> dict[str, list[str]]:
             words = ["perplexity", "--text", str(path), "--max_tokens", longest, "--samples", "1"]
             found[f"perplexity-{text}"] = words
     depths = map(str, budget.depths)
-    return found | {"answers": [budget.task, "--samples", str(budget.samples), "--depths", *depths]}
+    return found | {"answers": [budget.task, "--samples", str(row.samples or budget.samples), "--depths", *depths]}
 
 
 def found_of(folder: Path, row: Row) -> list[dict[str, Any]]:
@@ -196,10 +217,61 @@ def found_of(folder: Path, row: Row) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
 
 
-def answers(cells: list[dict[str, Any]], length: int, low: float = 0.0, high: float = 1.0) -> str:
-    """0 and 1 for each answer at `length`, of the depths between `low` and `high`."""
-    chosen = [cell for cell in cells if cell["length"] == length and low <= cell["depth"] <= high]
-    return "".join(cell["correct"] for cell in sorted(chosen, key=lambda cell: cell["depth"]))
+Cells = list[dict[str, Any]]
+
+
+def chosen(cells: Cells, length: int, low: float = 0.0, high: float = 1.0) -> Cells:
+    """The cells at `length`, of the depths between `low` and `high`."""
+    found = [cell for cell in cells if cell["length"] == length and low <= cell["depth"] <= high]
+    return sorted(found, key=lambda cell: cell["depth"])
+
+
+def answers(cells: Cells) -> str:
+    """0 and 1 for each answer."""
+    return "".join(cell["correct"] for cell in cells)
+
+
+def mean_loss(cells: Cells) -> float | None:
+    """Of the right answers, nats per token."""
+    found = [loss for cell in cells for loss in cell.get("answer_loss", [])]
+    return sum(found) / len(found) if found else None
+
+
+def measured(cells: Cells, length: int) -> dict[str, Any]:
+    """What a row's answers at `length` come to, over all depths and in the middle."""
+    here, middle = chosen(cells, length), chosen(cells, length, *MIDDLE)
+    asked = answers(here)
+    found = {
+        "accuracy": asked.count("1") / len(asked), "questions": len(asked),
+        "interval": wilson_interval(asked.count("1"), len(asked)),
+        "middle": answers(middle).count("1") / len(answers(middle)) if middle else None,
+        "by depth": {str(cell["depth"]): cell["value"] for cell in here},
+    }  # fmt: skip
+    if mean_loss(here) is not None:
+        found |= {"answer loss": mean_loss(here), "answer loss, middle": mean_loss(middle)}
+        found["answer loss by depth"] = {str(cell["depth"]): mean_loss([cell]) for cell in here}
+    return found
+
+
+def compared(budget: Budget, given: dict[tuple[str, str, int], Cells]) -> list[dict[str, Any]]:
+    """CREAM against every other strategy (untuned too) of a RoPE scaling: the seeds and documents that both have."""
+    differences = []
+    for scaling, strategy in dict.fromkeys(key[:2] for key in given if key[1] != "cream"):
+        for length in budget.lengths:
+            for name, bounds in {"all depths": (0.0, 1.0), "middle": MIDDLE}.items():
+                pairs, seeds = [], []
+                for seed in sorted(key[2] for key in given if key[:2] == (scaling, strategy)):
+                    sides = [given.get((scaling, one, seed), []) for one in (strategy, "cream")]
+                    sides = [chosen(side, length, *bounds) for side in sides]
+                    # Not where one of them is half measured.
+                    if sides[0] and [cell["depth"] for cell in sides[0]] == [cell["depth"] for cell in sides[1]]:
+                        pairs += zip(*sides, strict=True)
+                        seeds.append(seed)
+                found = compare_cells(pairs)
+                if found:
+                    where = {"scaling": scaling, "against": strategy, "length": length, "depths": name, "seeds": seeds}
+                    differences.append(where | found)
+    return differences
 
 
 def summarise(budget: Budget, output: Path) -> dict[str, Any]:
@@ -208,16 +280,10 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
     for row in budget.rows:
         found: dict[str, Any] = vars(row).copy()
         cells = found_of(output / "answers", row)
+        if cells and not row.changed:
+            given[row.scaling, row.strategy, row.seed] = cells
         for length in sorted({cell["length"] for cell in cells}):
-            asked, middle = answers(cells, length), answers(cells, length, *MIDDLE)
-            if not row.changed:
-                given[row.scaling, row.strategy, row.seed, length] = asked, middle
-            found[f"{budget.task} at {length}"] = {
-                "accuracy": asked.count("1") / len(asked), "questions": len(asked),
-                "interval": wilson_interval(asked.count("1"), len(asked)),
-                "middle": middle.count("1") / len(middle) if middle else None,
-                "by depth": {str(cell["depth"]): cell["value"] for cell in cells if cell["length"] == length},
-            }  # fmt: skip
+            found[f"{budget.task} at {length}"] = measured(cells, length)
         for text in budget.texts:
             values = {str(cell["length"]): cell["value"] for cell in found_of(output / f"perplexity-{text}", row)}
             if values:
@@ -227,28 +293,13 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
             found["training"] = json.loads(summary.read_text(encoding="utf-8"))
         if set(found) > set(vars(row)):
             rows.append(found)
-    differences = []
-    for scaling, strategy in dict.fromkeys((row.scaling, row.strategy) for row in budget.rows if not row.changed):
-        for length in budget.lengths:
-            if strategy == "cream":
-                continue
-            seeds = [key[2] for key in given if (key[0], key[1], key[3]) == (scaling, strategy, length)]
-            seeds = [seed for seed in seeds if (scaling, "cream", seed, length) in given]
-            for part, name in enumerate(("all depths", "middle")):
-                theirs = "".join(given[scaling, strategy, seed, length][part] for seed in seeds)
-                ours = "".join(given[scaling, "cream", seed, length][part] for seed in seeds)
-                # Not where one of them is half measured.
-                if ours and len(ours) == len(theirs):
-                    test = paired_comparison(theirs, ours)
-                    where = {"scaling": scaling, "against": strategy, "length": length, "depths": name}
-                    differences.append(where | test)
     settings = {name: value for name, value in vars(budget).items() if name != "rows"} | {"recipe": RECIPE.name}
     return {
         "settings": settings,
         "machine": machine(),
         "versions": versions(),
         "rows": rows,
-        "cream minus": differences,
+        "cream minus": compared(budget, given),
     }
 
 
@@ -269,16 +320,24 @@ def table(summary: dict[str, Any]) -> list[str]:
                 continue
             interval = "-".join(f"{bound:.2f}" for bound in found["interval"])
             middle = "" if found["middle"] is None else f", middle {found['middle']:.2f}"
-            columns.append(f"{found['accuracy']:.2f} of {found['questions']} ({interval}){middle}")
+            told = f"{found['accuracy']:.2f} of {found['questions']} ({interval}){middle}"
+            if "answer loss" in found:
+                middle = found["answer loss, middle"]
+                told += f"; loss {found['answer loss']:.2f}" + ("" if middle is None else f", middle {middle:.2f}")
+            columns.append(told)
         for text in texts:
             values = row.get(f"perplexity of {text}", {})
             columns += [f"{values[str(length)]:.1f}" if str(length) in values else "not run" for length in lengths]
         lines.append(f"| {' | '.join(columns)} |")
     for found in summary["cream minus"]:
-        lines.append(
+        told = (
             f"{found['scaling']}, {found['length']:,} tokens, {found['depths']}: CREAM minus {found['against']} "
             f"{found['difference']:+.2f} (p = {found['p_value']:.2f}; {found['only_second']} to {found['only_first']})"
         )
+        if "answer_loss" in found:
+            loss = found["answer_loss"]
+            told += f"; loss {difference_in_words(loss)}, {loss['documents']} documents"
+        lines.append(told)
     return lines
 
 
@@ -302,12 +361,11 @@ def main() -> int:
         return 2
     deadline = time.monotonic() + 60 * options.minutes
     try:
-        for folder, task in evaluations(budget).items():
-            for row in budget.rows:
-                if row.name in wanted:
-                    start = time.monotonic()
-                    evaluate(row, budget, output, deadline, folder, *task)
-                    print(f"{row.name}, {folder}: {time.monotonic() - start:.0f} s", flush=True)
+        for row in budget.rows:
+            for folder, task in evaluations(budget, row).items() if row.name in wanted else ():
+                start = time.monotonic()
+                evaluate(row, budget, output, deadline, folder, *task)
+                print(f"{row.name}, {folder}: {time.monotonic() - start:.0f} s", flush=True)
         state = "done"
     except TimeIsUp:
         state = "not done: the same command goes on"
