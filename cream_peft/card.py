@@ -179,7 +179,12 @@ def vllm_command(folder: Path, description: dict[str, Any], name: str) -> str:
     """The vLLM line that serves the adapter on its base, the RoPE scaled as in training."""
     config = json.loads((folder / "base_config" / "config.json").read_text(encoding="utf-8"))
     overrides = {key: config[key] for key in ("max_position_embeddings", "rope_parameters")}
-    wanted = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    refused = [field for field in ("modules_to_save", "use_dora") if adapter.get(field)]
+    if refused:
+        target = description["target_length"]
+        return f"# vLLM takes no adapter with {refused[0]}: merge it, see below\nvllm serve merged --max-model-len {target}"
+    wanted = adapter["r"]
     rank = next((rank for rank in VLLM_RANKS if rank >= wanted), wanted)
     return " \\\n  ".join(
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -97,6 +98,26 @@ def keep_adapter_in_fp32(model: nn.Module, given: dict[str, torch.Tensor]) -> No
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
+
+
+def check_module_names(model: PeftModel) -> None:
+    """Refuse an adapter one of whose modules the base has not; PEFT passes over it if it finds another of them.
+
+    Raises:
+        ValueError: naming the module and what it may have been meant for.
+    """
+    config = model.active_peft_config
+    paths = [name for name, _ in model.named_modules()]
+    # PEFT's own rules: a module's whole name, or the end of it.
+    for field, dot in (("target_modules", "."), ("modules_to_save", "")):
+        names = getattr(config, field, None) or ()
+        # A text is a pattern, which PEFT refuses if nothing matches it.
+        for name in () if isinstance(names, str) else sorted(names):
+            if not any((dot + path).endswith(dot + name) for path in paths):
+                known = {part for path in paths for part in path.split(".")}
+                close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+                hint = f", did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"lora_{field}: the base has no module {name!r}{hint}")
 
 
 def load_base(

@@ -26,6 +26,8 @@ class Subject:
     label: str
     name: str
     rope_scaling_type: str | None
+    target_length: int | None = None
+    """Of a base: that of the adapters it stands beside, if they have one in common."""
 
     @classmethod
     def parse(cls, text: str) -> Subject:
@@ -65,7 +67,8 @@ def open_subject(
 ) -> tuple[Path | None, dict[str, Any], str, PreTrainedConfig]:
     """(adapter's folder or None, settings, base's name, base's config), before any weights are read.
 
-    A base's target is `factor` windows where no --target_length is given.
+    A base's target is that of the adapters beside it, else `factor` windows, where no --target_length is given. With a
+    factor of 1 it is the window.
     """
     folder = _adapter(subject.name)
     settings: dict[str, Any] = {"label": subject.label, "load_in_4bit": not options.no_4bit}
@@ -80,7 +83,8 @@ def open_subject(
             settings["adapter_sha256"] = description.get("adapter_sha256")
             return None, settings, description["base_model"], config
         settings |= {"rope_scaling_type": subject.rope_scaling_type, "pretrained_window": window}
-        settings["target_length"] = options.target_length or factor * window
+        beside = subject.target_length if factor > 1 else None
+        settings["target_length"] = options.target_length or beside or factor * window
         return None, settings, subject.name, config
     if subject.rope_scaling_type:
         raise ValueError(
@@ -117,4 +121,8 @@ def subjects_of(options: Namespace) -> list[Subject]:
     labels = [subject.label for subject in subjects]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two models have the same label ({', '.join(labels)}): write LABEL=MODEL")
+    opened = [open_subject(subject, options)[1] for subject in subjects]
+    targets = {settings["target_length"] for settings in opened if "adapter_sha256" in settings}
+    for subject in subjects:
+        subject.target_length = next(iter(targets)) if len(targets) == 1 else None
     return subjects

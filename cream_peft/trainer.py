@@ -24,7 +24,14 @@ from .card import write_card
 from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
-from .model import keep_4bit_trainable_on_cpu, keep_adapter_in_fp32, load_base, load_tokenizer, make_tokenizer_readable
+from .model import (
+    check_module_names,
+    keep_4bit_trainable_on_cpu,
+    keep_adapter_in_fp32,
+    load_base,
+    load_tokenizer,
+    make_tokenizer_readable,
+)
 from .positions import SIGMA_PER_FACTOR
 from .proof import prove_positions
 from .provenance import machine, peak_gib, versions
@@ -109,6 +116,7 @@ class CREAMTrainer(SFTTrainer):
         keep_4bit_trainable_on_cpu(self.model)
         # DeepSpeed keeps fp32 copies of its own, and gathers parameters of one dtype only.
         if isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:
+            check_module_names(self.model)
             self._check_modules_to_save()
             keep_adapter_in_fp32(self.model, given)
 

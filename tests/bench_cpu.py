@@ -34,7 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from cream_peft import CREAMConfig, CREAMDataCollator, CREAMTrainer
 from cream_peft.collator import ROW_COLUMN
 from cream_peft.evals import embedded
-from cream_peft.evals.generation import answers
+from cream_peft.evals.generation import answers, scored_answers
 from cream_peft.evals.prompts import Writer
 from cream_peft.model import load_base, load_tokenizer
 from cream_peft.provenance import machine, versions
@@ -187,14 +187,18 @@ def bench_answers(rounds: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(TINY_ID)
     model = load_base(TINY_ID, target_length=TARGET, rope_scaling_type="ntk", load_in_4bit=False).eval()
     writer = Writer(tokenizer, "plain")
-    keys = [embedded.kv_prompt(writer, TARGET, depth, 0, 0).tokens for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    needles = [embedded.needle_prompt(writer, TARGET, 0.5, index, 0).tokens for index in range(8)]
+    keys = [embedded.kv_prompt(writer, TARGET, depth, 0, 0) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    needles = [embedded.needle_prompt(writer, TARGET, 0.5, index, 0) for index in range(8)]
     found = {}
-    for name, prompts, settings in (("one document", keys, {"shared_prefix": True}), ("a batch", needles, {})):
+    for name, asked in (("one document", keys), ("a batch", needles)):
         seconds: dict[str, list[float]] = {"evaluate": [], "generate": []}
+        prompts, expected = [prompt.tokens for prompt in asked], [prompt.reply for prompt in asked]
         for _ in range(rounds):
             start = time.perf_counter()
-            ours = answers(model, tokenizer, prompts, answer_tokens=1, **settings)
+            if asked is keys:
+                ours = [reply for reply, _ in scored_answers(model, tokenizer, prompts, expected, answer_tokens=1)]
+            else:
+                ours = answers(model, tokenizer, prompts, answer_tokens=1)
             middle = time.perf_counter()
             theirs = plain_answers(model, tokenizer, prompts)
             seconds["evaluate"].append(middle - start)

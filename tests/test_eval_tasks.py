@@ -397,7 +397,7 @@ def test_one_read_of_a_shared_document_answers_as_one_read_each(llama, tokenizer
     apart = [generation.answers(model, tokenizer, [prompt], **settings)[0] for prompt in prompts]
     fed_apart = sum(rows)
     rows.clear()
-    expected = [tokenizer(" 17", add_special_tokens=False)["input_ids"]] * len(prompts)
+    expected = [([], tokenizer(" 17", add_special_tokens=False)["input_ids"])] * len(prompts)
 
     def read_once():
         return [reply for reply, _ in generation.scored_answers(model, tokenizer, prompts, expected, **settings)]
@@ -416,18 +416,25 @@ def test_one_read_of_a_shared_document_answers_as_one_read_each(llama, tokenizer
         read_once()
 
 
-@pytest.mark.parametrize("template, before", [(None, " "), (CHAT, " "), (CHAT.replace("] {{", "]{{"), "")])
-def test_the_loss_of_the_right_answer_is_that_of_a_plain_forward(llama, template, before):
+@pytest.mark.parametrize("template, blank", [(None, ""), (CHAT, " "), (CHAT.replace("] {{", "]{{"), "")])
+@pytest.mark.parametrize("task", ["kv_retrieval", "needle"])
+def test_the_loss_of_the_right_answer_is_that_of_a_plain_forward(llama, task, template, blank):
     model, tokenizer = llama(), bytes_tokenizer(template)
-    cells = list(kv_retrieval(model, tokenizer, 1200, 2, 0, depths=[0.1, 0.9], chunk_length=128, answer_tokens=40))
+    said = {"kv_retrieval": 'The value of "{}" is "', "needle": "The special magic number of {} is "}[task]
+    options = {"depths": [0.1, 0.9], "chunk_length": 128}
+    cells = list(TASKS[task](model, tokenizer, 1200, 2, 0, **options))
     for cell in cells:
         for index, loss in enumerate(cell["answer_loss"]):
-            prompt = kv_prompt(Writer(tokenizer), 1200, cell["depth"], index, 0, answer_tokens=40)
-            assert prompt.answer_tokens == tokenizer(before + prompt.answer, add_special_tokens=False)["input_ids"]
-            ids, length = torch.tensor([prompt.tokens + prompt.answer_tokens]), len(prompt.tokens)
+            prompt = PROMPTS[task](Writer(tokenizer), 1200, cell["depth"], index, 0)
+            asked = re.findall(QUESTIONS[task][0], prompt.text)[-1]
+            # A base model's answer follows its lead at once; a chat model's stands in a sentence.
+            before = blank + said.format(asked) if template else " "
+            assert [tokenizer.decode(part) for part in prompt.reply] == [before, prompt.answer]
+            ids = torch.tensor([prompt.tokens + prompt.reply[0] + prompt.reply[1]])
+            length = len(prompt.answer)
             with torch.no_grad():
-                logits = model(ids).logits[0, length - 1 : -1]
-            assert loss == pytest.approx(functional.cross_entropy(logits, ids[0, length:]).item(), abs=1e-3)
+                logits = model(ids).logits[0, -length - 1 : -1]
+            assert loss == pytest.approx(functional.cross_entropy(logits, ids[0, -length:]).item(), abs=1e-3)
     assert len({loss for cell in cells for loss in cell["answer_loss"]}) == 4  # control: it is each question's own
     batched = kv_retrieval(model, tokenizer, 1200, 2, 0, depths=[0.1], batch_size=2, answer_tokens=40)
     assert "answer_loss" not in next(batched)
@@ -500,7 +507,11 @@ def test_no_logits_are_made_for_a_whole_prompt(make_model, tokenizer):
         generation.answers(model, tokenizer, [prompt], answer_tokens=2, chunk_length=chunk_length)
     assert set(rows) == {1} and max(fed) == chunk_length
     fed.clear()
-    list(generation.scored_answers(model, tokenizer, [prompt] * 2, [[5, 6, 7]] * 2, answer_tokens=1, chunk_length=99))
+    list(
+        generation.scored_answers(
+            model, tokenizer, [prompt] * 2, [([], [5, 6, 7])] * 2, answer_tokens=1, chunk_length=99
+        )
+    )
     # The document once; for each question the rows of its answer, and one to generate from.
     assert set(rows) == {1, 3} and sum(fed) == length - 1 + 2 * (3 + 1) and max(fed) == 99
     rows.clear()

@@ -2,17 +2,19 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cream_peft import cli, fit, memory
+from cream_peft import cli, fit, memory, subjects
 from cream_peft.evals import mean_by, recall, runner
 from cream_peft.evals.table import table_of
 from cream_peft.plots import plot_results
 from cream_peft.subjects import Subject
+from cream_peft.tiny import TINY_ID
 
 
 class Oracle:
@@ -62,6 +64,26 @@ def test_a_subject_is_read_from_the_command_line(tmp_path, monkeypatch):
     assert Subject.parse("run+1").name == "run+1"
     with pytest.raises(ValueError, match="unknown RoPE scaling 'dynamic'"):
         Subject.parse("a/b+dynamic")
+
+
+def test_a_base_beside_adapters_is_scaled_as_far_as_they_are(tmp_path, monkeypatch):
+    targets = {"short": 512, "alike": 512, "long": 1024}
+    for name in targets:
+        (tmp_path / name).mkdir()
+
+    def opened(subject, options, factor=8):
+        adapter = {"target_length": targets.get(subject.name), "adapter_sha256": "0"}
+        return None, adapter if subject.name in targets else {"target_length": 64 * factor}, "", ""
+
+    monkeypatch.setattr(subjects, "open_subject", opened)
+    for compared, target in [(["short", "alike"], 512), (["short", "long"], None), ([], None)]:
+        options = Namespace(compare=["BASE+ntk", *compared])
+        assert {subject.target_length for subject in subjects.subjects_of(options)} == {target}
+    monkeypatch.undo()
+    base = Subject("base", TINY_ID, "ntk", 512)
+    for asked, factor, target in [(None, 8, 512), (1024, 8, 1024), (None, 1, 256)]:
+        options = Namespace(target_length=asked, no_4bit=True)
+        assert subjects.open_subject(base, options, factor)[1]["target_length"] == target
 
 
 def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path, capsys, monkeypatch):
@@ -134,7 +156,9 @@ def test_the_table_says_which_differences_are_noise_and_how_far_a_model_is_of_us
             cell["answer_loss"] = losses
     lines = table_of(results)
     assert "  loss of the right answers (nats per token, 95 %): 1,024 -0.55 (-0.57 to -0.53)" in lines
-    assert sum("loss" in line for line in lines) == 1  # the third model has none
+    assert lines[1].split()[5] == "loss"
+    # The third model has none.
+    assert [line.split()[4] for line in lines[2:8:2]] == ["1.50", "0.95", "-"]
 
 
 def test_a_run_that_stops_anywhere_loses_one_cell_at_most(tmp_path):
@@ -173,7 +197,7 @@ def test_other_tasks_are_added_and_other_settings_are_refused(tmp_path, capsys):
     assert set(both["settings"]["options"]) == {"kv_retrieval", "needle"}
     for arguments, said in (
         (["--tasks", "needle", "--samples", "3", "--depths", "0.5"], "other settings, samples (2, now 3)"),
-        (["--tasks", "needle", "--samples", "2"], "other settings, options of needle"),
+        (["--tasks", "needle", "--samples", "2"], "other settings, depths of needle"),
         (["--tasks", "needle", "--samples", "2", "--seed", "7"], "other settings, seed (1000, now 7)"),
     ):
         assert evaluate(*arguments) == 2

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, constants
 
 from cream_peft import cli
 from cream_peft.adapter import AdapterError, read_description
-from cream_peft.card import adapter_sha256
+from cream_peft.card import adapter_sha256, vllm_command
 from cream_peft.hub import PushError, push_folder
 from cream_peft.merge import merge_adapter
 from cream_peft.recipe import parse_recipe
@@ -172,6 +172,16 @@ def test_the_card_has_what_was_measured_and_says_where_nothing_was(hub, adapter,
     card.validate()
     # What was trained stays as it was: what is published is made in a copy.
     assert not (adapter / "results").exists() and "Nothing was measured yet" in (adapter / "README.md").read_text()
+
+
+@pytest.mark.parametrize("field, value", [("modules_to_save", ["norm"]), ("use_dora", True)])
+def test_what_vllm_does_not_take_as_an_adapter_is_served_merged(adapter, field, value):
+    description = {"base_model": "owner/base", "target_length": 2048}
+    assert "--enable-lora --max-lora-rank" in vllm_command(adapter, description, REPO)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    told = vllm_command(adapter, description, REPO)
+    assert f"no adapter with {field}" in told and told.endswith("vllm serve merged --max-model-len 2048")
 
 
 def test_results_of_another_training_do_not_speak_for_this_adapter(hub, adapter, tmp_path):

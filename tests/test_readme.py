@@ -84,6 +84,7 @@ SMOLLM2 = ROOT / "recipes/smollm2-135m-instruct"
 
 def test_the_figures_of_smollm2_equal_their_json():
     shown = {
+        "`multikey_needle`, 5 cities": "ability/multikey_needle-5",
         "`multikey_needle`, 8 cities": "ability/multikey_needle-8",
         "`multikey_needle`, 16 cities": "ability/multikey_needle-16",
         "`kv_retrieval`, 4 digits": "ability/kv_retrieval-4-digits",
@@ -104,7 +105,7 @@ def test_the_figures_of_smollm2_equal_their_json():
         assert all(abs(told[length] - value) <= 0.0051 for length, value in means.items()), row
 
 
-@pytest.mark.parametrize("name", ["cpu", "search"])
+@pytest.mark.parametrize("name", ["cpu", "settings", "search"])
 def test_the_comparison_of_smollm2_is_what_its_script_makes_of_the_json(name):
     spec = importlib.util.spec_from_file_location("compare_in_readme", SMOLLM2 / "compare.py")
     compare = importlib.util.module_from_spec(spec)

@@ -1,5 +1,6 @@
 """The SmolLM2 recipe's scripts, without the downloads: what is made of the data, and what is told of the results."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -156,6 +157,49 @@ def test_every_training_command_parses(compare, monkeypatch, tmp_path):
                 assert recipe.run.target_length == budget.target_length
 
 
+def test_an_adapter_is_trained_once_and_not_taken_for_one_of_other_settings(compare, monkeypatch, tmp_path, capsys):
+    asked, row, budget = [], compare.Row("ntk", "cream"), compare.BUDGETS["cpu"]
+
+    def call(arguments, *others):
+        asked.append(arguments)
+        path = Path(arguments[arguments.index("--json") + 1])
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+
+    monkeypatch.setattr(compare, "call", call)
+    for _ in range(2):
+        assert compare.train(row, budget, tmp_path, 0.0) == tmp_path / "adapters" / "ntk-cream"
+    longer = dataclasses.replace(budget, train=budget.train | {"max_steps": 7})
+    with pytest.raises(compare.Failed):
+        compare.train(row, longer, tmp_path, 0.0)
+    assert len(asked) == 1 and "trained with other settings" in capsys.readouterr().err
+
+
+def test_a_row_that_fails_does_not_take_the_others_with_it(compare, monkeypatch, tmp_path, capsys):
+    for name in ("base/model.safetensors", "data/plays.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    monkeypatch.setattr(compare, "BASE", tmp_path / "base")
+    monkeypatch.setattr(compare, "DATA", tmp_path / "data")
+
+    def evaluate(row, budget, output, deadline, folder, *task):
+        if row.strategy == "pose":
+            raise compare.Failed
+        results(output / folder, row.name.replace(" ", "-"), {0.1: "1"})
+
+    monkeypatch.setattr(compare, "evaluate", evaluate)
+    monkeypatch.setattr(compare, "cream_peft", lambda arguments: None)
+    command = ["compare.py", "--budget", "cpu", "--output", str(tmp_path / "new"), "--only", "ntk pose", "ntk cream"]
+    monkeypatch.setattr("sys.argv", command)
+    assert compare.main() == 1
+    rows = json.loads((tmp_path / "new" / "compare.json").read_text())["rows"]
+    assert [row["strategy"] for row in rows] == ["cream"]
+    assert "not done, these rows failed: ntk pose; " in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command[:4], str(tmp_path / "no" / "time"), "--minutes", "0"])
+    monkeypatch.setattr(compare, "evaluate", lambda *arguments: compare.call([], 0.0, tmp_path / "log"))
+    assert compare.main() == 0 and "not done: the same command goes on" in capsys.readouterr().out
+
+
 def test_the_first_rows_are_there_and_others_are_refused_by_name(compare, tmp_path, monkeypatch, capsys):
     for budget in compare.BUDGETS.values():
         assert set(budget.first) <= {row.name for row in budget.rows}
@@ -175,7 +219,7 @@ def test_when_time_is_up_nothing_is_begun_and_a_failure_says_why(compare, tmp_pa
     with pytest.raises(compare.TimeIsUp):
         compare.call(["plan"], 0.0, tmp_path / "log")
     assert not (tmp_path / "log").exists()
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(compare.Failed):
         compare.call(["plan", "--config", "no-such-recipe.yaml"], float("inf"), tmp_path / "log")
     assert "no-such-recipe.yaml" in capfd.readouterr().err
 

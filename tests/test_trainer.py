@@ -266,6 +266,25 @@ def quantized(make_model, tmp_path, **changes):
     )
 
 
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (
+            {"target_modules": ["q_proj", "k_prj"]},
+            "target_modules: .* no module 'k_prj', did you mean 'k_proj'",
+        ),
+        ({"target_modules": ["q_proj", "proj"]}, "lora_target_modules: the base has no module 'proj'"),
+        (
+            {"modules_to_save": ["norm", "imput_layernorm"]},
+            "no module 'imput_layernorm', did you mean 'input_l",
+        ),
+    ],
+)
+def test_a_module_that_the_base_has_not_is_refused(make_trainer, lora, changes, said):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(peft_config=lora(**changes))
+
+
 def test_norms_are_not_trained_in_fp32_before_layers_that_cannot_take_it(make_trainer, make_model, lora):
     norms = lora(modules_to_save=["norm"])
     with pytest.raises(ValueError, match=r"=\['norm'\] trains in float32 .* in bfloat16, .* dtype to float32 on a CPU"):

@@ -34,7 +34,7 @@ def _ask(
     cells[places, 1], cells[places, 2] = keys, values
     words = vocabulary()
     text = " ".join(words[token] for token in [*cells[:-1].reshape(-1), cells[-1, 0], keys[asked]])
-    return writer.prompt(text, "", answer=words[values[asked]], depth=depth, records=len(places))
+    return writer.prompt(text, "", said="", answer=words[values[asked]], depth=depth, records=len(places))
 
 
 def _cells(length: int) -> int:

@@ -115,7 +115,7 @@ def scored_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
-    expected: list[list[int]],
+    expected: list[tuple[list[int], list[int]]],
     *,
     chunk_length: int = CHUNK_LENGTH,
     kv_cache: str = "default",
@@ -124,11 +124,12 @@ def scored_answers(
     """As `answers`, one prompt after the other; what all of them begin with is read once.
 
     Args:
-        expected: the right answer to each prompt, in tokens.
+        expected: the right reply to each prompt, in tokens: what it says before the answer, and the answer.
         settings: as `answers` has them.
 
     Yields:
-        (answer, loss): loss is the mean negative log-likelihood of `expected` after the prompt, in nats per token.
+        (answer, loss): loss is the mean negative log-likelihood of the right answer, after the prompt and what is said
+        before it, in nats per token.
     """
     if kv_cache == "offloaded":
         raise TaskError("a document that is read once needs a cache that can be cut back: default or quantized")
@@ -136,10 +137,11 @@ def scored_answers(
     # Each prompt needs one token of its own, whose logits begin the answer.
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    for prompt, answer in zip(prompts, expected, strict=True):
+    for prompt, (said, answer) in zip(prompts, expected, strict=True):
         for _ in chunked_logits(model, prompt[:-1], cache, chunk_length, first=len(prompt)):
             pass
-        told = chunked_logits(model, prompt + answer[:-1], cache, chunk_length, first=len(prompt) - 1)
+        reply = said + answer
+        told = chunked_logits(model, prompt + reply[:-1], cache, chunk_length, first=len(prompt + said) - 1)
         logits = torch.cat([logits for _, logits in told]).float()
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device)).item()
         cache.crop(len(prompt) - 1 - cache.get_seq_length())
@@ -219,7 +221,7 @@ def measure(
             continue
         read = [asked.tokens for asked in prompts]
         if one_by_one:
-            replies = scored_answers(model, tokenizer, read, [asked.answer_tokens for asked in prompts], **settings)
+            replies = scored_answers(model, tokenizer, read, [asked.reply for asked in prompts], **settings)
         else:
             replies = ((reply, None) for reply in answers(model, tokenizer, read, **settings))
         for (depth, index), asked, (reply, loss) in zip(group, prompts, replies, strict=True):

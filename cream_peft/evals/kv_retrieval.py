@@ -69,7 +69,9 @@ def kv_prompt(
 
     count = writer.fitted(build, length, answer_tokens, "key", keys)
     asked = position(depth, count)
-    return writer.prompt(*build(count), answer=pairs.first(count)[asked][1], depth=depth, keys=count, position=asked)
+    key, value = pairs.first(count)[asked]
+    said = f'The value of "{key}" is "'
+    return writer.prompt(*build(count), said=said, answer=value, depth=depth, keys=count, position=asked)
 
 
 def kv_retrieval(

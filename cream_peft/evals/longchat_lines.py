@@ -79,8 +79,9 @@ def lines_prompt(
 
     count = writer.fitted(build, length, answer_tokens, "line", lines)
     asked = position(depth, count)
-    answer = str(drawn.first(count)[asked][1])
-    return writer.prompt(*build(count), answer=answer, depth=depth, lines=count, position=asked)
+    name, number = drawn.first(count)[asked]
+    said = f"The <REGISTER_CONTENT> in line {name} is <"
+    return writer.prompt(*build(count), said=said, answer=str(number), depth=depth, lines=count, position=asked)
 
 
 def longchat_lines(

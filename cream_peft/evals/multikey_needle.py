@@ -49,7 +49,9 @@ def multikey_prompt(
         return "".join(text).strip() + f"\n\n{QUESTION.format(city=cities[asked])} {INSTRUCTION}", "\nAnswer:"
 
     count = writer.fitted(build, length, answer_tokens, "sentence")
-    return writer.prompt(*build(count), answer=str(numbers[asked]), depth=depth, sentences=count)
+    answer = str(numbers[asked])
+    said = NEEDLE.format(city=cities[asked], answer=answer).partition(answer)[0]
+    return writer.prompt(*build(count), said=said, answer=answer, depth=depth, sentences=count)
 
 
 def multikey_needle(

@@ -152,7 +152,8 @@ def needle_prompt(
         return "".join(text).strip() + f"\n\n{question.format(**names)} {INSTRUCTION}", "\nAnswer:"
 
     count = writer.fitted(build, length, answer_tokens, "sentence")
-    return writer.prompt(*build(count), answer=names["answer"], depth=depth, sentences=count)
+    said = needle.format(**names).partition(names["answer"])[0]
+    return writer.prompt(*build(count), said=said, answer=names["answer"], depth=depth, sentences=count)
 
 
 def needle(

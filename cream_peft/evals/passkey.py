@@ -32,7 +32,7 @@ def passkey_prompt(
         return "\n".join([TASK, garbage[0], information, garbage[1], QUESTION]), LEAD
 
     count = writer.fitted(build, length, answer_tokens, "repeat")
-    return writer.prompt(*build(count), answer=str(key), depth=depth, repeats=count)
+    return writer.prompt(*build(count), said=f"{LEAD.strip()} ", answer=str(key), depth=depth, repeats=count)
 
 
 def passkey(

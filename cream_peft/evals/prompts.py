@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class Prompt:
     tokens: list[int]
     """`text` in tokens, as fed."""
     answer: str
-    answer_tokens: list[int]
-    """`answer` in tokens, as a reply that says nothing else has it."""
+    reply: tuple[list[int], list[int]]
+    """Tokens of a right reply: what it says before the answer, and the answer."""
     depth: float
     """The depth asked for, in [0, 1]: 0 is the start of the document."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -126,23 +127,27 @@ class Writer:
                 many, high = guess, used
         return few
 
-    def prompt(self, request: str, lead: str, answer: str, depth: float, **extra: Any) -> Prompt:
+    def prompt(self, request: str, lead: str, said: str, answer: str, depth: float, **extra: Any) -> Prompt:
+        """`said`: what a chat model's reply says before the answer, its space or quotation mark included."""
         text = self.text(request, lead)
         tokens = self.tokens(text)
-        return Prompt(text, tokens, answer, self._answer_tokens(request, text, tokens, answer), depth, extra)
+        return Prompt(text, tokens, answer, self._reply(request, text, tokens, said, answer), depth, extra)
 
-    def _answer_tokens(self, request: str, text: str, tokens: list[int], answer: str) -> list[int]:
-        reply = f" {answer}"
+    def _reply(self, request: str, text: str, tokens: list[int], said: str, answer: str) -> tuple[list[int], list[int]]:
+        before = " " if self.style == "plain" else f" {said}"
         if self.style == "chat":
-            turns = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
-            whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
-            # Some templates put a space or more before a reply; some write another turn than they announce.
-            after = whole.removeprefix(text)
-            reply = answer if after == whole or answer not in after else after[: after.index(answer) + len(answer)]
-        whole_tokens = self.tokens(text + reply)
-        if whole_tokens[: len(tokens)] == tokens:
-            return whole_tokens[len(tokens) :]
-        return encode(self.tokenizer, reply, add_special_tokens=False)
+            turns = [{"role": "user", "content": request}, {"role": "assistant", "content": said + answer}]
+            turn = self.tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(text)
+            # Some templates put a space before a reply; some write another turn than they announce.
+            blank = turn[: turn.find(said + answer)]
+            before = said if blank.strip() else blank + said
+        before_tokens, whole = self.tokens(text + before), self.tokens(text + before + answer)
+        if whole[: len(tokens)] != tokens:
+            whole = tokens + encode(self.tokenizer, before + answer, add_special_tokens=False)
+            before_tokens = tokens + encode(self.tokenizer, before, add_special_tokens=False)
+        pairs = zip(before_tokens, whole, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return whole[len(tokens) : same], whole[same:]
 
 
 class Drawn:

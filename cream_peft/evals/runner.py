@@ -52,11 +52,14 @@ def _refuse_other_settings(path: Path, earlier: dict[str, Any], header: dict[str
     measured = {cell["task"] for cell in earlier["cells"]}
     differing = [key for key in wanted if key not in ("settings", "options") and found.get(key) != wanted[key]]
     for task in measured & set(tasks):
-        if found.get("options", {}).get(task) != wanted.get("options", {}).get(task):
-            differing.append(f"options of {task}")
+        was, now = (one.get("options", {}).get(task, {}) for one in (found, wanted))
+        for key in was | now:
+            if was.get(key) != now.get(key):
+                differing.append(f"{key} of {task}")
+                found[differing[-1]], wanted[differing[-1]] = was.get(key), now.get(key)
     if measured and differing:
         key = differing[0]
-        was = f" ({found.get(key)}, now {wanted[key]})" if isinstance(wanted.get(key), int | str) else ""
+        was = f" ({found.get(key)}, now {wanted[key]})" if isinstance(wanted[key], int | str | list) else ""
         raise ValueError(
             f"{path} was measured with other settings, {key}{was}: choose another --output_dir, or delete it"
         )

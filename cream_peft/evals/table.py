@@ -92,14 +92,17 @@ def effective_lengths(results: Results, threshold: float) -> list[dict[str, Any]
 def _accuracy_table(cells: Results, width: int) -> Iterator[str]:
     depths = sorted({cell["depth"] for found in cells.values() for cell in found})
     head = " ".join(f"{depth:>5.0%}" for depth in depths)
-    yield f"{'model':<{width}}  {'length':>7}  {'all':>5}  {'95 %':>9}  {head}"
+    loss = any("answer_loss" in cell for found in cells.values() for cell in found)
+    yield f"{'model':<{width}}  {'length':>7}  {'all':>5}  {'95 %':>9}  {'loss  ' * loss}{head}"
     for label, found in cells.items():
         for length, value in mean_by(found, "length").items():
             at_length = [cell for cell in found if cell["length"] == length]
             here = mean_by(at_length, "depth")
             row = " ".join(f"{here[depth]:>5.2f}" if depth in here else "    -" for depth in depths)
             low, high = _interval(at_length)
-            yield f"{label:<{width}}  {length:>7,}  {value:>5.2f}  {low:.2f}-{high:.2f}  {row}"
+            losses = [one for cell in at_length for one in cell.get("answer_loss", ())]
+            shown = f"{mean(losses):>4.2f}  " if losses else "   -  " * loss
+            yield f"{label:<{width}}  {length:>7,}  {value:>5.2f}  {low:.2f}-{high:.2f}  {shown}{row}"
         yield ""
 
 
@@ -118,7 +121,8 @@ def table_of(results: Results, threshold: float = 0.85) -> list[str]:
     """The lines: a block a task, a row a model and length; then differences to the first model and effective lengths.
 
     Accuracies stand with their 95 % interval (Wilson), over all depths and at each depth; differences are tested on the
-    same samples (McNemar, exact), and those that may well be chance are called noise.
+    same samples (McNemar, exact), and those that may well be chance are called noise. The loss is that of the right
+    answers, in nats per token.
     """
     lines: list[str] = []
     width = max(len(label) for label in results)

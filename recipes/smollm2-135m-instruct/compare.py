@@ -115,7 +115,7 @@ BUDGETS = {
         rows=[Row("ntk", "untuned"), Row("ntk", "cream")]
         + [Row("ntk", "cream", changed=changed) for changed in (
             {"dataset_name": f"{DATA}/plays.jsonl", "assistant_only_loss": False}, {"learning_rate": 3e-4},
-            {"lora_modules_to_save": "norm"})],
+            {"lora_modules_to_save": "norm", "dtype": "float32"})],
         target_length=16_384, lengths=[16_384], samples=2, seed=77, task="multikey_needle", depths=FIFTHS,
         texts=[], train=ON_A_CPU, flags=("--no_4bit",),
     ),
@@ -135,16 +135,19 @@ class TimeIsUp(Exception):
     """--minutes are over; what runs was stopped in an orderly way."""
 
 
+class Failed(Exception):
+    """A row cannot be trained or measured."""
+
+
 def call(arguments: list[str], deadline: float, log: Path) -> None:
     """`cream-peft` in a process of its own: its progress is shown, what it prints is added to `log`.
 
     Raises:
         TimeIsUp: at `deadline` (time.monotonic()); the process is interrupted as by Ctrl-C.
-        SystemExit: if it fails; it has said why.
+        Failed: it has said why.
     """
     if time.monotonic() > deadline:
         raise TimeIsUp
-    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as output:
         process = subprocess.Popen([sys.executable, "-m", "cream_peft.cli", *arguments], stdout=output)
         try:
@@ -158,7 +161,7 @@ def call(arguments: list[str], deadline: float, log: Path) -> None:
                 process.kill()
             raise TimeIsUp from reason
     if process.returncode:
-        raise SystemExit(process.returncode)
+        raise Failed
 
 
 def adapter_of(row: Row, output: Path) -> Path:
@@ -166,15 +169,25 @@ def adapter_of(row: Row, output: Path) -> Path:
 
 
 def train(row: Row, budget: Budget, output: Path, deadline: float) -> Path:
-    """The adapter of `row`, trained unless it is there."""
+    """The adapter of `row`, trained unless it is there.
+
+    Raises:
+        Failed: if one is there that was trained with other settings.
+    """
     folder = adapter_of(row, output)
-    if (folder / "summary.json").is_file():
-        return folder
     settings = {
         "model_name_or_path": BASE, "base_model_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "output_dir": folder,
         "target_length": budget.target_length, "position_strategy": row.strategy, "rope_scaling_type": row.scaling,
         "seed": row.seed, **budget.train, **row.changed,
     }  # fmt: skip
+    asked, text = folder.with_name(f"{folder.name}.json"), json.dumps(settings, default=str, indent=1) + "\n"
+    if asked.is_file() and asked.read_text(encoding="utf-8") != text:
+        print(f"error: {folder} was trained with other settings: choose another --output", file=sys.stderr)
+        raise Failed
+    if (folder / "summary.json").is_file():
+        return folder
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    asked.write_text(text, encoding="utf-8")
     if list(folder.glob("checkpoint-*")):
         settings["resume_from_checkpoint"] = True
     flags = [word for key, value in settings.items() for word in (f"--{key}", *words_of(value))]
@@ -359,14 +372,19 @@ def main() -> int:
     if not set(wanted) <= set(names):
         print(f"error: --budget {options.budget} has the rows {', '.join(names)}", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + 60 * options.minutes
+    deadline, failed = time.monotonic() + 60 * options.minutes, []
+    output.mkdir(parents=True, exist_ok=True)
     try:
         for row in budget.rows:
             for folder, task in evaluations(budget, row).items() if row.name in wanted else ():
                 start = time.monotonic()
-                evaluate(row, budget, output, deadline, folder, *task)
-                print(f"{row.name}, {folder}: {time.monotonic() - start:.0f} s", flush=True)
-        state = "done"
+                try:
+                    evaluate(row, budget, output, deadline, folder, *task)
+                    print(f"{row.name}, {folder}: {time.monotonic() - start:.0f} s", flush=True)
+                except Failed:
+                    failed.append(row.name)
+                    break
+        state = f"not done, these rows failed: {', '.join(failed)}" if failed else "done"
     except TimeIsUp:
         state = "not done: the same command goes on"
     summary = summarise(budget, output)
@@ -377,7 +395,7 @@ def main() -> int:
     if results:
         cream_peft(["plot", *results, "--output", str(output / "compare.png")])
     print(f"{state}; the results are in {output / 'compare.json'}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
