@@ -182,8 +182,8 @@ def vllm_command(folder: Path, description: dict[str, Any], name: str) -> str:
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     refused = [field for field in ("modules_to_save", "use_dora") if adapter.get(field)]
     if refused:
-        target = description["target_length"]
-        return f"# vLLM takes no adapter with {refused[0]}: merge it, see below\nvllm serve merged --max-model-len {target}"
+        served = f"vllm serve merged --max-model-len {description['target_length']}"
+        return f"# vLLM takes no adapter with {refused[0]}: merge it, see below\n{served}"
     wanted = adapter["r"]
     rank = next((rank for rank in VLLM_RANKS if rank >= wanted), wanted)
     return " \\\n  ".join(
