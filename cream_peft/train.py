@@ -162,9 +162,12 @@ def _load_model(recipe: Recipe) -> Any:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint-N in `folder` that was written to its end; trainer_state.json comes last."""
+    """The newest checkpoint-N in `folder` that was written to its end; trainer_state.json comes last.
+
+    By time, as transformers deletes them: a run that was begun afresh is not gone on with at the one before it.
+    """
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):

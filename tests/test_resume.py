@@ -55,6 +55,15 @@ def test_a_run_killed_between_two_checkpoints_ends_with_the_weights_of_an_uninte
     assert one["steps"] == other["steps"] == 9
 
 
+def test_the_newest_checkpoint_is_of_the_last_run_not_of_the_one_it_overwrote(tmp_path):
+    for age, name in enumerate(["checkpoint-24", "checkpoint-9", "checkpoint-12"]):  # 24 is of an earlier run
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        os.utime(folder, ns=(age, age))
+    assert newest_checkpoint(tmp_path).name == "checkpoint-12"
+
+
 @pytest.mark.slow
 def test_two_ranks_draw_what_one_rank_with_twice_the_accumulation_draws(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "cream_peft.cli", "train"]
