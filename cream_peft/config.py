@@ -20,7 +20,8 @@ DEFAULT_FACTOR = 8
 
 def _one_of(name: str, value: Any, allowed: Any) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(str, allowed))}")
+        names = ("none" if choice is None else str(choice) for choice in allowed)
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(names)}")
 
 
 def _refuse_below(least: int, arguments: Any, *names: str) -> None:

@@ -148,6 +148,9 @@ def test_the_table_says_which_differences_are_noise_and_how_far_a_model_is_of_us
     assert "better minus base: 1,024 +0.75" in lines
     assert "base: accuracy 0.8 and above at no length measured, of 2,048 tokens" in lines
     assert "better: accuracy 0.8 and above up to 1,024, of 2,048 tokens" in lines
+    results["base"]["settings"]["pretrained_window"] = 512
+    assert "base: accuracy 0.8 and above at no length measured, of 512 tokens" in table_of(results, threshold=0.8)
+    results["base"]["settings"]["rope_scaling_type"] = "ntk"
     # 10 of 40 right: Wilson's interval.
     assert lines[2].split()[:4] == ["base", "1,024", "0.25", "0.14-0.40"]
     assert not any("loss" in line for line in lines)

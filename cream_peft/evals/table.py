@@ -83,7 +83,11 @@ def effective_lengths(results: Results, threshold: float) -> list[dict[str, Any]
         for label, cells in of_task(results, task).items():
             if cells and cells[0]["metric"] == "accuracy":
                 length = effective_length(mean_by(cells, "length"), threshold)
-                claimed = results[label]["settings"].get("target_length")
+                settings = results[label]["settings"]
+                claimed = settings.get("target_length")
+                if not settings.get("rope_scaling_type") and "adapter_sha256" not in settings:
+                    # A base as it is claims its window.
+                    claimed = settings.get("pretrained_window", claimed)
                 found.append({"task": task, "model": label, "threshold": threshold, "effective_length": length,
                               "target_length": claimed})  # fmt: skip
     return found
