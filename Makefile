@@ -47,11 +47,11 @@ base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GP
 chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CUDA GPU)
 	$(BIN)/cream-peft train --config recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml
 
-smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (without a GPU: to 16K, long on two cores)
+smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (without a GPU: to 16K, an hour on two cores)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
 	$(BIN)/python recipes/smollm2-135m-instruct/compare.py --first
 
-smollm2-compare: $(READY)  ## the same with every position strategy and RoPE scaling (hours, goes on where it stopped)
+smollm2-compare: $(READY)  ## the same with other position strategies and RoPE scalings (hours, goes on where it stopped)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
 	$(BIN)/python recipes/smollm2-135m-instruct/compare.py
 

@@ -113,6 +113,9 @@ def test_the_comparison_of_smollm2_is_what_its_script_makes_of_the_json(name):
     spec.loader.exec_module(compare)
     lines = compare.table(json.loads((SMOLLM2 / f"results/{name}.json").read_text()))
     assert len(lines) > 4 and all(line in README for line in lines if line.startswith("|"))
+    if name == "cpu":
+        quoted = re.findall(r"^\w+, [\d,]+ tokens, .*: CREAM minus .*$", README, re.MULTILINE)
+        assert quoted and set(quoted) <= set(lines)
 
 
 def test_the_planned_figures_equal_what_plan_wrote():

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct extended with every position strategy under one budget, against RoPE scaling alone.
+"""SmolLM2-135M-Instruct extended with four position strategies under one budget, against RoPE scaling alone.
 
     python recipes/smollm2-135m-instruct/compare.py --budget cpu      # 8K to 16K, hours on two cores
     python recipes/smollm2-135m-instruct/compare.py --budget gpu --minutes 9    # 8K to 64K, again until it says done
-    python recipes/smollm2-135m-instruct/compare.py --budget search   # the settings tried, on a seed of their own
+    python recipes/smollm2-135m-instruct/compare.py --budget settings # what was tried, on other prompts; search: before
 
 Trains and measures with cream-peft's own commands, a row at a time. Whatever a kill or --minutes interrupts goes on
 where it stopped with the same command. Writes compare.json and a picture to --output, and prints the table. With
@@ -83,7 +83,7 @@ class Budget:
     flags: tuple[str, ...] = ()
     """Flags of the evaluation."""
     first: tuple[str, ...] = ()
-    """Rows of --first: what RoPE scaling alone does, and the recipe."""
+    """Rows of --first: what RoPE scaling alone does, and CREAM on it."""
 
 
 ON_A_CPU = {
@@ -100,7 +100,9 @@ BUDGETS = {
         rows=[Row(scaling, "untuned", samples=2) for scaling in SCALINGS]
         + [Row("linear", strategy, samples=2) for strategy in STRATEGIES]
         + [Row("ntk", strategy) for strategy in STRATEGIES]
-        + [Row("ntk", strategy, seed) for seed in (1, 2) for strategy in ("pose", "cream")],
+        + [Row("ntk", strategy, seed) for seed in (1, 2) for strategy in ("pose", "cream")]
+        + [Row("yarn", "cream", changed={name: TRIED_FIRST[name] for name in CHOSEN}, samples=2)]
+        + [Row("yarn", strategy, samples=2) for strategy in STRATEGIES],
         target_length=16_384, lengths=[4096, 16_384], samples=3, seed=2026, task="multikey_needle", depths=FIFTHS,
         texts=["paradise-lost"], train=ON_A_CPU, flags=("--no_4bit",), first=("ntk untuned", "ntk cream"),
     ),
@@ -361,7 +363,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help=f"default: {HOME}/BUDGET")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to go on later")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
-    parser.add_argument("--first", action="store_true", help="two rows: RoPE scaling alone, and the recipe")
+    parser.add_argument("--first", action="store_true", help="two rows: RoPE scaling alone, and CREAM on it")
     options = parser.parse_args()
     budget, output = BUDGETS[options.budget], options.output or HOME / options.budget
     if not (BASE / "model.safetensors").is_file() or not (DATA / "plays.jsonl").is_file():
