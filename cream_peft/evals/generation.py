@@ -140,8 +140,8 @@ def scored_answers(
     for prompt, (said, answer) in zip(prompts, expected, strict=True):
         for _ in chunked_logits(model, prompt[:-1], cache, chunk_length, first=len(prompt)):
             pass
-        reply = said + answer
-        told = chunked_logits(model, prompt + reply[:-1], cache, chunk_length, first=len(prompt + said) - 1)
+        read = prompt + said + answer[:-1]
+        told = chunked_logits(model, read, cache, chunk_length, first=len(prompt + said) - 1)
         logits = torch.cat([logits for _, logits in told]).float()
         loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device)).item()
         cache.crop(len(prompt) - 1 - cache.get_seq_length())

@@ -27,6 +27,12 @@ def tasks_in(results: Results) -> list[str]:
     return sorted({cell["task"] for result in results.values() for cell in result["cells"]})
 
 
+def mean_loss(cells: list[dict[str, Any]]) -> float | None:
+    """Of the right answers, in nats per token; None of cells that have none."""
+    losses = [loss for cell in cells for loss in cell.get("answer_loss", ())]
+    return mean(losses) if losses else None
+
+
 def _interval(cells: list[dict[str, Any]]) -> tuple[float, float]:
     samples = sum(cell["samples"] for cell in cells)
     return wilson_interval(round(sum(cell["value"] * cell["samples"] for cell in cells)), samples)
@@ -104,8 +110,8 @@ def _accuracy_table(cells: Results, width: int) -> Iterator[str]:
             here = mean_by(at_length, "depth")
             row = " ".join(f"{here[depth]:>5.2f}" if depth in here else "    -" for depth in depths)
             low, high = _interval(at_length)
-            losses = [one for cell in at_length for one in cell.get("answer_loss", ())]
-            shown = f"{mean(losses):>4.2f}  " if losses else "   -  " * loss
+            here_loss = mean_loss(at_length)
+            shown = "   -  " * loss if here_loss is None else f"{here_loss:>4.2f}  "
             yield f"{label:<{width}}  {length:>7,}  {value:>5.2f}  {low:.2f}-{high:.2f}  {shown}{row}"
         yield ""
 

@@ -26,7 +26,7 @@ import torch
 from cream_peft.cli import main as cream_peft
 from cream_peft.evals import file_name
 from cream_peft.evals.statistics import wilson_interval
-from cream_peft.evals.table import compare_cells, difference_in_words
+from cream_peft.evals.table import compare_cells, difference_in_words, mean_loss
 from cream_peft.provenance import machine, versions
 
 HOME = Path("runs/smollm2-135m-instruct")
@@ -244,12 +244,6 @@ def chosen(cells: Cells, length: int, low: float = 0.0, high: float = 1.0) -> Ce
 def answers(cells: Cells) -> str:
     """0 and 1 for each answer."""
     return "".join(cell["correct"] for cell in cells)
-
-
-def mean_loss(cells: Cells) -> float | None:
-    """Of the right answers, nats per token."""
-    found = [loss for cell in cells for loss in cell.get("answer_loss", [])]
-    return sum(found) / len(found) if found else None
 
 
 def measured(cells: Cells, length: int) -> dict[str, Any]:
