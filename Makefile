@@ -66,7 +66,7 @@ reproduce: $(READY)  ## every strategy and RoPE scaling on the tiny task (over a
 	$(BIN)/python recipes/cream-peft-tiny/reproduce.py --output runs/reproduce
 
 tiny-base: $(READY)  ## pretrain the embedded tiny model again (under 5 minutes)
-	$(BIN)/python -m cream_peft.tiny.make_base --output runs/tiny-base
+	$(BIN)/python recipes/cream-peft-tiny/make_base.py --output runs/tiny-base
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs build *.egg-info

@@ -3,10 +3,10 @@
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "CREAMConfig": "cream_peft.config",
-    "CREAMDataCollator": "cream_peft.collator",
-    "CREAMTrainer": "cream_peft.trainer",
-    "load_adapter": "cream_peft.adapter",
+    "CREAMConfig": "cream_peft.train.config",
+    "CREAMDataCollator": "cream_peft.train.collator",
+    "CREAMTrainer": "cream_peft.train.trainer",
+    "load_adapter": "cream_peft.model.adapter",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -22,9 +22,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from . import rope
-from .adapter import load_adapter
-from .kv_cache import new_cache, refuse_unusable
-from .memory import PREFILL_CHUNK
+from .model.adapter import load_adapter
+from .model.kv_cache import PREFILL_CHUNK, new_cache, refuse_unusable
 
 Write = Callable[[str], Any]
 WITH_DOCUMENT = "Here is a document. Questions about it follow.\n\n{document}\n\n{question}"

@@ -42,12 +42,12 @@ def train(arguments: list[str]) -> None:
     parser.add_argument("--help", "-h", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     if options.help:
-        from .recipe import DATACLASSES, TrlParser
+        from .train.recipe import DATACLASSES, TrlParser
 
         TrlParser(DATACLASSES, prog="cream-peft train").print_help()
         return
-    from .recipe import parse_recipe
-    from .train import run_recipe
+    from .train.recipe import parse_recipe
+    from .train.run import run_recipe
 
     summary = run_recipe(parse_recipe(rest))
     if not _speaks():
@@ -64,7 +64,7 @@ def train(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """Measure one model or several, print one table, keep one JSON file each."""
     parser = _Parser(prog="cream-peft evaluate", description=evaluate.__doc__, allow_abbrev=False)
-    from .measure import add_options, evaluate_models
+    from .evals.run import add_options, evaluate_models
 
     add_options(parser)
     parser.add_argument("--paper", action="store_true", help="print what the paper reports for the same tasks")
@@ -96,7 +96,7 @@ def evaluate(arguments: list[str]) -> None:
 def lm_eval(arguments: list[str]) -> None:
     """Run the field's own benchmarks (EleutherAI's lm-eval) on adapters, with their RoPE scaled, and on bases."""
     parser = _Parser(prog="cream-peft lm-eval", description=lm_eval.__doc__, allow_abbrev=False)
-    from .measure import add_harness_options, run_lm_eval
+    from .evals.run import add_harness_options, run_lm_eval
 
     add_harness_options(parser)
     parser.add_argument("--json", metavar="FILE", help="write all results as one JSON")
@@ -123,10 +123,10 @@ def plan(arguments: list[str]) -> None:
     parser.add_argument("--gpu", help=f"plan for this card alone: {GPU_HELP}")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
     options, rest = parser.parse_known_args(arguments)
-    from .cards import find_card, parse_gpu
-    from .plan import lines_of
-    from .recipe import parse_recipe
-    from .train import base_config, plan_of
+    from .plan.advice import lines_of
+    from .plan.gpus import find_card, parse_gpu
+    from .train.recipe import parse_recipe
+    from .train.run import base_config, plan_of
 
     cards = {find_card(options.gpu) or options.gpu: parse_gpu(options.gpu)} if options.gpu else None
     recipe = parse_recipe([*(["--config", options.config] if options.config is not None else []), *rest])
@@ -148,8 +148,8 @@ def bench(arguments: list[str]) -> None:
     parser.add_argument("--memory_limit", "--memory-limit", metavar="GPU", help=limited)
     parser.add_argument("--json", metavar="FILE", help="write what was measured as JSON")
     options, rest = parser.parse_known_args(arguments)
-    from .bench import bench_recipe, lines_of, parse_bench
-    from .cards import parse_gpu
+    from .plan.gpus import parse_gpu
+    from .train.bench import bench_recipe, lines_of, parse_bench
 
     limit = parse_gpu(options.memory_limit) if options.memory_limit else None
     config = ["--config", options.config] if options.config is not None else []
@@ -169,7 +169,7 @@ def plot(arguments: list[str]) -> None:
     parser.add_argument("--title", default="")
     options = parser.parse_args(arguments)
     from .evals import read_results
-    from .plots import plot_results
+    from .evals.plots import plot_results
 
     for name in options.results:
         if not Path(name).is_file():
@@ -206,11 +206,11 @@ def push(arguments: list[str]) -> None:
     folder = Path(options.adapter)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; `cream-peft train` leaves an adapter in its output_dir")
-    from .hub import push_folder
+    from .publish.push import push_folder
 
     merged = Path(options.merged_dir or f"{folder}-merged")
     if options.with_merged:
-        from .merge import merge_adapter
+        from .publish.merge import merge_adapter
 
         # First, so that what cannot be merged is not published in half.
         merge_adapter(folder, merged, base_model=options.base_model)
@@ -230,7 +230,7 @@ def check(arguments: list[str]) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the adapter's repository")
     parser.add_argument("--json", metavar="FILE", help="write the table's content as JSON")
     options = parser.parse_args(arguments)
-    from .check import check_adapter
+    from .model.check import check_adapter
 
     rows = check_adapter(options.adapter, base_model=options.base_model, revision=options.revision)
     for row in rows:
@@ -254,7 +254,7 @@ def merge(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the summary as JSON")
     options = parser.parse_args(arguments)
-    from .merge import merge_adapter
+    from .publish.merge import merge_adapter
 
     summary = merge_adapter(
         options.adapter,

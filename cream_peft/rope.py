@@ -16,6 +16,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 ROPE_SCALING_TYPES = ("linear", "ntk", "yarn")
 """The values of rope_scaling_type; None leaves the base's RoPE as it is."""
 
+DEFAULT_FACTOR = 8
+"""Target length over the pretrained window, where none is given."""
+
 BASE_ROPE_TYPES = ("default", "llama3", "linear", "yarn")
 """rope_type of the bases accepted. The others (dynamic, longrope) change with the length of the input."""
 

@@ -32,14 +32,14 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from cream_peft import CREAMConfig, CREAMDataCollator, CREAMTrainer
-from cream_peft.collator import ROW_COLUMN
 from cream_peft.evals import embedded
-from cream_peft.evals.generation import answers, scored_answers
+from cream_peft.evals.answers import answers, scored_answers
 from cream_peft.evals.prompts import Writer
-from cream_peft.model import load_base, load_tokenizer
-from cream_peft.provenance import machine, versions
+from cream_peft.model.base import load_base, load_tokenizer
+from cream_peft.model.record import machine, versions
 from cream_peft.tiny import TINY_ID
-from cream_peft.tiny.recall import training_rows
+from cream_peft.tiny.documents import training_rows
+from cream_peft.train.collator import ROW_COLUMN
 
 WINDOW, TARGET, BATCH = 256, 2048, 16
 

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -17,14 +18,23 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cream_peft import CREAMConfig
-from cream_peft.recipe import parse_recipe
 from cream_peft.tiny import base_folder
-from cream_peft.train import run_recipe
+from cream_peft.train.recipe import parse_recipe
+from cream_peft.train.run import run_recipe
 
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
 
 WINDOW, TARGET = 64, 512
+ROOT = Path(__file__).parents[1]
+
+
+def load_script(path):
+    """A script of the repository that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cream_peft import rope
-from cream_peft.provenance import machine, versions
+from cream_peft.model.record import machine, versions
 from cream_peft.tiny import base_folder
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def memory(field: str) -> float:
 
 
 def merge_ours(folder: Path, max_shard_size: str) -> None:
-    from cream_peft.merge import merge_adapter
+    from cream_peft.publish.merge import merge_adapter
 
     merge_adapter(folder / "adapter", folder / "ours", base_model=str(folder / "base"), max_shard_size=max_shard_size)
 
@@ -95,7 +95,7 @@ MERGES = {"merge_adapter": merge_ours, "merge_and_unload": merge_plain}
 
 def measure_here(name: str, folder: Path, max_shard_size: str) -> dict[str, float]:
     """Merge in this process; what it took, in seconds and GiB."""
-    import cream_peft.merge  # noqa: F401  (its imports belong to the start, not to the merge)
+    import cream_peft.publish.merge  # noqa: F401  (its imports belong to the start, not to the merge)
 
     anonymous, done = [memory("RssAnon")], threading.Event()
 

@@ -14,9 +14,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from transformers.training_args import ParallelMode
 
-from cream_peft import CREAMConfig, cli, model
-from cream_peft.recipe import EMBEDDED_RECIPE, parse_recipe
+from cream_peft import CREAMConfig, cli
+from cream_peft.model import base as model
 from cream_peft.tiny import TINY_ID
+from cream_peft.train.recipe import EMBEDDED_RECIPE, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))

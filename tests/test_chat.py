@@ -9,9 +9,9 @@ from tokenizers.models import WordLevel
 
 from cream_peft import CREAMTrainer
 from cream_peft.chat import Chat, ChatError, ChatSettings, end_tokens, load_chat, read_document, talk
-from cream_peft.model import load_base
+from cream_peft.model.base import load_base
 from cream_peft.tiny import TINY_ID
-from cream_peft.tiny.recall import vocabulary
+from cream_peft.tiny.documents import vocabulary
 
 TEMPLATE = (
     "{% for m in messages %}{{ {'system': '.01 ', 'user': '.02 ', 'assistant': '.03 '}[m.role] + m.content + ' <s> ' }}"
@@ -267,7 +267,7 @@ def test_a_document_that_is_no_text_is_refused_by_name(tmp_path, content, reason
 
 
 def test_settings_that_cannot_be_had_are_refused_before_a_model_is_loaded(monkeypatch):
-    monkeypatch.setattr("cream_peft.kv_cache.is_hqq_available", lambda: False)
+    monkeypatch.setattr("cream_peft.model.kv_cache.is_hqq_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for settings, reason in [
         ({"kv_cache": "quantized"}, "pip install hqq"),

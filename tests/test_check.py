@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cream_peft import cli, load_adapter, rope
-from cream_peft.adapter import AdapterError
-from cream_peft.check import check_adapter
-from cream_peft.merge import merge_adapter
-from cream_peft.recipe import parse_recipe
+from cream_peft.model.check import check_adapter
+from cream_peft.model.record import AdapterError
+from cream_peft.publish.merge import merge_adapter
 from cream_peft.tiny import base_folder
-from cream_peft.train import run_recipe
+from cream_peft.train.recipe import parse_recipe
+from cream_peft.train.run import run_recipe
 
 
 def verdicts(folder, **options):

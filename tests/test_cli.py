@@ -17,8 +17,9 @@ import torch
 from hub_server import Hub, Repository
 from transformers import GPT2Config, LlamaConfig
 
-from cream_peft import cli, errors, train
+from cream_peft import cli, errors
 from cream_peft.tiny import base_folder
+from cream_peft.train import run as train
 
 COMMAND = [sys.executable, "-m", "cream_peft.cli"]
 LLAMA_2 = "model_name_or_path: meta-llama/Llama-2-7b-hf\ndataset_name: o/documents\ncontext_length: 4096\n"
@@ -284,8 +285,8 @@ def test_an_error_that_nobody_foresaw_names_its_type_and_points_to_debug():
 
 def test_one_projection_alone_can_be_the_target_of_lora(folder, monkeypatch):
     """TRL unwraps a list of one name, and PEFT reads a bare name as a pattern of whole paths."""
-    from cream_peft.model import lora_config
-    from cream_peft.recipe import parse_recipe
+    from cream_peft.model.base import lora_config
+    from cream_peft.train.recipe import parse_recipe
 
     arguments = parse_recipe(["--lora_target_modules", "q_proj"]).model
     assert arguments.lora_target_modules == "q_proj"  # control

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cream_peft.collator import DRAWS_PER_ROW, ROW_COLUMN, CREAMDataCollator
 from cream_peft.positions import POSITION_STRATEGIES
+from cream_peft.train.collator import DRAWS_PER_ROW, ROW_COLUMN, CREAMDataCollator
 
 
 def collator(**changes):

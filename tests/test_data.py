@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import get_training_chat_template
 
 from cream_peft import CREAMTrainer
-from cream_peft.data import DataError, load_documents, prepare_columns, to_messages, training_chat_template
+from cream_peft.train.data import DataError, load_documents, prepare_columns, to_messages, training_chat_template
 
 # The chat template of meta-llama/Llama-2-7b-chat-hf in other words: same output, no generation marks.
 LLAMA_2 = (

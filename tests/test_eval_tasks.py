@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.utils import is_hqq_available
 
-from cream_peft.evals import generation
+from cream_peft.evals import answers as generation
 from cream_peft.evals.kv_retrieval import PAPER_POSITIONS, kv_prompt, kv_retrieval
 from cream_peft.evals.longchat_lines import ADJECTIVES, NOUNS, PAPER_LENGTHS, _lines, lines_prompt, longchat_lines
 from cream_peft.evals.multikey_needle import multikey_needle, multikey_prompt
@@ -24,7 +24,7 @@ from cream_peft.evals.needle import NEEDLE, SENTENCES, needle, needle_prompt, sp
 from cream_peft.evals.passkey import passkey, passkey_prompt
 from cream_peft.evals.perplexity import perplexity, windows
 from cream_peft.evals.prompts import TaskError, Writer, dump_prompts, first_integer, generator
-from cream_peft.model import load_base
+from cream_peft.model.base import load_base
 from cream_peft.tiny import TINY_ID
 
 CHAT = (

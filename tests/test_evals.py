@@ -9,11 +9,14 @@ import pytest
 import tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cream_peft import cli, fit, memory, subjects
+from cream_peft import cli
 from cream_peft.evals import mean_by, recall, runner
+from cream_peft.evals import models as subjects
+from cream_peft.evals.models import Subject
+from cream_peft.evals.plots import plot_results
 from cream_peft.evals.table import table_of
-from cream_peft.plots import plot_results
-from cream_peft.subjects import Subject
+from cream_peft.model import base
+from cream_peft.plan import fit
 from cream_peft.tiny import TINY_ID
 
 
@@ -268,7 +271,7 @@ def test_perplexity_takes_texts_of_a_data_set_as_of_a_file(tmp_path, monkeypatch
 
 
 def test_the_kv_cache_is_chosen_by_what_the_gpu_has_free(monkeypatch):
-    llama = memory.embedded_config("meta-llama/Llama-2-7b-hf")
+    llama = base.embedded_config("meta-llama/Llama-2-7b-hf")
     assert fit.fitting_kv_cache(llama, 32_768) == "default"  # a CPU
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(fit, "is_hqq_available", lambda: True)

@@ -13,9 +13,9 @@ from cream_peft import CREAMTrainer, cli, load_adapter, rope
 from cream_peft.errors import explain
 from cream_peft.evals import harness
 from cream_peft.evals.harness import HarnessError, run_harness, table_of_harness
-from cream_peft.model import load_base
+from cream_peft.model.base import load_base
 from cream_peft.tiny import TINY_ID, base_folder
-from cream_peft.tiny.recall import FIRST_VALUE, VOCABULARY_SIZE, evaluation_document
+from cream_peft.tiny.documents import FIRST_VALUE, VOCABULARY_SIZE, evaluation_document
 
 tasks = pytest.importorskip("lm_eval.tasks")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")

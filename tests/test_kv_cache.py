@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache, Qwen3Config
 
-from cream_peft import kv_cache
-from cream_peft.kv_cache import AppendingHQQLayer, new_cache
+from cream_peft.model import kv_cache
+from cream_peft.model.kv_cache import AppendingHQQLayer, new_cache
 
 CONFIG = LlamaConfig(
     vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,

@@ -26,15 +26,14 @@ from trl.kernels import chunked_logprob
 from trl.models.activation_offloading import OffloadActivations
 from trl.trainer import utils as trl_utils
 
-from cream_peft import memory
-from cream_peft.kv_cache import new_cache
-from cream_peft.memory import (
+from cream_peft.model import kv_cache
+from cream_peft.model.base import EMBEDDED_CONFIGS, GIB, embedded_config
+from cream_peft.model.kv_cache import new_cache
+from cream_peft.plan import memory
+from cream_peft.plan.memory import (
     ATTENTION,
     CUDA_CONTEXT_GIB,
-    EMBEDDED_CONFIGS,
-    GIB,
     LM_HEAD_TILE,
-    embedded_config,
     estimate,
     estimate_evaluation,
     estimate_validation,
@@ -505,7 +504,7 @@ def test_the_peak_of_a_held_out_document_is_within_a_tenth(tmp_path, cuda_autoca
 
 def test_the_caches_order_themselves_at_long_lengths_and_4_bits_save_the_same_everywhere():
     config = embedded_config(LLAMA2)
-    totals = [estimate_evaluation(config, length=32_768, kv_cache=kind)["total"] for kind in memory.KV_CACHES]
+    totals = [estimate_evaluation(config, length=32_768, kv_cache=kind)["total"] for kind in kv_cache.KV_CACHES]
     assert totals == sorted(totals, reverse=True) and totals[0] > 16 + 3.6
     whole = estimate_evaluation(config, length=32_768, load_in_4bit=False)
     assert whole["total"] - totals[0] == pytest.approx(whole["weights"] - 3.11, abs=0.1)

@@ -13,10 +13,10 @@ from measure_merge import GIB, make_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from cream_peft import CREAMTrainer, load_adapter, merge
-from cream_peft.adapter import AdapterError
-from cream_peft.card import adapter_sha256
-from cream_peft.merge import MergeError, merge_adapter
+from cream_peft import CREAMTrainer, load_adapter
+from cream_peft.model.record import AdapterError, adapter_sha256
+from cream_peft.publish import merge
+from cream_peft.publish.merge import MergeError, merge_adapter
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -7,10 +7,10 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from cream_peft import CREAMTrainer, load_adapter, rope
-from cream_peft.adapter import AdapterError
-from cream_peft.model import load_base, load_tokenizer, lora_config
-from cream_peft.recipe import parse_recipe
+from cream_peft.model.base import load_base, load_tokenizer, lora_config
+from cream_peft.model.record import AdapterError
 from cream_peft.tiny import TINY_ID
+from cream_peft.train.recipe import parse_recipe
 
 
 @pytest.fixture

@@ -12,12 +12,16 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cream_peft import cli, errors, fit, memory, plan, train
-from cream_peft.cards import CARDS, TFLOPS, find_card, parse_gpu
-from cream_peft.measure import add_options
-from cream_peft.memory import ATTENTION, embedded_config, estimate, estimate_evaluation, estimate_validation
-from cream_peft.plan import advise, advise_evaluation, advise_validation, in_words, training_flops
-from cream_peft.recipe import parse_recipe
+from cream_peft import cli, errors
+from cream_peft.evals.run import add_options
+from cream_peft.model.base import embedded_config
+from cream_peft.plan import advice as plan
+from cream_peft.plan import fit, memory
+from cream_peft.plan.advice import advise, advise_evaluation, advise_validation, in_words, training_flops
+from cream_peft.plan.gpus import CARDS, TFLOPS, find_card, parse_gpu
+from cream_peft.plan.memory import ATTENTION, estimate, estimate_evaluation, estimate_validation
+from cream_peft.train import run as train
+from cream_peft.train.recipe import parse_recipe
 
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 LLAMA2, LLAMA2_13B, QWEN3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf", "Qwen/Qwen3-8B-Base"
@@ -387,9 +391,9 @@ def test_a_base_that_cannot_be_planned_still_gets_the_general_line(tmp_path, mon
     recipe = tiny_run(tmp_path)
     config = train.base_config(recipe)
     monkeypatch.setattr(config, "num_experts", 8, raising=False)
-    with pytest.raises(MemoryError) as caught, fit.memory_explained(recipe, config):
+    with pytest.raises(MemoryError) as caught, train.memory_explained(recipe, config):
         raise MemoryError
     assert errors.explain(caught.value) == errors.OUT_OF_MEMORY
-    with pytest.raises(KeyError) as other, fit.memory_explained(recipe, config):
+    with pytest.raises(KeyError) as other, train.memory_explained(recipe, config):
         raise KeyError("x")
     assert not getattr(other.value, "__notes__", [])

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
-from cream_peft import plots
-from cream_peft.plots import (
+from cream_peft.evals import plots
+from cream_peft.evals.plots import (
     accuracy_figure,
     depth_figure,
     heatmap_figure,

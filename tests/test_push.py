@@ -15,13 +15,13 @@ from hub_server import Hub, Repository
 from huggingface_hub import ModelCard, constants
 
 from cream_peft import cli
-from cream_peft.adapter import AdapterError, read_description
-from cream_peft.card import adapter_sha256, vllm_command
-from cream_peft.hub import PushError, push_folder
-from cream_peft.merge import merge_adapter
-from cream_peft.recipe import parse_recipe
+from cream_peft.model.record import AdapterError, adapter_sha256, read_description
+from cream_peft.publish.card import vllm_command
+from cream_peft.publish.merge import merge_adapter
+from cream_peft.publish.push import PushError, push_folder
 from cream_peft.tiny import base_folder
-from cream_peft.train import run_recipe
+from cream_peft.train.recipe import parse_recipe
+from cream_peft.train.run import run_recipe
 
 REPO = "someone/adapter"
 COMPLETE = {"adapter_model.safetensors", "adapter_config.json", "base_config/config.json", "cream.json", "README.md"}

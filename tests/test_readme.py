@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cream_peft.evals import mean_by
-from cream_peft.recipe import DATACLASSES, EMBEDDED_RECIPE
+from cream_peft.train.recipe import DATACLASSES, EMBEDDED_RECIPE
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cream_peft import cards, memory, train
-from cream_peft.adapter import load_adapter
-from cream_peft.model import load_base
-from cream_peft.recipe import RecipeError, parse_recipe
+from cream_peft.model import base
+from cream_peft.model.adapter import load_adapter
+from cream_peft.model.base import load_base
+from cream_peft.plan import gpus as cards
 from cream_peft.rope import pretrained_window
+from cream_peft.train import run as train
+from cream_peft.train.recipe import RecipeError, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -98,7 +100,7 @@ def test_a_misspelt_key_is_refused_by_name(path, tmp_path):
 @PER_RECIPE
 def test_file_name_and_header_agree_with_the_settings(path):
     recipe = parse_recipe(["--config", str(path)])
-    config = memory.embedded_config(recipe.model.model_name_or_path)
+    config = base.embedded_config(recipe.model.model_name_or_path)
     method = "qlora" if recipe.model.load_in_4bit else "lora"
     window, target = pretrained_window(config), recipe.run.target_length
     assert path.stem == f"{recipe.run.position_strategy}-{shortened(window)}-{shortened(target)}-{method}"
@@ -108,7 +110,7 @@ def test_file_name_and_header_agree_with_the_settings(path):
 @PER_RECIPE
 def test_the_header_quotes_the_planned_peak_and_a_card_that_holds_it(path):
     recipe, header = parse_recipe(["--config", str(path)]), header_of(path)
-    planned = train.plan_of(recipe, memory.embedded_config(recipe.model.model_name_or_path))["terms"]["total"]
+    planned = train.plan_of(recipe, base.embedded_config(recipe.model.model_name_or_path))["terms"]["total"]
     assert header["Peak"] == f"{planned:.1f} GiB planned by cream-peft plan, not run"
     size = re.search(r"of (\d+) GB", header["Hardware"])[1]
     assert planned < min(gib for card, gib in cards.CARDS.items() if card.endswith(f" {size}GB"))
@@ -134,7 +136,7 @@ def tiny_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
 
 def tiny_base(recipe, folder: Path) -> None:
     """A random model of the recipe's architecture, rope_type and ratio of heads, its lengths shrunk to CONTEXT."""
-    config = memory.embedded_config(recipe.model.model_name_or_path)
+    config = base.embedded_config(recipe.model.model_name_or_path)
     config.num_key_value_heads = 8 * config.num_key_value_heads // config.num_attention_heads
     config.num_attention_heads, config.head_dim = 8, 16
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 64, 96, 2
@@ -288,7 +290,7 @@ def test_cream_json_holds_the_positions_of_the_recipe(trained):
     assert (positions["context_length"], positions["factor"]) == (CONTEXT, factor)
     assert positions["sigma"] == (run.sigma or 3 * factor / 8)
     assert (found["target_length"], found["rope_scaling_type"]) == (trained.target_length, run.rope_scaling_type)
-    window = pretrained_window(memory.embedded_config(trained.written.model.model_name_or_path))
+    window = pretrained_window(base.embedded_config(trained.written.model.model_name_or_path))
     assert found["target_length"] / found["pretrained_window"] == run.target_length / window
     assert found["recipe"]["learning_rate"] == run.learning_rate
     assert found["seed"] == run.seed

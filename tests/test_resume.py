@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from cream_peft.evals import evaluate, read_results
-from cream_peft.recipe import parse_recipe
-from cream_peft.train import newest_checkpoint, run_recipe
+from cream_peft.train.recipe import parse_recipe
+from cream_peft.train.run import newest_checkpoint, run_recipe
 
 TRAIN = ["--max_steps", "9", "--save_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4",
          "--held_out_documents", "8", "--eval_strategy", "steps", "--eval_steps", "2"]  # fmt: skip

@@ -143,7 +143,7 @@ def test_rows_have_names_of_their_own_and_gpu_rows_three_seeds_where_it_counts(c
 
 
 def test_every_training_command_parses(compare, monkeypatch, tmp_path):
-    from cream_peft.recipe import parse_recipe
+    from cream_peft.train.recipe import parse_recipe
 
     asked = []
     monkeypatch.setattr(compare, "call", lambda arguments, *others: asked.append(arguments))

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cream_peft.tiny import base_folder
-from cream_peft.tiny import make_base as making
-from cream_peft.tiny import recall as task
-from cream_peft.tiny.make_base import make_base, make_tokenizer
+from cream_peft.tiny import documents as task
 
+making = load_script("recipes/cream-peft-tiny/make_base.py")
 needs_base = pytest.mark.skipif(not (base_folder() / "config.json").exists(), reason="the checkpoint is not made yet")
 
 
@@ -161,7 +161,7 @@ def test_a_model_that_knows_only_the_first_tenth_is_right_there_and_nowhere_else
 
 
 def test_the_tokenizer_gives_back_the_ids_it_wrote(tmp_path):
-    make_tokenizer().save_pretrained(tmp_path)
+    making.make_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     everything = list(range(task.VOCABULARY_SIZE))
     assert tokenizer(tokenizer.decode(everything)).input_ids == everything
@@ -172,7 +172,7 @@ def test_the_tokenizer_gives_back_the_ids_it_wrote(tmp_path):
 def test_make_base_leaves_a_loadable_folder_and_the_same_seed_the_same_weights(tmp_path):
     weights = []
     for name in ("first", "second"):
-        make_base(tmp_path / name, seed=3, steps=2, minimum_recall=0.0, documents=2)
+        making.make_base(tmp_path / name, seed=3, steps=2, minimum_recall=0.0, documents=2)
         weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     origin = json.loads((tmp_path / "first" / "origin.json").read_text())
@@ -182,7 +182,7 @@ def test_make_base_leaves_a_loadable_folder_and_the_same_seed_the_same_weights(t
 
 def test_make_base_refuses_a_model_that_did_not_learn(tmp_path):
     with pytest.raises(RuntimeError, match="try another seed"):
-        make_base(tmp_path / "base", seed=3, steps=1, documents=2)
+        making.make_base(tmp_path / "base", seed=3, steps=1, documents=2)
     assert not (tmp_path / "base").exists()
 
 
@@ -211,4 +211,4 @@ def test_the_shipped_checkpoint_is_small_and_complete():
     files = {path.name: path.stat().st_size for path in base_folder().iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "origin.json"} <= set(files)
     assert sum(files.values()) < 3 * 2**20
-    assert AutoTokenizer.from_pretrained(base_folder()).get_vocab() == make_tokenizer().get_vocab()
+    assert AutoTokenizer.from_pretrained(base_folder()).get_vocab() == making.make_tokenizer().get_vocab()

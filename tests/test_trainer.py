@@ -13,9 +13,9 @@ from transformers.masking_utils import create_causal_mask
 from trl import SFTConfig, SFTTrainer
 
 from cream_peft import CREAMTrainer, rope
-from cream_peft.collator import ROW_COLUMN, CREAMDataCollator
-from cream_peft.model import keep_4bit_trainable_on_cpu, quantization_config
-from cream_peft.proof import PositionError
+from cream_peft.model.base import keep_4bit_trainable_on_cpu, quantization_config
+from cream_peft.train.collator import ROW_COLUMN, CREAMDataCollator
+from cream_peft.train.preflight import PositionError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tiny.recall import (
+from ..tiny.documents import (
     CELL,
     EVALUATION_DENSITY,
     FIRST_KEY,

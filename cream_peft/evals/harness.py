@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import rope
 from ..errors import about
-from ..provenance import machine, versions
+from ..model.record import machine, versions
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 LEFT_OUT = ("pretty_env_info", "git_hash", "upper_git_hash")

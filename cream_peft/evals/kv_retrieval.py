@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import embedded
-from .generation import measure
+from .answers import measure
 from .prompts import QUARTERS, Drawn, Prompt, TaskError, Writer, contains, generator, position
 
 PAPER_POSITIONS = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .generation import measure
+from .answers import measure
 from .prompts import FIFTHS, Drawn, Prompt, Writer, first_integer, generator, one_of, position
 
 PAPER_LENGTHS = (

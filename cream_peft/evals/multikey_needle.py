@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from .generation import measure
+from .answers import measure
 from .needle import CITIES, HIGHEST, INSTRUCTION, LOWEST, NEEDLE, QUESTION, drawn_haystack, split_sentences
 from .prompts import Prompt, TaskError, Writer, first_integer, generator
 

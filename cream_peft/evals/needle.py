@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import embedded
-from .generation import measure
+from .answers import measure
 from .prompts import Drawn, Prompt, TaskError, Writer, contains, first_integer, generator, one_of, read_texts
 
 NEEDLE = "The special magic number of {city} is {answer}."

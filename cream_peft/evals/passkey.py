@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from .generation import measure
+from .answers import measure
 from .prompts import FIFTHS, Prompt, Writer, first_integer, generator
 
 # epfml/landmark-attention, llama/run_test.py

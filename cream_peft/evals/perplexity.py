@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..kv_cache import new_cache
-from .generation import CHUNK_LENGTH, chunked_logits
+from ..model.kv_cache import new_cache
+from .answers import CHUNK_LENGTH, chunked_logits
 from .prompts import TaskError, encode, read_texts
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tiny.recall import VOCABULARY_SIZE, evaluate_recall, evaluation_document
+from ..tiny.documents import VOCABULARY_SIZE, evaluate_recall, evaluation_document
 
 TENTHS = 10
 

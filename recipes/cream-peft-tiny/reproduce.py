@@ -81,8 +81,8 @@ def trained(folder: Path, run: dict[str, Any], scratch: str) -> Any:
     from peft import LoraConfig
 
     from cream_peft import CREAMConfig, CREAMTrainer
-    from cream_peft.model import load_base, load_tokenizer
-    from cream_peft.tiny.recall import training_rows
+    from cream_peft.model.base import load_base, load_tokenizer
+    from cream_peft.tiny.documents import training_rows
 
     scaling = None if run["scaling"] == "none" else run["scaling"]
     model = load_base(str(folder), target_length=TARGET, rope_scaling_type=scaling, load_in_4bit=False)
@@ -256,7 +256,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 def report(output: Path) -> None:
     """Write reproduce.json and reproduce.png from the runs that are done."""
-    from cream_peft.trainer import machine, versions
+    from cream_peft.train.trainer import machine, versions
 
     runs = read_runs(output / "runs.jsonl")
     summary = summarise(runs)

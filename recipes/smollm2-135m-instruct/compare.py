@@ -27,7 +27,7 @@ from cream_peft.cli import main as cream_peft
 from cream_peft.evals import file_name
 from cream_peft.evals.statistics import wilson_interval
 from cream_peft.evals.table import compare_cells, difference_in_words, mean_loss
-from cream_peft.provenance import machine, versions
+from cream_peft.model.record import machine, versions
 
 HOME = Path("runs/smollm2-135m-instruct")
 RECIPE = Path(__file__).parent / "cream-8k-64k-qlora.yaml"

@@ -69,7 +69,7 @@ CASES = _cases()
 
 
 def train_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[str, Any]:
-    from cream_peft.bench import bench_recipe
+    from cream_peft.train.bench import bench_recipe
 
     return bench_recipe(recipe, limit)
 
@@ -79,7 +79,7 @@ def profile_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from cream_peft.bench import bench_recipe
+    from cream_peft.train.bench import bench_recipe
 
     on_gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
@@ -99,9 +99,9 @@ def trl_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[str
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from cream_peft import bench
-    from cream_peft.model import load_tokenizer
-    from cream_peft.train import base_config
+    from cream_peft.model.base import load_tokenizer
+    from cream_peft.train import bench
+    from cream_peft.train.run import base_config
 
     config, run, arguments = base_config(recipe), recipe.run, recipe.model
     run.resolve(config.max_position_embeddings)
@@ -136,12 +136,12 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
     import torch
     from peft import get_peft_model
 
-    from cream_peft import bench, memory
-    from cream_peft.evals.generation import chunked_logits
-    from cream_peft.kv_cache import new_cache
-    from cream_peft.memory import PREFILL_CHUNK
-    from cream_peft.model import lora_config
-    from cream_peft.train import base_config
+    from cream_peft.evals.answers import chunked_logits
+    from cream_peft.model.base import lora_config
+    from cream_peft.model.kv_cache import PREFILL_CHUNK, new_cache
+    from cream_peft.plan import memory
+    from cream_peft.train import bench
+    from cream_peft.train.run import base_config
 
     config = base_config(recipe)
     recipe.run.resolve(config.max_position_embeddings)
@@ -175,11 +175,10 @@ def run_case(name: str, tiny: bool) -> dict[str, Any]:
     """Measure one case in this process: what it found, with its status."""
     import torch
 
-    from cream_peft.bench import parse_bench, peaks
-    from cream_peft.cards import parse_gpu
-    from cream_peft.fit import plan_of
-    from cream_peft.provenance import machine, versions
-    from cream_peft.train import base_config
+    from cream_peft.model.record import machine, versions
+    from cream_peft.plan.gpus import parse_gpu
+    from cream_peft.train.bench import parse_bench, peaks
+    from cream_peft.train.run import base_config, plan_of
 
     case, arguments = CASES[name], CASES[name]["arguments"]
     if tiny:

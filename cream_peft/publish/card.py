@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .evals import mean_by
-from .evals.table import of_task, tasks_in
-from .tiny import TINY_ID
+from ..evals import mean_by
+from ..evals.table import of_task, tasks_in
+from ..model.record import adapter_sha256
+from ..tiny import TINY_ID
 
 BODY = """# {title}
 
@@ -102,15 +102,6 @@ python convert_hf_to_gguf.py FOLDER --outfile model.gguf  # a script of llama.cp
 LINEAR_GGUF = """# linear scaling: say the length, or llama-server stops at the base's window
 gguf-set-metadata model.gguf llama.context_length {target} --force
 """
-
-
-def adapter_sha256(folder: Path) -> str | None:
-    """The digest by which results name the adapter they were measured on."""
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_own(result: dict[str, Any], folder: Path, description: dict[str, Any]) -> bool:

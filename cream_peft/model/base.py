@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 import json
@@ -24,10 +25,13 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from . import rope
-from .errors import about
-from .tiny import TINY_ID, base_folder
+from .. import rope
+from ..errors import about
+from ..tiny import TINY_ID, base_folder
 
+GIB = 2**30
+EMBEDDED_CONFIGS = json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
+"""Hub id -> config of the recipes' bases, so that planning needs no network."""
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -210,3 +214,9 @@ def lora_config(arguments: Any) -> LoraConfig:
         use_dora=arguments.use_dora,
         task_type="CAUSAL_LM",
     )
+
+
+def embedded_config(model_id: str) -> PreTrainedConfig | None:
+    """The config of one of the recipes' bases; None for any other."""
+    fields = EMBEDDED_CONFIGS.get(model_id)
+    return AutoConfig.for_model(**copy.deepcopy(fields)) if fields else None

@@ -21,12 +21,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from . import rope
-from .adapter import Adapter, open_adapter, refuse_other_weights
-from .card import adapter_sha256, write_card
-from .errors import about
-from .memory import GIB
-from .model import load_tokenizer, make_tokenizer_readable, resolve_base
+from .. import rope
+from ..errors import about
+from ..model.adapter import Adapter, open_adapter, refuse_other_weights
+from ..model.base import GIB, load_tokenizer, make_tokenizer_readable, resolve_base
+from ..model.record import adapter_sha256
+from .card import write_card
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from . import positions
+from .. import positions
 
 ROW_COLUMN = "document_row"
 IGNORE_INDEX = -100

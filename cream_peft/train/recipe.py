@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from ..tiny import base_folder
 from .config import CREAMConfig, CREAMDataArguments, CREAMModelArguments
 
-EMBEDDED_RECIPE = Path(__file__).parent / "tiny" / "recipe.yaml"
+EMBEDDED_RECIPE = base_folder().parent / "recipe.yaml"
 DATACLASSES = (CREAMDataArguments, CREAMConfig, CREAMModelArguments)
 # Where a run happened and with whose token is nobody's business but the user's.
 PRIVATE = {"hub_token", "push_to_hub_token", "output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "env"}

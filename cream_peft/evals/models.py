@@ -10,13 +10,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import rope
-from .adapter import adapter_folder, is_adapter, load_adapter, read_description
-from .card import adapter_sha256
-from .config import DEFAULT_FACTOR
-from .errors import about
-from .evals import file_name
-from .model import load_base, load_tokenizer, resolve_base
+from .. import rope
+from ..errors import about
+from ..model.adapter import adapter_folder, load_adapter
+from ..model.base import load_base, load_tokenizer, resolve_base
+from ..model.record import adapter_sha256, is_adapter, read_description
+from ..rope import DEFAULT_FACTOR
+from . import file_name
 
 
 @dataclass

@@ -13,8 +13,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset,
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from .errors import about
-from .tiny import TINY_ID
+from ..errors import about
+from ..tiny import TINY_ID
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _split_of(loaded: Dataset | DatasetDict, name: str, split: str) -> Dataset:
 
 
 def _embedded_documents() -> Dataset:
-    from .tiny import recall
+    from ..tiny import documents as recall
 
     return Dataset.from_dict(recall.training_rows(2500, 256, seed=1))
 
@@ -200,7 +200,7 @@ def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """
     if not tokenizer.chat_template or isinstance(tokenizer.chat_template, dict):
         return None
-    for file in files("cream_peft").joinpath("chat_templates").iterdir():
+    for file in files("cream_peft").joinpath("train/chat_templates").iterdir():
         ours = file.read_text(encoding="utf-8")
         # A template may refuse the probe.
         with suppress(Exception):

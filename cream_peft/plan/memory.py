@@ -2,17 +2,16 @@
 
 The stack described: NF4 base with double quantization (or bf16), embeddings, norms and head in bf16, LoRA in fp32
 under bf16 autocast, sdpa or flash attention, TRL's chunked LM head. tests/test_memory.py checks the terms against
-real allocations; cuda_context is an assumption. plan.py makes cards, hours and advice of them.
+real allocations; cuda_context is an assumption. advice.py makes cards, hours and advice of them.
 """
 
-import copy
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-GIB = 2**30
+from ..model.base import GIB
+from ..model.kv_cache import PREFILL_CHUNK
 
 # Assumed: 0.3 to 0.5 GiB for the CUDA context and its kernels, the rest for cuBLAS workspaces and fragmentation.
 CUDA_CONTEXT_GIB = 0.75
@@ -27,9 +26,6 @@ OFFLOAD_STASH = 5
 TRAINING_PHASES = (("recomputation", "quantization"), ("logits",))
 READING_PHASES = (("activations", "quantization"), ("attention",))
 
-KV_CACHES = ("default", "quantized", "offloaded")
-# Tokens that `cream-peft chat` reads at once: attention then needs this times the length, never the length squared.
-PREFILL_CHUNK = 2048
 # HQQ in 4 bits: half a byte, and in 16 bits a scale and a zero per group of 32.
 HQQ_BYTES = 0.5 + 2 * 2 / 32
 # While HQQ 0.2.8 quantizes the keys of a chunk, bytes for each of them on a GPU: keys and values in 16 bits, as they
@@ -39,31 +35,7 @@ HQQ_WORK_BYTES = 8 + 6 + 16
 # And while a piece is unpacked beside the layer's keys and values: 8 as above, three 16-bit tensors.
 HQQ_UNPACK_BYTES = 8 + 6
 
-_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_FIELDS += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3 |= {"original_max_position_embeddings": 8192}
-_LLAMA2_7B = ("llama", 32_000, 4096, 11_008, 32, 32, 32, 4096, 1e-5, {"rope_theta": 1e4})
-_ARCHITECTURES: dict[str, tuple[Any, ...]] = {
-    "meta-llama/Llama-2-7b-hf": _LLAMA2_7B,
-    "meta-llama/Llama-2-7b-chat-hf": _LLAMA2_7B,
-    "meta-llama/Llama-2-13b-hf": ("llama", 32_000, 5120, 13_824, 40, 40, 40, 4096, 1e-5, {"rope_theta": 1e4}),
-    "meta-llama/Llama-3.1-8B": ("llama", 128_256, 4096, 14_336, 32, 32, 8, 131_072, 1e-5, _LLAMA3),
-    "mistralai/Mistral-7B-v0.3": ("mistral", 32_768, 4096, 14_336, 32, 32, 8, 32_768, 1e-5, {"rope_theta": 1e6}),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", 49_152, 576, 1536, 30, 9, 3, 8192, 1e-5, {"rope_theta": 1e5}),
-    "Qwen/Qwen3-8B-Base": ("qwen3", 151_936, 4096, 12_288, 36, 32, 8, 32_768, 1e-6, {"rope_theta": 1e6}),
-}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-# The architecture of the recipes' bases, so that planning needs no network.
-EMBEDDED_CONFIGS = {name: dict(zip(_FIELDS, values, strict=True)) for name, values in _ARCHITECTURES.items()}
-EMBEDDED_CONFIGS["mistralai/Mistral-7B-v0.3"]["sliding_window"] = None
-EMBEDDED_CONFIGS["HuggingFaceTB/SmolLM2-135M-Instruct"]["tie_word_embeddings"] = True
-
-
-def embedded_config(model_id: str) -> PreTrainedConfig | None:
-    """The config of one of the recipes' bases; None for any other."""
-    fields = EMBEDDED_CONFIGS.get(model_id)
-    return AutoConfig.for_model(**copy.deepcopy(fields)) if fields else None
 
 
 def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:

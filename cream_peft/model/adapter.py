@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import rope
-from .errors import about
-from .model import load_base, load_tokenizer, resolve_base
+from .. import rope
+from ..errors import about
+from .base import load_base, load_tokenizer, resolve_base
+from .record import FINGERPRINT_TOLERANCE, REQUIRED_FILES, AdapterError, fingerprint, read_description
 
-REQUIRED_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_config/config.json", "cream.json"]
-MERGED_FILES = ["config.json", "cream.json"]
 ADAPTER_FILES = [*REQUIRED_FILES, "config.json", "*token*", "*.jinja"]
-DESCRIBED = ("base_model", "pretrained_window", "target_length", "rope_scaling_type")
 CHECKPOINTS = ["last-checkpoint/*", "checkpoint-*/*"]
 SHAPE_FIELDS = (
     "model_type",
@@ -34,13 +30,6 @@ SHAPE_FIELDS = (
     "head_dim",
 )
 HUB_OPTIONS = ("token", "cache_dir", "trust_remote_code")
-FINGERPRINT_VALUES = 32
-FINGERPRINT_TOLERANCE = 0.01
-"""Relative; rounding to bfloat16 changes a value by at most 0.004."""
-
-
-class AdapterError(ValueError):
-    """An adapter folder that is incomplete, or a base that is not the one it was trained on."""
 
 
 def adapter_folder(repo_or_dir: str | Path, **hub_kwargs: Any) -> Path:
@@ -54,11 +43,6 @@ def adapter_folder(repo_or_dir: str | Path, **hub_kwargs: Any) -> Path:
     return Path(found)
 
 
-def is_adapter(repo_or_dir: str | Path) -> bool:
-    """Whether a local folder holds an adapter."""
-    return (Path(repo_or_dir) / "adapter_config.json").is_file()
-
-
 def _refuse_other_base(found: PreTrainedConfig, trained: PreTrainedConfig, scaling: dict[str, Any], name: str) -> None:
     scaled = rope.scaled_config(found, scaling["target_length"], scaling["rope_scaling_type"])
     pairs = [(field, getattr(scaled, field, None), getattr(trained, field, None)) for field in SHAPE_FIELDS]
@@ -70,15 +54,6 @@ def _refuse_other_base(found: PreTrainedConfig, trained: PreTrainedConfig, scali
                 f"{name} is not the base this adapter was trained on: its {field} is {got}, trained with {wanted}. "
                 "Pass base_model with the right Hub id or folder"
             )
-
-
-def fingerprint(model: PreTrainedModel) -> list[float]:
-    """Some values of the input embeddings, which quantization leaves alone: they tell bases of one shape apart."""
-    weight = model.get_input_embeddings().weight.detach().flatten()
-    if not weight.is_floating_point() or weight.is_meta or len(weight) < FINGERPRINT_VALUES:
-        return []
-    places = torch.linspace(0, len(weight) - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
-    return [float(f"{value:.4g}") for value in weight[places.to(weight.device)].float().tolist()]
 
 
 def refuse_other_weights(model: PreTrainedModel, adapter: Adapter) -> None:
@@ -96,43 +71,6 @@ def refuse_other_weights(model: PreTrainedModel, adapter: Adapter) -> None:
             f"{adapter.base_name} has other weights than the base this adapter was trained on "
             f"({adapter.description['base_model']}): its embeddings differ. Pass base_model with the right one"
         )
-
-
-def read_description(folder: Path, name: str) -> dict[str, Any]:
-    """What cream.json says of the adapter (or merged model) in `folder`, once all of its files are there.
-
-    `name` is for the error.
-    """
-    is_merged = (folder / "config.json").is_file() and not is_adapter(folder)
-    for required in MERGED_FILES if is_merged else REQUIRED_FILES:
-        if not (folder / required).is_file():
-            raise AdapterError(
-                f"{name} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter "
-                "does not say how its base was scaled; train it again with `cream-peft train`"
-            )
-    refuse_damaged(folder, name)
-    description = json.loads((folder / "cream.json").read_text(encoding="utf-8"))
-    missing = [key for key in DESCRIBED if key not in description]
-    if missing:
-        raise AdapterError(f"cream.json of {name} does not say {', '.join(missing)}: get the adapter again")
-    return description
-
-
-def refuse_damaged(folder: Path, name: str) -> None:
-    """Raise an AdapterError for a file of an adapter or merged model that cannot be read, or is missing a part."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        for file in sorted(path for path in folder.glob("*.json") if path != folder / "trainer_state.json"):
-            json.loads(file.read_text(encoding="utf-8"))
-        weights = list(folder.glob("*.safetensors"))
-        if index.is_file():
-            weights += [folder / part for part in set(json.loads(index.read_text())["weight_map"].values())]
-        for file in weights:
-            # The header is held against the file's length.
-            with safe_open(file, "pt"):
-                pass
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(f"{file.name} of {name} is missing or damaged ({error}): get it again") from error
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Makes the shipped checkpoint: a 0.43 M parameter Llama that recalls inside its window of 256 tokens, and not beyond.
 
-python -m cream_peft.tiny.make_base --output DIR [--seed 0]     (about 3 minutes on two CPU cores)
+python recipes/cream-peft-tiny/make_base.py --output DIR [--seed 0]     (about 3 minutes on two CPU cores)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-from cream_peft.tiny.recall import BEGIN, VOCABULARY_SIZE, evaluate_recall, training_document, vocabulary
+from cream_peft.tiny.documents import BEGIN, VOCABULARY_SIZE, evaluate_recall, training_document, vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
-from . import hub, rope
-from .adapter import fingerprint
-from .card import write_card
-from .collator import ROW_COLUMN, CREAMDataCollator
-from .config import CREAMConfig
-from .data import fit_short_documents, training_chat_template
-from .model import (
+from .. import rope
+from ..model.base import (
     check_module_names,
     keep_4bit_trainable_on_cpu,
     keep_adapter_in_fp32,
@@ -32,10 +27,15 @@ from .model import (
     load_tokenizer,
     make_tokenizer_readable,
 )
-from .positions import SIGMA_PER_FACTOR
-from .proof import prove_positions
-from .provenance import machine, peak_gib, versions
-from .tiny import TINY_ID, base_folder
+from ..model.record import fingerprint, machine, peak_gib, versions
+from ..positions import SIGMA_PER_FACTOR
+from ..publish import push as hub
+from ..publish.card import write_card
+from ..tiny import TINY_ID, base_folder
+from .collator import ROW_COLUMN, CREAMDataCollator
+from .config import CREAMConfig
+from .data import fit_short_documents, training_chat_template
+from .preflight import prove_positions
 
 logger = logging.getLogger(__name__)
 

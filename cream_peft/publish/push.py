@@ -17,10 +17,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
 
-from .adapter import read_description
+from ..evals import file_name, read_results
+from ..evals.table import tasks_in
+from ..model.record import read_description
 from .card import is_own, write_card
-from .evals import file_name, read_results
-from .evals.table import tasks_in
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def _read_results(files: Iterable[str | Path], folder: Path, description: dict[s
 
 def _stage_results(results: dict[str, dict[str, Any]], folder: Path) -> None:
     """Write results and a picture a task to <folder>/results."""
-    from .plots import plot_results
+    from ..evals.plots import plot_results
 
     (folder / "results").mkdir()
     for label, result in results.items():

@@ -7,12 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .cards import CARDS, TFLOPS
+from ..model.kv_cache import KV_CACHES, PREFILL_CHUNK
+from .gpus import CARDS, TFLOPS
 from .memory import (
     ATTENTION,
     CUDA_CONTEXT_GIB,
-    KV_CACHES,
-    PREFILL_CHUNK,
     READING_PHASES,
     TRAINING_PHASES,
     attention_widths,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from ..kv_cache import new_cache
+from ..model.kv_cache import new_cache
 from .prompts import Prompt, TaskError, Writer, dump_prompts
 
 CHUNK_LENGTH = 1024

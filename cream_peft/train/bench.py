@@ -15,15 +15,14 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PrinterCallback, ProgressCallback, TrainerCallback
 
-from . import memory
-from .cards import TFLOPS, find_card
-from .fit import memory_explained, plan_of
-from .model import base_options, load_base, load_tokenizer, lora_config
-from .plan import training_flops
-from .provenance import machine, versions
+from ..model.base import base_options, load_base, load_tokenizer, lora_config
+from ..model.record import machine, versions
+from ..plan import memory
+from ..plan.advice import training_flops
+from ..plan.gpus import TFLOPS, find_card
+from ..tiny import TINY_ID
 from .recipe import Recipe, RecipeError, parse_recipe
-from .tiny import TINY_ID
-from .train import CPU_PARAMETERS, base_config
+from .run import CPU_PARAMETERS, base_config, memory_explained, plan_of
 from .trainer import CREAMTrainer
 
 MOST_ACCUMULATION = 2

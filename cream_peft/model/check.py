@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
-from . import rope
-from .adapter import adapter_folder, open_adapter, read_description
+from .. import rope
+from .adapter import adapter_folder, open_adapter
+from .record import read_description
 
 PRIVATE_FILES = ("training_args.bin", "optimizer.pt")
 

@@ -9,13 +9,12 @@ import torch
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from .model import default_dtype, expand_cuda_segments
-from .positions import POSITION_STRATEGIES
-from .rope import ROPE_SCALING_TYPES
+from ..model.base import default_dtype, expand_cuda_segments
+from ..positions import POSITION_STRATEGIES
+from ..rope import DEFAULT_FACTOR, ROPE_SCALING_TYPES
 
 SHORT_DOCUMENTS = ("shrink", "skip", "join")
 MEMORY_SETTINGS = ("default", "low")
-DEFAULT_FACTOR = 8
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> None:

@@ -10,18 +10,17 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .config import DEFAULT_FACTOR
-from .data import load_documents
-from .evals import TASKS, evaluate
-from .evals.harness import run_harness
-from .evals.prompts import STYLES, TEXT_SUFFIXES
-from .fit import fitting_kv_cache, reading_explained
-from .kv_cache import refuse_unusable
-from .memory import KV_CACHES
-from .model import load_tokenizer
-from .provenance import machine, versions
-from .subjects import Subject, load_subject, open_subject, public_name, result_file, subjects_of
-from .tiny.recall import VOCABULARY_SIZE
+from ..model.base import load_tokenizer
+from ..model.kv_cache import KV_CACHES, refuse_unusable
+from ..model.record import machine, versions
+from ..plan.fit import fitting_kv_cache, reading_explained
+from ..rope import DEFAULT_FACTOR
+from ..tiny.documents import VOCABULARY_SIZE
+from ..train.data import load_documents
+from . import TASKS, evaluate
+from .harness import run_harness
+from .models import Subject, load_subject, open_subject, public_name, result_file, subjects_of
+from .prompts import STYLES, TEXT_SUFFIXES
 
 GENERATED = ("kv_retrieval", "longchat_lines", "multikey_needle", "needle", "passkey")
 TAKEN_BY = {

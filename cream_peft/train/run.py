@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import time
+import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,14 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig, PrinterCallback, ProgressCallback
 from transformers.training_args import ParallelMode
 
-from . import memory, rope
+from .. import rope
+from ..errors import about
+from ..model.base import base_options, embedded_config, load_base, load_tokenizer, lora_config, resolve_base
+from ..model.record import peak_gib
+from ..plan import advice, fit, memory
+from ..publish.push import PushError
 from .config import CREAMConfig
 from .data import DataError, load_documents, prepare_columns
-from .errors import about
-from .fit import allowed_gib, memory_explained, plan_of, shortage
-from .hub import PushError
-from .model import base_options, load_base, load_tokenizer, lora_config, resolve_base
-from .provenance import peak_gib
 from .recipe import Recipe, RecipeError
 from .trainer import CREAMTrainer
 
@@ -57,7 +59,7 @@ def base_config(recipe: Recipe) -> PreTrainedConfig:
     if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).exists():
         hint = "; ~ is not read here, write the whole path" if name.startswith("~") else ""
         raise RecipeError(f"model_name_or_path={name}: no such folder{hint}")
-    embedded = memory.embedded_config(name)
+    embedded = embedded_config(name)
     if embedded is not None:
         return embedded
     with about(name):
@@ -75,7 +77,7 @@ def _check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
     except ValueError as error:
         logger.warning("memory is not planned: %s", error)
         return
-    gib = allowed_gib()
+    gib = fit.allowed_gib()
     if gib is None:
         if parameters > CPU_PARAMETERS and not recipe.run.use_cpu:
             raise RecipeError(
@@ -260,3 +262,64 @@ def _train(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         "redrawn": counts["redrawn"],
         "unlabelled": counts["unlabelled"],
     }
+
+
+def _memory_settings(recipe: Recipe, config: PreTrainedConfig) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Settings of `memory.estimate`, and of `memory.estimate_validation` where the run computes a held-out loss."""
+    run, model = recipe.run, recipe.model
+    run.resolve(rope.pretrained_window(config))
+    shared = {
+        "load_in_4bit": model.load_in_4bit,
+        "lora_r": model.lora_r,
+        "target_modules": model.lora_target_modules,
+        "optim": str(getattr(run.optim, "value", run.optim)),
+    }
+    training = shared | {
+        "context_length": run.context_length,
+        "per_device_train_batch_size": run.per_device_train_batch_size,
+        "lora_dropout": model.lora_dropout,
+        "gradient_checkpointing": bool(run.gradient_checkpointing),
+        "checkpoint_offload": bool(run.activation_offloading),
+    }
+    validation = {"eval_length": run.eval_length, "per_device_eval_batch_size": run.per_device_eval_batch_size}
+    evaluates = getattr(run.eval_strategy, "value", run.eval_strategy) != "no"
+    return training, validation | shared if evaluates else None
+
+
+def plan_of(recipe: Recipe, config: PreTrainedConfig, cards: dict[str, float] | None = None) -> dict[str, Any]:
+    """Peak memory and hours of the recipe on this base, see `plan.plan`."""
+    training, validation = _memory_settings(recipe, config)
+    return advice.plan(
+        config,
+        training,
+        validation,
+        target_length=recipe.run.target_length,
+        gradient_accumulation_steps=recipe.run.gradient_accumulation_steps,
+        max_steps=recipe.run.max_steps if recipe.run.max_steps > 0 else None,
+        cards=cards,
+    )
+
+
+def shortage(recipe: Recipe, config: PreTrainedConfig, gib: float | None, validating: bool) -> str:
+    """What the plan needs against `gib` GiB, and what to change, see `plan.shortage`."""
+    training, validation = _memory_settings(recipe, config)
+    if validating and validation:
+        terms = memory.estimate_validation(config, **validation)
+        return advice.shortage(
+            terms, gib, lambda gib: advice.to_set(advice.advise_validation(config, gib, **validation))
+        )
+    terms = memory.estimate(config, **training)
+    return advice.shortage(terms, gib, lambda gib: advice.to_set(advice.advise(config, gib, **training)))
+
+
+def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContextManager[None]:
+    """While training: an error of memory says what was planned, and what to change in the recipe."""
+
+    def say(error: Exception) -> str:
+        frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        validating = "evaluation_loop" in frames
+        where = " while the loss of held-out documents was computed" if validating else ""
+        line = shortage(recipe, config, fit.allowed_gib(), validating)
+        return f"{where}: {line}; `cream-peft plan` shows every term"
+
+    return fit.explained(say)

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
-from .evals import mean_by
-from .evals.statistics import wilson_interval
+from . import mean_by
+from .statistics import wilson_interval
 
 Results = dict[str, dict[str, Any]]
 

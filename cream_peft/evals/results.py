@@ -1,0 +1,215 @@
+"""The results JSON: what was measured on one model. Read, written, pooled and compared here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ..model.record import without_secrets
+from .statistics import effective_length, paired_comparison, paired_means, wilson_interval
+
+FORMAT = 2
+NEEDED = ("model", "adapter", "versions", "seed", "settings", "cells")
+NEEDED_OF_CELL = ("task", "metric", "length", "depth", "value", "samples")
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task at one length and depth."""
+
+    task: str
+    length: int
+    """Tokens."""
+    depth: float
+    """Where the answer stands, in [0, 1]."""
+    metric: str
+    """accuracy (in [0, 1]) or perplexity (per token)."""
+    value: float
+    samples: int
+    """Questions asked; of perplexity the tokens scored."""
+    seconds: float = 0.0
+    tokens: float | None = None
+    """Mean length of the prompts, without the answers."""
+    correct: str | None = None
+    """0 or 1 for each sample."""
+    answer_loss: list[float] | None = None
+    """For each sample the loss of the right answer, in nats per token."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model was loaded and asked. None where an earlier file does not say."""
+
+    label: str | None = None
+    load_in_4bit: bool | None = None
+    pretrained_window: int | None = None
+    target_length: int | None = None
+    rope_scaling_type: str | None = None
+    adapter_sha256: str | None = None
+    """None for a base."""
+    samples: int | None = None
+    """At each length and depth."""
+    machine: str | None = None
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Task -> options of its own."""
+
+
+@dataclass
+class Results:
+    """What was measured on one model: the content of a results file, format 2. Earlier ones are read too."""
+
+    model: str
+    """Hub id or folder name of the base."""
+    adapter: str | None
+    versions: dict[str, str]
+    seed: int
+    settings: Settings
+    cells: list[Cell] = field(default_factory=list)
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, path: str | Path) -> Results:
+        """One results file.
+
+        Raises:
+            ValueError: if the file is not one.
+        """
+        lost = f"{path} is not a results file of `cream-peft evaluate`, as they lie in its --output_dir"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            missing = [key for key in NEEDED if key not in content]
+            missing += sorted({key for cell in content.get("cells", ()) for key in NEEDED_OF_CELL if key not in cell})
+            if not missing:
+                return cls.parse(content)
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+            raise ValueError(f"{lost}: {error}") from error
+        raise ValueError(f"{lost}: {', '.join(missing)} missing")
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> Results:
+        """The object that `asdict` made JSON of."""
+        cells = [Cell(**_known(Cell, cell)) for cell in content["cells"]]
+        head = {key: content[key] for key in ("model", "adapter", "versions", "seed")}
+        return cls(**head, settings=Settings(**_known(Settings, content["settings"])), cells=cells)
+
+    def asdict(self) -> dict[str, Any]:
+        """The JSON object: without what a cell has not, without tokens and local paths."""
+        content = asdict(self)
+        content["cells"] = [
+            {key: value for key, value in cell.items() if value is not None} for cell in content["cells"]
+        ]
+        return without_secrets(content)
+
+    def write(self, path: Path) -> None:
+        """Replace the file whole, so that a kill leaves the old one or the new one, never half of one."""
+        scratch = path.with_name(f".{path.name}.part")
+        scratch.write_text(json.dumps(self.asdict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+
+    def of_task(self, task: str) -> list[Cell]:
+        """The cells of one task."""
+        return [cell for cell in self.cells if cell.task == task]
+
+
+Compared = Mapping[str, Results]
+"""Label -> results, the first being what the others are compared with."""
+
+
+def _known(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    names = {known.name for known in fields(kind)}
+    return {key: value for key, value in content.items() if key in names}
+
+
+def file_name(label: str) -> str:
+    """The name of a label's results file."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label) + ".json"
+
+
+def mean_by(cells: Iterable[Cell], key: str) -> dict[Any, float]:
+    """Mean over all samples pooled, for each value of `key` (length or depth)."""
+    right: dict[Any, float] = defaultdict(float)
+    asked: dict[Any, int] = defaultdict(int)
+    for cell in cells:
+        right[getattr(cell, key)] += cell.value * cell.samples
+        asked[getattr(cell, key)] += cell.samples
+    return {value: right[value] / asked[value] for value in sorted(asked)}
+
+
+def tasks_in(results: Compared) -> list[str]:
+    """The tasks that were measured, in alphabetical order."""
+    return sorted({cell.task for result in results.values() for cell in result.cells})
+
+
+def mean_loss(cells: Iterable[Cell]) -> float | None:
+    """Of the right answers, in nats per token; None of cells that have none."""
+    losses = [loss for cell in cells for loss in cell.answer_loss or ()]
+    return mean(losses) if losses else None
+
+
+def interval(cells: list[Cell]) -> tuple[float, float]:
+    """Wilson's 95 % interval of the accuracy over all samples of the cells."""
+    samples = sum(cell.samples for cell in cells)
+    return wilson_interval(round(sum(cell.value * cell.samples for cell in cells)), samples)
+
+
+def compare_cells(pairs: list[tuple[Cell, Cell]]) -> dict[str, Any] | None:
+    """The second model's cells against the first's, on the documents that all of them have; None if there are none.
+
+    Returns:
+        what `paired_comparison` says of the answers; as `answer_loss`, if all cells have it, what `paired_means` says
+        of the loss of the right answers, a document's being the mean over its cells.
+    """
+    pairs = [pair for pair in pairs if all(cell.correct is not None for cell in pair)]
+    if not pairs:
+        return None
+    # The first documents are the same however many there are.
+    documents = min(len(cell.correct or "") for pair in pairs for cell in pair)
+    sides = list(zip(*pairs, strict=True))
+    found: dict[str, Any] = dict(paired_comparison(*("".join((c.correct or "")[:documents] for c in s) for s in sides)))
+    if all(cell.answer_loss is not None for side in sides for cell in side):
+        losses = [[mean((cell.answer_loss or [])[n] for cell in side) for n in range(documents)] for side in sides]
+        found["answer_loss"] = paired_means(*losses)
+    return found
+
+
+def comparisons(results: Compared) -> list[dict[str, Any]]:
+    """Every other model against the first one, task by task and length by length, on the same samples."""
+    found: list[dict[str, Any]] = []
+    first, *others = results
+    for task in tasks_in(results):
+        base = results[first].of_task(task)
+        for other in others:
+            cells = results[other].of_task(task)
+            for length in sorted({cell.length for cell in cells}):
+                test = compare_cells([
+                    (mine, theirs) for mine in base for theirs in cells
+                    if mine.length == theirs.length == length and mine.depth == theirs.depth
+                ])  # fmt: skip
+                if test:
+                    where = {"task": task, "length": length, "model": other, "against": first}
+                    found.append(where | test | {"noise": test["p_value"] >= SIGNIFICANT})
+    return found
+
+
+def effective_lengths(results: Compared, threshold: float) -> list[dict[str, Any]]:
+    """Up to which length (tokens) each model stays at `threshold`, beside the length it was extended to."""
+    found = []
+    for task in tasks_in(results):
+        for label, result in results.items():
+            cells, settings = result.of_task(task), result.settings
+            if cells and cells[0].metric == "accuracy":
+                length, claimed = effective_length(mean_by(cells, "length"), threshold), settings.target_length
+                if not settings.rope_scaling_type and not settings.adapter_sha256:
+                    # A base as it is claims its window.
+                    claimed = settings.pretrained_window or claimed
+                found.append({"task": task, "model": label, "threshold": threshold, "effective_length": length,
+                              "target_length": claimed})  # fmt: skip
+    return found

@@ -1,0 +1,213 @@
+"""cream.json: what an adapter or a merged model says of itself; and what of this machine may become public."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from .. import __version__
+
+FORMAT = 2
+FILE = "cream.json"
+REQUIRED_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_config/config.json", FILE]
+MERGED_FILES = ["config.json", FILE]
+NEEDED = ("base_model", "pretrained_window", "target_length", "rope_scaling_type")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
+FINGERPRINT_VALUES = 32
+FINGERPRINT_TOLERANCE = 0.01
+"""Relative; rounding to bfloat16 changes a value by at most 0.004."""
+
+
+class AdapterError(ValueError):
+    """An adapter folder that is incomplete, or a base that is not the one it was trained on."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How the positions of the training examples were drawn."""
+
+    strategy: str = "unknown"
+    context_length: int | None = None
+    """Tokens fed per training example."""
+    factor: float | None = None
+    """Target length over context length."""
+    sigma: float | None = None
+    """Standard deviation of CREAM's Gaussian, in half-windows; None for the other strategies."""
+    seed: int | None = None
+    short_documents: str | None = None
+    redrawn: int = 0
+    """Draws thrown away because they held no label."""
+    unlabelled: int = 0
+    """Examples that went out without any label."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of cream.json, format 2. Files of before, which say no format, are read too."""
+
+    base_model: str
+    """Hub id of the base, or the name of its folder; never a path."""
+    pretrained_window: int
+    """Tokens that the base was pretrained for."""
+    target_length: int
+    """Tokens that it was extended to."""
+    rope_scaling_type: str | None
+    base_is_local: bool = False
+    """Whether base_model is the name of a folder, which nobody else has."""
+    base_revision: str | None = None
+    base_fingerprint: list[float] = field(default_factory=list)
+    """See `fingerprint`."""
+    positions: Positions = field(default_factory=Positions)
+    load_in_4bit: bool = False
+    license: str | None = None
+    steps: int = 0
+    first_step: int = 0
+    """The step at which this run began, above 0 if it was resumed."""
+    seconds: float | None = None
+    peak_gib: float | None = None
+    machine: str | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The keys that the recipe and the command line set."""
+    merged: bool = False
+    dtype: str | None = None
+    """Of a merged model's weights."""
+    adapter_sha256: str | None = None
+    """Of the adapter that a merged model is made of."""
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> Record:
+        """The record in `folder`, once all files of its adapter or merged model are there; `name` is for errors.
+
+        Raises:
+            AdapterError: a file that is missing or damaged, a record that lacks a needed key or is of a later format.
+        """
+        is_merged = (folder / "config.json").is_file() and not is_adapter(folder)
+        for required in MERGED_FILES if is_merged else REQUIRED_FILES:
+            if not (folder / required).is_file():
+                raise AdapterError(
+                    f"{name} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter "
+                    "does not say how its base was scaled; train it again with `cream-peft train`"
+                )
+        refuse_damaged(folder, name)
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        missing = [key for key in NEEDED if key not in content]
+        if missing:
+            raise AdapterError(f"{FILE} of {name} does not say {', '.join(missing)}: get the adapter again")
+        if content.get("format", 1) > FORMAT:
+            raise AdapterError(f"{FILE} of {name} has format {content['format']}: upgrade cream-peft to read it")
+        # What an earlier or a patched version wrote beside these is left aside.
+        positions = _known(Positions, content.get("positions") or {})
+        return cls(**_known(cls, content) | {"positions": Positions(**positions), "format": FORMAT})
+
+    def write(self, folder: Path) -> None:
+        """Write it to <folder>/cream.json, without tokens and local paths."""
+        write_json(folder / FILE, asdict(replace(self, recipe=without_secrets(self.recipe))))
+
+
+def _known(kind: type, content: dict[str, Any]) -> dict[str, Any]:
+    """Of a JSON object the fields that the dataclass has; what is null takes its default."""
+    names = {known.name for known in fields(kind)}
+    return {key: value for key, value in content.items() if key in names and (value is not None or key in NEEDED)}
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write `content` to a JSON file."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def public_name(text: str) -> str:
+    """`text` as it may be published: of a local path the last part, everything else as it is."""
+    is_path = text.startswith(("/", "./", "../", "~")) or ("/" in text and os.path.exists(text))
+    return Path(text).name if is_path and "\n" not in text else text
+
+
+def without_secrets(content: Any) -> Any:
+    """`content` for a JSON file that is published: no key that names a token, no local path, enums as their values."""
+    if isinstance(content, dict):
+        return {key: without_secrets(value) for key, value in content.items() if not _is_secret(key)}
+    if isinstance(content, list | tuple):
+        return [without_secrets(value) for value in content]
+    if isinstance(content, enum.Enum):
+        return content.value
+    return public_name(content) if isinstance(content, str) else content
+
+
+def _is_secret(key: Any) -> bool:
+    return str(key) == "token" or (str(key).endswith("_token") and not str(key).startswith(("eos", "pad", "bos")))
+
+
+def is_adapter(repo_or_dir: str | Path) -> bool:
+    """Whether a local folder holds an adapter."""
+    return (Path(repo_or_dir) / "adapter_config.json").is_file()
+
+
+def fingerprint(model: PreTrainedModel) -> list[float]:
+    """Some values of the input embeddings, which quantization leaves alone: they tell bases of one shape apart."""
+    weight = model.get_input_embeddings().weight.detach().flatten()
+    if not weight.is_floating_point() or weight.is_meta or len(weight) < FINGERPRINT_VALUES:
+        return []
+    places = torch.linspace(0, len(weight) - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
+    return [float(f"{value:.4g}") for value in weight[places.to(weight.device)].float().tolist()]
+
+
+def adapter_sha256(folder: Path) -> str | None:
+    """The digest by which results name the adapter they were measured on."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_damaged(folder: Path, name: str) -> None:
+    """Raise an AdapterError for a file of an adapter or merged model that cannot be read, or is missing a part."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        for file in sorted(path for path in folder.glob("*.json") if path != folder / "trainer_state.json"):
+            json.loads(file.read_text(encoding="utf-8"))
+        weights = list(folder.glob("*.safetensors"))
+        if index.is_file():
+            weights += [folder / part for part in set(json.loads(index.read_text())["weight_map"].values())]
+        for file in weights:
+            # The header is held against the file's length.
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(f"{file.name} of {name} is missing or damaged ({error}): get it again") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that decide what it computes."""
+    return {"cream_peft": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def machine() -> str:
+    """The device that computes: the GPU's name, or the CPU's kind and number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {os.cpu_count()} cores"
+
+
+def peak_gib() -> float | None:
+    """The most that this process had allocated on the GPU, in GiB; None without one."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+
+
+def read_description(folder: Path, name: str) -> dict[str, Any]:
+    """What cream.json says, as a dictionary, once all files are there (see `Record.read`)."""
+    Record.read(folder, name)
+    return json.loads((folder / FILE).read_text(encoding="utf-8"))
