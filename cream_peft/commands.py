@@ -125,8 +125,8 @@ def plan(arguments: list[str]) -> None:
     options, rest = parser.parse_known_args(arguments)
     from .plan.advice import lines_of
     from .plan.gpus import find_card, parse_gpu
+    from .train.machine import base_config, plan_of
     from .train.recipe import parse_recipe
-    from .train.run import base_config, plan_of
 
     cards = {find_card(options.gpu) or options.gpu: parse_gpu(options.gpu)} if options.gpu else None
     recipe = parse_recipe([*(["--config", options.config] if options.config is not None else []), *rest])

@@ -22,9 +22,9 @@ from cream_peft import CREAMTrainer, cli
 from cream_peft.model import base as model
 from cream_peft.plan import gpus as cards
 from cream_peft.plan.advice import training_flops
-from cream_peft.train import bench, run
+from cream_peft.train import bench, machine
+from cream_peft.train.machine import base_config
 from cream_peft.train.recipe import RecipeError, parse_recipe
-from cream_peft.train.run import base_config
 
 VOCABULARY, LAYERS, WINDOW = 512, 4, 64
 SIZES = ["--context_length", str(WINDOW), "--target_length", str(4 * WINDOW), "--per_device_train_batch_size", "2"]
@@ -80,7 +80,7 @@ def test_bench_takes_real_steps_on_an_architecture_without_weights(architecture,
     # A random model knows nothing of the next token.
     assert measured["loss"] == pytest.approx(math.log(VOCABULARY), rel=0.02)
     recipe = parse_recipe(architecture)
-    terms = run.plan_of(recipe, base_config(recipe))["terms"]
+    terms = machine.plan_of(recipe, base_config(recipe))["terms"]
     assert measured["planned_gib"] == terms["total"] - terms["cuda_context"]
     assert f"{measured['tokens_per_second']:,.0f}" in printed and f"{measured['planned_gib']:.2f} GiB" in printed
     if not torch.cuda.is_available():

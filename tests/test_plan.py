@@ -20,6 +20,7 @@ from cream_peft.plan import fit, memory
 from cream_peft.plan.advice import advise, advise_evaluation, advise_validation, in_words, training_flops
 from cream_peft.plan.gpus import CARDS, TFLOPS, find_card, parse_gpu
 from cream_peft.plan.memory import ATTENTION, estimate, estimate_evaluation, estimate_validation
+from cream_peft.train import machine
 from cream_peft.train import run as train
 from cream_peft.train.recipe import parse_recipe
 
@@ -326,6 +327,7 @@ def test_memory_that_runs_out_is_explained_by_the_plan(tmp_path, monkeypatch, va
         raise kind(message)
 
     monkeypatch.setattr(train.CREAMTrainer, "prediction_step" if validating else "training_step", run_out)
+    monkeypatch.setattr(train, "check_machine", lambda recipe, config: None)  # it would be refused at once
     monkeypatch.setattr(fit, "allowed_gib", lambda: 0.01)
     evaluated = ["--eval_strategy", "steps", "--eval_steps", "1", "--held_out_documents", "2"]
     with pytest.raises(kind) as caught:
@@ -389,11 +391,11 @@ def test_evaluation_says_what_was_planned_and_which_flag_to_change(monkeypatch):
 
 def test_a_base_that_cannot_be_planned_still_gets_the_general_line(tmp_path, monkeypatch):
     recipe = tiny_run(tmp_path)
-    config = train.base_config(recipe)
+    config = machine.base_config(recipe)
     monkeypatch.setattr(config, "num_experts", 8, raising=False)
-    with pytest.raises(MemoryError) as caught, train.memory_explained(recipe, config):
+    with pytest.raises(MemoryError) as caught, machine.memory_explained(recipe, config):
         raise MemoryError
     assert errors.explain(caught.value) == errors.OUT_OF_MEMORY
-    with pytest.raises(KeyError) as other, train.memory_explained(recipe, config):
+    with pytest.raises(KeyError) as other, machine.memory_explained(recipe, config):
         raise KeyError("x")
     assert not getattr(other.value, "__notes__", [])

@@ -21,8 +21,8 @@ from ..plan import memory
 from ..plan.advice import training_flops
 from ..plan.gpus import TFLOPS, find_card
 from ..tiny import TINY_ID
+from .machine import CPU_PARAMETERS, base_config, memory_explained, plan_of
 from .recipe import Recipe, RecipeError, parse_recipe
-from .run import CPU_PARAMETERS, base_config, memory_explained, plan_of
 from .trainer import CREAMTrainer
 
 MOST_ACCUMULATION = 2

@@ -101,7 +101,7 @@ def trl_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[str
 
     from cream_peft.model.base import load_tokenizer
     from cream_peft.train import bench
-    from cream_peft.train.run import base_config
+    from cream_peft.train.machine import base_config
 
     config, run, arguments = base_config(recipe), recipe.run, recipe.model
     run.resolve(config.max_position_embeddings)
@@ -141,7 +141,7 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
     from cream_peft.model.kv_cache import PREFILL_CHUNK, new_cache
     from cream_peft.plan import memory
     from cream_peft.train import bench
-    from cream_peft.train.run import base_config
+    from cream_peft.train.machine import base_config
 
     config = base_config(recipe)
     recipe.run.resolve(config.max_position_embeddings)
@@ -178,7 +178,7 @@ def run_case(name: str, tiny: bool) -> dict[str, Any]:
     from cream_peft.model.record import machine, versions
     from cream_peft.plan.gpus import parse_gpu
     from cream_peft.train.bench import parse_bench, peaks
-    from cream_peft.train.run import base_config, plan_of
+    from cream_peft.train.machine import base_config, plan_of
 
     case, arguments = CASES[name], CASES[name]["arguments"]
     if tiny:
