@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -80,7 +80,7 @@ REWORDED = (
 
 
 @contextmanager
-def about(thing: str) -> Iterator[None]:
+def about(thing: str) -> Generator[None]:
     """Note on any error inside which model or data set was being opened; the libraries often do not say."""
     try:
         yield
@@ -103,7 +103,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _thing(chain: list[BaseException]) -> str | None:
     notes = [note for link in chain for note in getattr(link, "__notes__", ()) if note.startswith(ABOUT)]
-    names = [link.repo_id for link in chain if getattr(link, "repo_id", None)]
+    names = [str(name) for link in chain if (name := getattr(link, "repo_id", None))]
     return notes[0].removeprefix(ABOUT) if notes else names[0] if names else None
 
 
