@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,17 +124,16 @@ def plan(arguments: list[str]) -> None:
     parser.add_argument("--gpu", help=f"plan for this card alone: {GPU_HELP}")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
     options, rest = parser.parse_known_args(arguments)
-    from .plan.advice import lines_of
+    from .plan.advice import text_of
     from .plan.gpus import find_card, parse_gpu
-    from .train.machine import base_config, plan_of
+    from .train.machine import base_config, plan_recipe
     from .train.recipe import parse_recipe
 
     cards = {find_card(options.gpu) or options.gpu: parse_gpu(options.gpu)} if options.gpu else None
     recipe = parse_recipe([*(["--config", options.config] if options.config is not None else []), *rest])
-    planned = plan_of(recipe, base_config(recipe), cards)
-    for line in lines_of(planned):
-        print(line)
-    _write_json(options.json, planned)
+    planned = plan_recipe(recipe, base_config(recipe), cards)
+    print(text_of(planned))
+    _write_json(options.json, asdict(planned))
 
 
 def bench(arguments: list[str]) -> None:
@@ -149,13 +149,12 @@ def bench(arguments: list[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="write what was measured as JSON")
     options, rest = parser.parse_known_args(arguments)
     from .plan.gpus import parse_gpu
-    from .train.bench import bench_recipe, lines_of, parse_bench
+    from .train.bench import bench_recipe, parse_bench, text_of
 
     limit = parse_gpu(options.memory_limit) if options.memory_limit else None
     config = ["--config", options.config] if options.config is not None else []
     measured = bench_recipe(parse_bench([*config, *rest], options.steps), limit)
-    for line in lines_of(measured):
-        print(line)
+    print(text_of(measured))
     _write_json(options.json, measured)
 
 
