@@ -15,6 +15,7 @@ from ..model.base import load_tokenizer
 from ..model.kv_cache import refuse_unusable
 from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
+from ..plan.memory import Reading
 from ..tiny.documents import VOCABULARY_SIZE
 from . import TASKS
 from .models import OpenedModel, open_models
@@ -204,7 +205,8 @@ def _measure(opened: OpenedModel, lengths: list[int], options: EvaluateOptions, 
     adapter = opened.spec.name if opened.adapter else None
     results = Results(opened.base, adapter, versions(), options.seed, settings)
     tasks, path = {name: TASKS[name] for name in options.tasks}, Path(options.output_dir) / file_name(opened.spec.label)
-    with reading_explained(opened.config, length=longest, load_in_4bit=options.load_in_4bit, kv_cache=kv_cache):
+    reading = Reading(length=longest, load_in_4bit=options.load_in_4bit, kv_cache=kv_cache)
+    with reading_explained(opened.config, reading):
         return evaluate(model, tokenizer, tasks, results, path, lengths=lengths, samples=options.samples, options=given)
 
 
