@@ -168,8 +168,8 @@ def plot(arguments: list[str]) -> None:
     parser.add_argument("--task", help="draw this one; default: every task in the files, a picture each")
     parser.add_argument("--title", default="")
     options = parser.parse_args(arguments)
-    from .evals import read_results
     from .evals.plots import plot_results
+    from .evals.runner import read_results
 
     for name in options.results:
         if not Path(name).is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cream_peft.evals import mean_by
+from cream_peft.evals.runner import mean_by
 from cream_peft.train.recipe import DATACLASSES, EMBEDDED_RECIPE
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cream_peft.evals import evaluate, read_results
+from cream_peft.evals.runner import evaluate, read_results
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.run import newest_checkpoint, run_recipe
 

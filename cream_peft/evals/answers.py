@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import takewhile
 from typing import Any
 
 import torch
 from transformers import Cache
 
 from ..model.kv_cache import new_cache
-from .prompts import Prompt
+from .prompts import Prompt, shared_tokens
 
 CHUNK_LENGTH = 1024
 
@@ -52,12 +51,9 @@ def greedy_answer(
     one_line: bool = False,
     chunk_length: int = CHUNK_LENGTH,
 ) -> str:
-    """The greedy answer to a prompt, whose first tokens the cache may hold; at most `answer_tokens` tokens long.
+    """The greedy answer to a prompt, of which the cache may hold the beginning; `one_line`: its first line.
 
     Not `model.generate`, which applies penalties that some checkpoints bring: the answer always repeats the prompt.
-
-    Args:
-        one_line: stop after the first line that is not blank. A base model never stops by itself.
     """
     eos = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
@@ -71,17 +67,7 @@ def greedy_answer(
         reply = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
         if one_line and "\n" in reply.lstrip():
             break
-    reply = reply.strip()
-    return reply.split("\n")[0] if one_line else reply
-
-
-def _loss(model: Any, prompt: Prompt, cache: Cache, chunk_length: int) -> float:
-    """Mean negative log-likelihood of the right answer, in nats per token. The cache then holds it as well."""
-    said, answer = prompt.reply
-    before = prompt.tokens + said
-    chunks = chunked_logits(model, before + answer[:-1], cache, chunk_length, first=len(before) - 1)
-    logits = torch.cat([logits for _, logits in chunks]).float()
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device)).item()
+    return reply.strip().split("\n")[0] if one_line else reply.strip()
 
 
 def scored_answers(
@@ -93,24 +79,23 @@ def scored_answers(
     kv_cache: str = "default",
     **settings: Any,
 ) -> Iterator[tuple[str, float]]:
-    """Answer prompts one by one; the tokens with which all of them begin are read once.
-
-    Args:
-        settings: those of `greedy_answer`.
+    """Answer prompts one by one, with the settings of `greedy_answer`; what all of them begin with is read once.
 
     Yields:
-        (answer, loss): the greedy answer, see `greedy_answer`, and the mean negative log-likelihood of the right one,
-        after the prompt and what is said before the answer, in nats per token.
+        (answer, loss): the greedy answer, and the mean negative log-likelihood of the right one, after the prompt and
+        what is said before the answer, in nats per token.
     """
     cache = new_cache(model.config, kv_cache)
     # The last token of each prompt is not shared: its logits begin the answer.
-    columns = zip(*(prompt.tokens[:-1] for prompt in prompts), strict=False)
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    shared = shared_tokens([prompt.tokens[:-1] for prompt in prompts])
     for prompt in prompts:
-        tokens = prompt.tokens
+        tokens, (said, answer) = prompt.tokens, prompt.reply
         for _ in chunked_logits(model, tokens[:-1], cache, chunk_length, first=len(tokens)):
             pass
-        loss = _loss(model, prompt, cache, chunk_length)
+        first = len(tokens + said) - 1
+        told = chunked_logits(model, tokens + said + answer[:-1], cache, chunk_length, first)
+        logits = torch.cat([logits for _, logits in told]).float()
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device)).item()
         cache.crop(len(tokens) - 1 - cache.get_seq_length())
         yield greedy_answer(model, tokenizer, tokens, cache, chunk_length=chunk_length, **settings), loss
         cache.crop(shared - cache.get_seq_length())

@@ -16,7 +16,7 @@ from ..model.adapter import adapter_folder, load_adapter
 from ..model.base import load_base, load_tokenizer, resolve_base
 from ..model.record import adapter_sha256, is_adapter, read_description
 from ..rope import DEFAULT_FACTOR
-from . import file_name
+from .runner import file_name
 
 
 @dataclass

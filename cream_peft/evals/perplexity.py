@@ -29,10 +29,9 @@ def window_nats(model: Any, tokens: list[int], scored: int, chunk_length: int, k
     cache, total = new_cache(model.config, kv_cache), 0.0
     # The last token predicts nothing that is known.
     for begin, logits in chunked_logits(model, tokens[:-1], cache, chunk_length, first=first - 1):
-        for row in range(0, len(logits), ROWS):
-            rows = logits[row : row + ROWS].float()
-            following = targets[begin + row + 1 : begin + row + 1 + len(rows)]
-            total += functional.cross_entropy(rows, following, reduction="sum").item()
+        following = targets[begin + 1 : begin + 1 + len(logits)]
+        for some, their in zip(logits.split(ROWS), following.split(ROWS), strict=True):
+            total += functional.cross_entropy(some.float(), their, reduction="sum").item()
     return total
 
 
@@ -74,7 +73,7 @@ def perplexity(
     done: Collection[float] = (),
     text: str | Path | list[str] | None = None,
     stride: int | None = None,
-    min_tokens: int = 0,
+    min_tokens: int | None = None,
     max_tokens: int | None = None,
     chunk_length: int = CHUNK_LENGTH,
     kv_cache: str = "default",
@@ -99,7 +98,7 @@ def perplexity(
     if not 1 <= stride < length:
         # At least one token must stand before those that are scored.
         raise TaskError(f"stride={stride} must be between 1 and {length - 1:,}, one less than the length")
-    documents = _documents(tokenizer, text, max(length, min_tokens), max_tokens)
+    documents = _documents(tokenizer, text, max(length, min_tokens or 0), max_tokens)
     chosen = np.random.default_rng(seed).permutation(len(documents))[:samples]
     nats, count = 0.0, 0
     for document in (documents[index] for index in sorted(chosen)):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
-from . import mean_by
+from .runner import mean_by
 from .statistics import wilson_interval
 
 Results = dict[str, dict[str, Any]]

@@ -23,8 +23,6 @@ VICUNA = (
 TEXT_SUFFIXES = (".txt", ".md")
 WORDS: dict[str, list[str]] = json.loads((Path(__file__).parent / "words.json").read_text(encoding="utf-8"))
 """What invented documents are made of."""
-
-
 T = TypeVar("T")
 
 
@@ -50,28 +48,27 @@ class Case:
 
 @dataclass(frozen=True)
 class Request:
-    """A question in the task's own words, and its answer."""
+    """A question in the task's own words, and its answer.
+
+    `lead` begins the answer of a base model, `said` that of a chat model, its space or quotation mark included. `extra`
+    is what a file of prompts says besides, such as the number of keys.
+    """
 
     text: str
     lead: str
-    """Begins the answer of a base model."""
     said: str
-    """What a chat model's reply says before the answer, its space or quotation mark included."""
     answer: str
     extra: dict[str, int]
-    """What the task adds to a file of prompts, such as the number of keys."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question in the form that a model reads, and its answer."""
+    """A question in the form that the model reads, and its answer; `reply` is what is said before it, and it."""
 
     text: str
-    """Chat template included."""
     tokens: list[int]
     answer: str
     reply: tuple[list[int], list[int]]
-    """Tokens of a right reply: what it says before the answer, and the answer."""
     depth: float
     extra: dict[str, int]
 
@@ -83,6 +80,11 @@ def encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
     except Exception as error:
         # The tokenizers library raises nothing narrower for a vocabulary without words, as the embedded model's.
         raise TaskError(f"this model's tokenizer does not read text: {error}") from error
+
+
+def shared_tokens(rows: list[list[int]]) -> int:
+    """With how many tokens all rows begin alike."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,9 @@ class Writer:
         return encode(self.tokenizer, text, add_special_tokens=self.style != "chat")
 
     def fitted(self, case: Case, build: Callable[[int], Request], unit: str, asked: int = 0) -> Prompt:
-        """The prompt of as many units (keys, sentences) as fit with their answer into `case.length` tokens.
+        """The prompt of `asked` units (keys, sentences), or of as many as fit with the answer if that is 0.
 
-        Args:
-            build: makes the request of so many units; more units take more tokens.
-            asked: this many units, if not 0.
-
-        Raises:
-            TaskError: if not even one fits, or not as many as asked.
+        `build` makes the request of so many units; more units must take more tokens.
         """
         budget = case.length - case.answer_tokens
 
@@ -153,13 +150,9 @@ class Writer:
         return self.prompt(case, build(few))
 
     def prompt(self, case: Case, request: Request) -> Prompt:
-        """The request as the model reads it."""
-        text = self.text(request)
+        """The request as the model reads it, and the tokens of a right reply."""
+        text, said, answer = self.text(request), request.said, request.answer
         tokens = self.tokens(text)
-        return Prompt(text, tokens, request.answer, self._reply(request, text, tokens), case.depth, request.extra)
-
-    def _reply(self, request: Request, text: str, tokens: list[int]) -> tuple[list[int], list[int]]:
-        said, answer = request.said, request.answer
         before = " " if self.style == "plain" else f" {said}"
         if self.style == "chat":
             turns = [{"role": "user", "content": request.text}, {"role": "assistant", "content": said + answer}]
@@ -171,9 +164,8 @@ class Writer:
         if whole[: len(tokens)] != tokens:
             whole = tokens + encode(self.tokenizer, before + answer, add_special_tokens=False)
             before_tokens = tokens + encode(self.tokenizer, before, add_special_tokens=False)
-        pairs = zip(before_tokens, whole, strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return whole[len(tokens) : same], whole[same:]
+        same = shared_tokens([before_tokens, whole])
+        return Prompt(text, tokens, answer, (whole[len(tokens) : same], whole[same:]), case.depth, request.extra)
 
 
 def drawn(draw: Callable[[], T]) -> Callable[[int], list[T]]:
@@ -224,11 +216,7 @@ def dump_prompts(prompts: Iterable[Prompt], path: str | Path) -> None:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The text of a file, or of each .txt and .md file of a folder and its subfolders, in the order of their names.
-
-    Raises:
-        TaskError: if there is nothing to read.
-    """
+    """The text of a file, or of each .txt and .md file of a folder and its subfolders, in the order of their names."""
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
     try:

@@ -17,10 +17,11 @@ from ..plan.fit import fitting_kv_cache, reading_explained
 from ..rope import DEFAULT_FACTOR
 from ..tiny.documents import VOCABULARY_SIZE
 from ..train.data import load_documents
-from . import TASKS, evaluate
 from .harness import run_harness
 from .models import Subject, load_subject, open_subject, public_name, result_file, subjects_of
 from .prompts import STYLES, TEXT_SUFFIXES
+from .runner import evaluate
+from .tasks import TASKS
 
 GENERATED = ("kv_retrieval", "longchat_lines", "multikey_needle", "needle", "passkey")
 TAKEN_BY = {

@@ -69,14 +69,11 @@ class Task:
             style: see `prompts.Writer`. The paper's for longchat_lines is vicuna, for base models too.
             haystack: text file, or folder of .txt and .md files, in place of invented sentences.
             chunk_length: tokens read at once.
-            kv_cache: see `model.kv_cache`.
             dump: append the prompts to this file, and ask the model nothing.
             options: those of `prompt`.
 
         Yields:
-            cells: depth, metric, value, samples, tokens (mean length of the prompts, without the answers), correct (0
-            or 1 for each sample) and answer_loss (for each sample, see `scored_answers`), which tells models apart
-            that are all right or all wrong.
+            cells of results.Cell's fields: answer_loss tells models apart that are all right or all wrong.
         """
         task = self.embedded if self.embedded and is_embedded(tokenizer) else self
         usual = task.depths if isinstance(task.depths, tuple) else task.depths(options.get("keys", 0))

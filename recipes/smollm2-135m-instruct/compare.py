@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from cream_peft.cli import main as cream_peft
-from cream_peft.evals import file_name
+from cream_peft.evals.runner import file_name
 from cream_peft.evals.statistics import wilson_interval
 from cream_peft.evals.table import compare_cells, difference_in_words, mean_loss
 from cream_peft.model.record import machine, versions
