@@ -57,7 +57,6 @@ def _hidden(
     answer: str,
 ) -> Prompt:
     """As many sentences as fit, `needles` (depth, sentence) between them, and a question about the one at the depth."""
-
     said = dict(needles)[case.depth].partition(answer)[0]
 
     def build(count: int) -> Request:

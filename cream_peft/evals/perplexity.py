@@ -30,8 +30,8 @@ def window_nats(model: Any, tokens: list[int], scored: int, chunk_length: int, k
     # The last token predicts nothing that is known.
     for begin, logits in chunked_logits(model, tokens[:-1], cache, chunk_length, first=first - 1):
         following = targets[begin + 1 : begin + 1 + len(logits)]
-        for some, their in zip(logits.split(ROWS), following.split(ROWS), strict=True):
-            total += functional.cross_entropy(some.float(), their, reduction="sum").item()
+        for rows, targeted in zip(logits.split(ROWS), following.split(ROWS), strict=True):
+            total += functional.cross_entropy(rows.float(), targeted, reduction="sum").item()
     return total
 
 
