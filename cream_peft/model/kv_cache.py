@@ -1,4 +1,4 @@
-"""The cache of keys and values that a long document is read into: 16-bit, in 4 bits, or offloaded."""
+"""The cache of keys and values that a long document is read into: in 16 bits, or in 4."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 from transformers.cache_utils import HQQQuantizedLayer
 from transformers.utils import is_hqq_available
 
-KV_CACHES = ("default", "quantized", "offloaded")
+KV_CACHES = ("default", "quantized")
 
 # Tokens that `cream-peft chat` reads at once: attention then needs this times the length, never the length squared.
 PREFILL_CHUNK = 2048
@@ -79,20 +79,18 @@ def refuse_unusable(kv_cache: str) -> None:
     if kv_cache not in KV_CACHES:
         raise ValueError(f"unknown kv_cache {kv_cache!r}: use one of {', '.join(KV_CACHES)}")
     if kv_cache == "quantized" and not is_hqq_available():
-        raise ValueError("kv_cache quantized needs HQQ: run `pip install hqq`, or take offloaded")
-    if kv_cache == "offloaded" and not torch.cuda.is_available():
-        raise ValueError("kv_cache offloaded takes the cache off a CUDA GPU, and there is none: leave it out")
+        raise ValueError("kv_cache quantized needs HQQ: run `pip install hqq`")
 
 
 def new_cache(config: PreTrainedConfig, kv_cache: str = "default") -> Cache:
-    """An empty cache: on the model's device in 16 bits or in 4, or offloaded to the CPU layer by layer.
+    """An empty cache: in the model's dtype, or in 4 bits.
 
     Raises:
         ValueError: see `refuse_unusable`.
     """
     refuse_unusable(kv_cache)
     if kv_cache != "quantized":
-        return DynamicCache(config=config, offloading=kv_cache == "offloaded")
+        return DynamicCache(config=config)
     cache = QuantizedCache("hqq", config)  # which refuses sliding windows
     cache.layers = [AppendingHQQLayer() for _ in cache.layers]
     return cache
