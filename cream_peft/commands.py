@@ -217,7 +217,11 @@ def push(arguments: list[str]) -> None:
 
         # First, so that what cannot be merged is not published in half.
         merge_adapter(folder, merged, base_model=options.base_model)
-    shared = {"private": options.private or None, "revision": options.revision, "license": options.license}
+    shared: dict[str, Any] = {
+        "private": options.private or None,
+        "revision": options.revision,
+        "license": options.license,
+    }
     shared["base_model_id"] = options.base_model_id
     print(f"Published: {push_folder(folder, options.repo, results=options.results, **shared)}")
     if options.with_merged:

@@ -59,8 +59,8 @@ def adapter_folder(repo_or_dir: str | Path, **hub_kwargs: Any) -> Path:
     if Path(repo_or_dir).is_dir():
         return Path(repo_or_dir)
     with about(str(repo_or_dir)):
-        files = {"allow_patterns": ADAPTER_FILES, "ignore_patterns": CHECKPOINTS}
-        return Path(snapshot_download(str(repo_or_dir), **files, **hub_kwargs))
+        hub_kwargs |= {"allow_patterns": ADAPTER_FILES, "ignore_patterns": CHECKPOINTS}
+        return Path(snapshot_download(str(repo_or_dir), **hub_kwargs))
 
 
 def _refuse_other_base(found: PreTrainedConfig, trained: PreTrainedConfig, record: Record, name: str) -> None:

@@ -27,7 +27,7 @@ from .. import rope
 from ..errors import about
 from ..model.adapter import Adapter, open_adapter
 from ..model.base import GIB, load_tokenizer, make_tokenizer_readable, resolve_base
-from ..model.record import adapter_sha256, write_json
+from ..model.record import FILE, adapter_sha256, write_json
 from .card import write_card
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,18 +38,17 @@ SENTENCEPIECE = "tokenizer.model"
 DTYPES = ("bfloat16", "float16", "float32")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """The values of PEFT's init_lora_weights that leave the base's weights alone."""
-UNDERSTOOD = """
-    peft_type task_type peft_version auto_mapping base_model_name_or_path revision inference_mode runtime_config
-    r lora_alpha rank_pattern alpha_pattern use_rslora use_dora lora_dropout eva_config megatron_config megatron_core
-    target_modules target_parameters exclude_modules layers_to_transform layers_pattern modules_to_save fan_in_fan_out
-    ensure_weight_tying bias lora_bias trainable_token_indices
-""".split()
-"""The fields of LoraConfig that are followed here, or whose tensors are refused by name (the last three). PEFT too sets
-fan_in_fan_out to false for the layers that are merged. Any other field must have its default."""
+UNDERSTOOD = re.compile(
+    "peft_type|task_type|peft_version|auto_mapping|base_model_name_or_path|revision|inference_mode|runtime_config|r|"
+    "lora_alpha|rank_pattern|alpha_pattern|use_rslora|use_dora|lora_dropout|eva_config|megatron_config|megatron_core|"
+    "target_modules|target_parameters|exclude_modules|layers_to_transform|layers_pattern|modules_to_save|"
+    "fan_in_fan_out|ensure_weight_tying|bias|lora_bias|trainable_token_indices"
+)
+"""The fields of LoraConfig that are followed here, have no effect on a merge, or train tensors that are refused by name
+(the last three). Any other must have its default."""
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", MAGNITUDE)
 LEFT_OUT = ("rotary_emb.inv_freq", ".base_layer.weight")
-"""The first is in the files of older Llamas, and every runtime computes it from the config instead; the second are the
-base's own embeddings, which PEFT saves beside a LoRA on them."""
+"""Of older Llamas, where every runtime computes it from the config; and what PEFT saves beside a LoRA on embeddings."""
 
 
 class MergeError(ValueError):
@@ -84,10 +83,9 @@ def _base_folder(adapter: Adapter) -> Path:
         return source
     options = {key: value for key, value in adapter.base_options.items() if key != "trust_remote_code"}
     # Some repositories hold their weights a second time, in a folder or in a consolidated file.
-    options["allow_patterns"] = ["*.safetensors", INDEX, GENERATION, SENTENCEPIECE]
-    options["ignore_patterns"] = ["*/*", "consolidated*"]
+    options |= {"allow_patterns": ["*.safetensors", INDEX, GENERATION, SENTENCEPIECE]}
     with about(adapter.base_name):
-        return Path(snapshot_download(adapter.base_name, **options))
+        return Path(snapshot_download(adapter.base_name, ignore_patterns=["*/*", "consolidated*"], **options))
 
 
 def _base_weights(folder: Path, name: str) -> Weights:
@@ -101,40 +99,42 @@ def _base_weights(folder: Path, name: str) -> Weights:
 
 @dataclass(frozen=True)
 class Change:
-    """What the adapter makes of one tensor of the base."""
+    """What the adapter makes of one tensor of the base: W + scale B A, or a replacement (modules_to_save)."""
 
     shapes: dict[str, tuple[int, ...]]
-    """Of the adapter's tensors, by name: A, B and, for DoRA, the magnitudes; or the replacement (modules_to_save)."""
+    """Of the adapter's tensors, by name: A, B and, for DoRA, the magnitudes; or the replacement."""
     scale: float | None = None
-    """Of B A; None where the tensor is replaced."""
     transposed: bool = False
     """Embeddings are: they have a column for each output."""
 
 
 def _lora(module: nn.Linear | nn.Embedding, path: str, config: LoraConfig) -> Change:
     """The change that LoRA makes of `module`, by PEFT's rules."""
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), path), config.lora_alpha)
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key([*ranks], path), config.r)
+    alpha = alphas.get(get_pattern_key([*alphas], path), config.lora_alpha)
     transposed = isinstance(module, nn.Embedding)
     outputs, inputs = reversed(module.weight.shape) if transposed else module.weight.shape
     first, second = PARTS[2:4] if transposed else PARTS[:2]
-    shapes = {first: (rank, inputs), second: (outputs, rank)} | ({MAGNITUDE: (outputs,)} if config.use_dora else {})
-    shapes = {f"{PREFIX}{path}.{name}": shape for name, shape in shapes.items()}
+    start = f"{PREFIX}{path}."
+    shapes: dict[str, tuple[int, ...]] = {start + first: (rank, inputs), start + second: (outputs, rank)}
+    if config.use_dora:
+        shapes[start + MAGNITUDE] = (outputs,)
     return Change(shapes, alpha / (math.sqrt(rank) if config.use_rslora else rank), transposed)
 
 
 def _read_config(folder: Path) -> LoraConfig:
     config, default = PeftConfig.from_pretrained(str(folder)), LoraConfig()
     for name, value in vars(config).items():
-        known = value in PLAIN_INITS if name == "init_lora_weights" else name in UNDERSTOOD
+        known = value in PLAIN_INITS if name == "init_lora_weights" else UNDERSTOOD.fullmatch(name)
         if config.peft_type != default.peft_type or not (known or value == getattr(default, name)):
             raise MergeError(f"the adapter is not LoRA alone ({config.peft_type}, {name} {value!r}): use load_adapter")
     return cast(LoraConfig, config)
 
 
 def _changes(config: LoraConfig, model: PreTrainedModel, base: Weights, given: Weights) -> dict[str, Change]:
-    """How the adapter changes tensors of the base, by their names. A MergeError names a tensor that the adapter's file
-    lacks or has in surplus, or one of the base that cannot change."""
+    """The base's tensors that the adapter changes. A MergeError names one that cannot change, or one that the adapter's
+    file lacks or has in surplus."""
     changes: dict[str, Change] = {}
     for path, module in model.named_modules():
         if any(path.endswith(name) for name in config.modules_to_save or ()):
@@ -152,13 +152,12 @@ def _changes(config: LoraConfig, model: PreTrainedModel, base: Weights, given: W
         if key not in given.like or expected.get(key) != tuple(given.like[key].shape):
             trouble = "has no place in the base, or another shape" if key in given.like else "is missing"
             raise MergeError(f"{key} of {ADAPTER} {trouble}: it does not fit adapter_config.json")
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends, whole = (model.get_input_embeddings(), model.get_output_embeddings()), model.state_dict()
     tied = {f"{path}.weight" for path, module in model.named_modules() if module in ends}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in changes:
         if name in tied and model.config.tie_word_embeddings:
             raise MergeError(f"{name} is adapted, but the base ties its embeddings and its head: use load_adapter")
-        if name not in base.like or base.like[name].shape != shapes[name]:
+        if name not in base.like or base.like[name].shape != whole[name].shape:
             raise MergeError(f"{name} is adapted, but not in the base's files: write base_model with save_pretrained")
     return changes
 
@@ -203,13 +202,12 @@ def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: s
 
 
 def _refuse_output(output: Path, base_folder: Path) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
     if output.is_file():
         raise MergeError(f"{output} is a file: name a folder for the merged model")
-    note = output / "cream.json"
-    merged = note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("merged")
-    if not merged or output.samefile(base_folder):
+    if not output.exists() or not any(output.iterdir()):
+        return
+    is_merge = (output / FILE).is_file() and json.loads((output / FILE).read_text(encoding="utf-8")).get("merged")
+    if not is_merge or output.samefile(base_folder):
         raise MergeError(f"{output} is neither empty nor an earlier merge: choose another output_dir (--output)")
 
 
@@ -222,31 +220,25 @@ def _peak_memory() -> float | None:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge left."""
+    """What a merge left: `bytes` of weights, merged_layers and replaced_tensors (together all that the adapter holds),
+    dtype of the largest tensor, peak_memory_gib (see `_peak_memory`)."""
 
     output_dir: str
     parameters: int
     bytes: int
-    """Of all weights."""
     shards: int
     merged_layers: int
     replaced_tensors: int
-    """Of modules_to_save; with merged_layers all that the adapter holds."""
     dtype: str
-    """Of the largest tensor."""
     seconds: float
     peak_memory_gib: float | None
-    """See `_peak_memory`."""
 
 
 def _write_weights(
     folder: Path, base: Weights, given: Weights, changes: dict[str, Change], max_shard_size: int | str
 ) -> tuple[int, int]:
-    """Write the tensors of `base`, in the dtypes of base.like and changed by the adapter, a shard at a time.
-
-    Returns:
-        their bytes, and the number of files.
-    """
+    """Write the tensors of `base`, in the dtypes of base.like and changed by the adapter, a shard at a time; their
+    bytes, and the number of files."""
     split = split_torch_state_dict_into_shards(base.like, max_shard_size=max_shard_size)
     free, needed = shutil.disk_usage(folder).free, split.metadata["total_size"]
     if free < needed:
@@ -283,12 +275,10 @@ def merge_adapter(
     Each tensor is merged in fp32; one output file is in memory at a time, never the model.
 
     Args:
-        repo_or_dir: Hub id or local folder of the adapter.
+        repo_or_dir, base_model, revision, hub_kwargs: see `open_adapter`.
         output_dir: where the model goes; made in a folder beside it, then renamed. An earlier merge is replaced.
-        base_model: Hub id or folder to take the base from, instead of the one that the adapter names.
         dtype: bfloat16, float16 or float32 for all weights. None keeps what the base's files have, float32 included.
         max_shard_size: of one output file, in bytes or as "1GB" (10**9). Peak memory grows with it.
-        revision, hub_kwargs: of the adapter's repository; token, cache_dir, trust_remote_code.
 
     Raises:
         AdapterError: as `open_adapter`, or if the base's weights are not those trained on.
@@ -305,17 +295,16 @@ def merge_adapter(
     output, base_folder = Path(output_dir).absolute(), _base_folder(adapter)
     _refuse_output(output, base_folder)
     base, given = _base_weights(base_folder, adapter.base_name), Weights([adapter.folder / ADAPTER])
-    config = _read_config(adapter.folder)
+    config, remote = _read_config(adapter.folder), "trust_remote_code" in adapter.base_options
     with torch.device("meta"):
-        remote = "trust_remote_code" in adapter.base_options
         model = AutoModelForCausalLM.from_config(copy.deepcopy(adapter.scaled_config), trust_remote_code=remote)
     embeddings = next(f"{path}.weight" for path, part in model.named_modules() if part is model.get_input_embeddings())
     if embeddings in base.like:
         adapter.refuse_other_weights(base.read(embeddings))
     changes = _changes(config, model, base, given)
     if dtype:
-        floating = {name: like for name, like in base.like.items() if like.is_floating_point()}
-        base.like |= {name: like.to(getattr(torch, dtype)) for name, like in floating.items()}
+        wanted = getattr(torch, dtype)
+        base.like = {name: like.to(wanted) if like.is_floating_point() else like for name, like in base.like.items()}
     main_dtype = str(max(base.like.values(), key=torch.numel).dtype).removeprefix("torch.")
     scratch = output.with_name(f".{output.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)

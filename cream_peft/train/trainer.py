@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from .. import rope
 from ..model.base import (
     check_module_names,
+    embeddings_of,
     keep_4bit_trainable_on_cpu,
     keep_adapter_in_fp32,
     load_base,
@@ -141,7 +142,7 @@ class CREAMTrainer(SFTTrainer):
         self.scaled_config = rope.scaled_config(unscaled, args.target_length, args.rope_scaling_type)
         rope.apply_scaling(model, self.scaled_config)
         model.unscaled_config = unscaled
-        self.base_fingerprint = fingerprint(model.get_input_embeddings().weight)
+        self.base_fingerprint = fingerprint(embeddings_of(model))
         return model
 
     @staticmethod
