@@ -192,13 +192,13 @@ def _train(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         ) from error
     if trainer.base_is_local():
         logger.warning("the base is a local folder: before sharing the adapter set base_model_id, its Hub id")
-    counts = trainer.describe()["positions"]
+    counts = trainer.describe().positions
     return {
         "output_dir": run.output_dir,
         "steps": output.global_step,
         "loss": output.training_loss,
         "seconds": seconds,
         "peak_gib": peak_gib(),
-        "redrawn": counts["redrawn"],
-        "unlabelled": counts["unlabelled"],
+        "redrawn": counts.redrawn,
+        "unlabelled": counts.unlabelled,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from pathlib import Path
@@ -21,13 +20,15 @@ from trl import SFTTrainer
 from .. import rope
 from ..model.base import (
     check_module_names,
+    embeddings_of,
     keep_4bit_trainable_on_cpu,
     keep_adapter_in_fp32,
     load_base,
     load_tokenizer,
     make_tokenizer_readable,
+    with_pad_token,
 )
-from ..model.record import fingerprint, machine, peak_gib, versions
+from ..model.record import Positions, Record, fingerprint, machine, peak_gib, public_name, versions
 from ..positions import SIGMA_PER_FACTOR
 from ..publish import push as hub
 from ..publish.card import write_card
@@ -81,9 +82,7 @@ class CREAMTrainer(SFTTrainer):
         model = self._scaled_model(model, args, kwargs.pop("quantization_config", None))
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = load_tokenizer(model.config._name_or_path)
-        tokenizer = kwargs["processing_class"]
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+        tokenizer = with_pad_token(kwargs["processing_class"])
         if isinstance(train_dataset, IterableDataset) and args.dataloader_num_workers:
             raise ValueError(
                 f"dataloader_num_workers={args.dataloader_num_workers} cannot go with a streamed data set: each worker "
@@ -143,7 +142,7 @@ class CREAMTrainer(SFTTrainer):
         self.scaled_config = rope.scaled_config(unscaled, args.target_length, args.rope_scaling_type)
         rope.apply_scaling(model, self.scaled_config)
         model.unscaled_config = unscaled
-        self.base_fingerprint = fingerprint(model)
+        self.base_fingerprint = fingerprint(embeddings_of(model))
         return model
 
     @staticmethod
@@ -197,55 +196,53 @@ class CREAMTrainer(SFTTrainer):
     def base_model_name(self) -> str:
         """The base's public name: `base_model_id`, its Hub id, or a local folder's last part. Never a path."""
         name = self.args.base_model_id or self.unwrapped_config()._name_or_path
-        if name == str(base_folder()):
-            return TINY_ID
-        return Path(name).name if Path(name).exists() else name
+        return TINY_ID if name == str(base_folder()) else public_name(name)
 
     def base_is_local(self) -> bool:
-        """Whether the name above is a folder's, which says nobody where to find the base."""
+        """Whether that name is only the name of a folder, which says nobody where to find the base."""
         name = self.unwrapped_config()._name_or_path
         return self.args.base_model_id is None and name not in (TINY_ID, str(base_folder())) and Path(name).exists()
 
     def unwrapped_config(self):
         return self.accelerator.unwrap_model(self.model).config
 
-    def describe(self) -> dict[str, Any]:
-        """What cream.json says: how to scale the base, how positions were drawn, with which versions and seed."""
+    def describe(self) -> Record:
+        """The content of cream.json: how the base was scaled, how positions were drawn, what the run took."""
         args, collator = self.args, self.data_collator
-        positions: dict[str, Any] = {"strategy": type(collator).__name__}
+        positions = Positions(type(collator).__name__)
         if isinstance(collator, CREAMDataCollator):
             factor = collator.target_length / collator.context_length
             sigma = collator.strategy_options.get("sigma") or SIGMA_PER_FACTOR * factor
-            positions = {
-                "strategy": collator.position_strategy,
-                "context_length": collator.context_length,
-                "factor": factor,
-                "sigma": sigma if collator.position_strategy == "cream" else None,
-                "seed": collator.seed,
-                "short_documents": args.short_documents,
-                "redrawn": collator.redrawn(),
-                "unlabelled": collator.unlabelled(),
-            }
-        return {
-            "base_model": self.base_model_name(),
-            "base_is_local": self.base_is_local(),
-            "base_revision": getattr(self.unwrapped_config(), "_commit_hash", None),
-            "base_fingerprint": self.base_fingerprint,
-            "pretrained_window": self.pretrained_window,
-            "target_length": args.target_length,
-            "rope_scaling_type": args.rope_scaling_type,
-            "positions": positions,
-            "load_in_4bit": bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
-            "license": args.license,
-            "steps": self.state.global_step,
-            "first_step": getattr(getattr(self, "_set_epoch", None), "first_step", 0),
-            "seconds": self.seconds and round(self.seconds, 1),
-            "peak_gib": peak_gib(),
-            "machine": machine(),
-            "seed": args.seed,
-            "versions": versions(),
-            "recipe": self.recipe,
-        }
+            positions = Positions(
+                strategy=collator.position_strategy,
+                context_length=collator.context_length,
+                factor=factor,
+                sigma=sigma if collator.position_strategy == "cream" else None,
+                seed=collator.seed,
+                short_documents=args.short_documents,
+                redrawn=collator.redrawn(),
+                unlabelled=collator.unlabelled(),
+            )
+        return Record(
+            base_model=self.base_model_name(),
+            base_is_local=self.base_is_local(),
+            base_revision=getattr(self.unwrapped_config(), "_commit_hash", None),
+            base_fingerprint=self.base_fingerprint,
+            pretrained_window=self.pretrained_window,
+            target_length=args.target_length,
+            rope_scaling_type=args.rope_scaling_type,
+            positions=positions,
+            load_in_4bit=bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
+            license=args.license,
+            steps=self.state.global_step,
+            first_step=getattr(getattr(self, "_set_epoch", None), "first_step", 0),
+            seconds=self.seconds and round(self.seconds, 1),
+            peak_gib=peak_gib(),
+            machine=machine(),
+            seed=args.seed,
+            versions=versions(),
+            recipe=self.recipe,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -256,14 +253,10 @@ class CREAMTrainer(SFTTrainer):
         (folder / "training_args.bin").unlink(missing_ok=True)
         make_tokenizer_readable(folder)
         rope.save_base_config(self.scaled_config, folder)
-        adapter_config = folder / "adapter_config.json"
-        if adapter_config.is_file():
-            content = json.loads(adapter_config.read_text(encoding="utf-8"))
-            content["base_model_name_or_path"] = self.base_model_name()
-            adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        description = self.describe()
-        (folder / "cream.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        write_card(folder, description, self._public_name())
+        record = self.describe()
+        record.name_base_in(folder)
+        record.write(folder)
+        write_card(folder, record, self._public_name())
 
     def _public_name(self) -> str | None:
         return self.hub_model_id if self.args.push_to_hub else None
