@@ -219,8 +219,3 @@ def machine() -> str:
 def peak_gib() -> float | None:
     """The most that this process had allocated on the GPU, in GiB; None without one."""
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-
-
-def read_description(folder: Path, name: str) -> dict[str, Any]:
-    """The old way to read cream.json, for evals/models.py alone; it goes when that one reads a Record."""
-    return asdict(Record.read(folder, name))
