@@ -138,7 +138,9 @@ def write_json(file: Path, content: Any) -> None:
 
 def public_name(text: str) -> str:
     """`text` as it may be published: of a local path the last part, everything else as it is."""
-    is_path = text.startswith(("/", "./", "../", "~")) or ("/" in text and os.path.exists(text))
+    # One part after the root, as in "/no_think", says nothing of a machine.
+    is_absolute = text.startswith("/") and "/" in text[1:]
+    is_path = is_absolute or text.startswith(("./", "../", "~")) or ("/" in text[1:] and os.path.exists(text))
     return Path(text).name if is_path and "\n" not in text else text
 
 
