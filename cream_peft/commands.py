@@ -337,8 +337,9 @@ def merge(arguments: list[str]) -> None:
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
     )
-    rows = asdict(summary).items()
-    print(table(("", ""), [(key, f"{value:,}" if isinstance(value, int | float) else value) for key, value in rows]))
+    found = asdict(summary).items()
+    head, *rows = [(key, f"{value:,}" if isinstance(value, int | float) else str(value)) for key, value in found]
+    print(table(head, rows))
     _write_json(options.json, asdict(summary))
     print(f"The merged model is in {options.output}")
 
