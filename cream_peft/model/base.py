@@ -177,10 +177,14 @@ def load_base(
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. A missing pad token becomes the end token: masks are made from lengths, never from ids,
-    and the embeddings are never resized (PEFT would then save whole embedding matrices)."""
+    """The base's tokenizer, with a pad token."""
     with about(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_base(name), **kwargs)
+        return with_pad_token(AutoTokenizer.from_pretrained(resolve_base(name), **kwargs))
+
+
+def with_pad_token(tokenizer: Any) -> Any:
+    """The tokenizer; a missing pad token becomes the end token. Masks are made from lengths, never from ids, and the
+    embeddings are never resized (PEFT would then save whole embedding matrices)."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     return tokenizer

@@ -20,6 +20,7 @@ from ..model.record import machine, versions
 from ..plan import memory
 from ..plan.advice import training_flops
 from ..plan.gpus import TFLOPS, find_card
+from ..rope import pretrained_window
 from ..tiny import TINY_ID
 from .machine import CPU_PARAMETERS, base_config, memory_explained, plan_of
 from .recipe import Recipe, RecipeError, parse_recipe
@@ -173,6 +174,7 @@ def bench_recipe(recipe: Recipe, memory_limit: float | None = None) -> dict[str,
         ValueError: a recipe or a limit that this machine cannot take.
     """
     config, name = base_config(recipe), recipe.model.model_name_or_path
+    recipe.run.resolve(pretrained_window(config))
     terms = plan_of(recipe, config)["terms"]
     if not torch.cuda.is_available() and memory.parameter_count(config) > CPU_PARAMETERS:
         raise RecipeError(f"{name} is too large to try without a CUDA GPU: see cream-peft plan")

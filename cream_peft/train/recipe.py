@@ -82,7 +82,7 @@ class RecipeParser(TrlParser):
     """TrlParser of the three dataclasses, whose errors are exceptions: argparse prints 300 lines of usage first."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(DATACLASSES, allow_abbrev=False, **kwargs)
+        super().__init__(DATACLASSES, allow_abbrev=False, **kwargs)  # ty: ignore[invalid-argument-type] any iterable
         self.add_argument("--config", metavar="FILE", help="Recipe; default: that of the embedded model.")
 
     def error(self, message: str):
@@ -196,4 +196,4 @@ def parse_recipe(arguments: list[str]) -> Recipe:
         data, run, model, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except (ValueError, TypeError, KeyError) as error:
         raise _in_plain_words(error, recipe, flags) from error
-    return Recipe(data, run, model, keys)
+    return Recipe(data, run, model, keys)  # ty: ignore[invalid-argument-type] TRL names a protocol, not the classes
