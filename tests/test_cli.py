@@ -450,6 +450,19 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
     ]
 
 
+@pytest.mark.parametrize("redrawn, unlabelled, lines", [(0, 0, 0), (3, 0, 1), (16, 1, 2)])
+def test_draws_without_labels_are_told_with_their_remedy_where_there_are_any(
+    monkeypatch, capsys, redrawn, unlabelled, lines
+):
+    summary = train.RunSummary("run", 2, 1.0, 3.0, None, redrawn, unlabelled)
+    monkeypatch.setattr(train, "run_recipe", lambda recipe: summary)
+    assert cli.main(["train"]) == 0
+    said = capsys.readouterr().out
+    assert ("3 draws held no label" in said) == (redrawn == 3)
+    assert ("1 examples held no label" in said) == (unlabelled == 1)
+    assert len(re.findall("held no label", said)) == lines == said.count("raise context") + said.count("leave out")
+
+
 def test_seven_billion_parameters_without_a_gpu_are_refused_before_the_network_is_asked(hub, environment, folder):
     if torch.cuda.is_available():
         environment = environment | {"CUDA_VISIBLE_DEVICES": ""}

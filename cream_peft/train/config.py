@@ -135,9 +135,7 @@ class CREAMConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1 token")
-        for name in ("context_length", "eval_length"):
-            value = getattr(self, name)
-            if value is not None and self.target_length is not None and value > self.target_length:
+            if value is not None and value > (self.target_length or value):
                 raise ValueError(
                     f"{name}={value} is longer than target_length={self.target_length}: lower it, or raise the other"
                 )

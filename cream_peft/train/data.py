@@ -72,7 +72,7 @@ def _load_file(path: Path, name: str, split: str, streaming: bool) -> Dataset | 
     if not path.stat().st_size:
         raise DataError(f"{name} is empty: it must hold documents, a row each")
     kind = FILE_FORMATS[path.suffix]
-    options = {"sample_by": "document"} if kind == "text" else {}
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
     try:
         return load_dataset(kind, data_files=str(path), split="train", streaming=streaming, **options)
     except (ValueError, DatasetGenerationError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
@@ -82,7 +82,9 @@ class CREAMTrainer(SFTTrainer):
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
+        callbacks: list[TrainerCallback] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         args = args if args is not None else CREAMConfig()
@@ -116,6 +118,8 @@ class CREAMTrainer(SFTTrainer):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
+                callbacks=callbacks,
+                peft_config=peft_config,
                 **kwargs,
             )
         finally:
@@ -152,23 +156,20 @@ class CREAMTrainer(SFTTrainer):
             args.model_init_kwargs = None
         unscaled: Any = getattr(model, "unscaled_config", None) or copy.deepcopy(model.config)
         self.pretrained_window = rope.pretrained_window(unscaled)
-        lengths = args.resolve(self.pretrained_window)
-        self.scaled_config = rope.scaled_config(unscaled, lengths.target_length, args.rope_scaling_type)
+        self.lengths = args.resolve(self.pretrained_window)
+        self.scaled_config = rope.scaled_config(unscaled, self.lengths.target_length, args.rope_scaling_type)
         rope.apply_scaling(model, self.scaled_config)
         model.unscaled_config = unscaled
         self.base_fingerprint = fingerprint(model)
         return model
 
     def _collator(self, args: CREAMConfig, tokenizer: Any) -> CREAMDataCollator:
-        lengths = args.resolve(self.pretrained_window)
         return CREAMDataCollator(
             pad_token_id=tokenizer.pad_token_id or 0,
-            context_length=lengths.context_length,
-            target_length=lengths.target_length,
+            **self.lengths._asdict(),
             position_strategy=args.position_strategy,
             strategy_options={"sigma": args.sigma} if args.position_strategy == "cream" else {},
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            eval_length=lengths.eval_length,
             pad_to_multiple_of=args.pad_to_multiple_of,  # ty: ignore[invalid-argument-type] TRL has made it a number
         )
 
