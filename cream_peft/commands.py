@@ -47,9 +47,9 @@ def train(arguments: list[str]) -> None:
     parser.add_argument("--help", "-h", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     if options.help:
-        from .train.recipe import DATACLASSES, TrlParser
+        from .train.recipe import RecipeParser
 
-        TrlParser(DATACLASSES, prog="cream-peft train").print_help()
+        RecipeParser(prog="cream-peft train").print_help()
         return
     from .train.recipe import parse_recipe
     from .train.run import run_recipe
@@ -57,13 +57,15 @@ def train(arguments: list[str]) -> None:
     summary = run_recipe(parse_recipe(rest))
     if not _speaks():
         return
-    print(f"\n{'loss':<16}{summary['loss']:.3f} (mean over the run, {summary['steps']} steps in all)")
-    print(f"{'time':<16}{summary['seconds']:.0f} s")
-    print(f"{'redrawn':<16}{summary['redrawn']} draws held no label, {summary['unlabelled']} examples none at all")
-    if summary["peak_gib"] is not None:
-        print(f"{'peak memory':<16}{summary['peak_gib']:.2f} GiB")
-    _write_json(options.json, summary)
-    print(f"The adapter is in {summary['output_dir']}")
+    peak = "" if summary.peak_gib is None else f", peak memory {summary.peak_gib:.2f} GiB"
+    print(f"\n{summary.steps:,} steps in {summary.seconds:.0f} s, mean loss {summary.loss:.3f}{peak}")
+    if summary.redrawn:
+        print(f"{summary.redrawn:,} draws held no label and were drawn again: raise context_length if these are many")
+    if summary.unlabelled:
+        print(f"{summary.unlabelled:,} examples held no label and taught nothing: leave out documents with few labels")
+    _write_json(options.json, asdict(summary))
+    print(f"The adapter is in {summary.output_dir}")
+    print(f"Next: cream-peft evaluate --compare {summary.output_dir}, cream-peft chat --adapter {summary.output_dir}")
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
