@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentParser
 from dataclasses import asdict
 
 import pytest
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cream_peft import cli, errors
-from cream_peft.evals.run import add_options
+from cream_peft.commands import evaluate_parser
 from cream_peft.model.base import embedded_config
 from cream_peft.plan import advice as plan
 from cream_peft.plan import fit, memory
@@ -415,8 +414,7 @@ def test_evaluation_says_what_was_planned_and_which_flag_to_change(monkeypatch):
     line = said(length=8192, kv_cache="default", load_in_4bit=False)
     assert line.endswith("for it: --kv_cache quantized, without --no_4bit")
     flags = line.split("for it: ")[1].split(", ")[0]
-    parser = ArgumentParser()
-    add_options(parser)
+    parser = evaluate_parser()
     assert parser.parse_args(flags.split()).kv_cache == "quantized"
     monkeypatch.setattr(fit, "allowed_gib", lambda: 6.0)
     flags = said(length=262_144).split("for it: ")[1]

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
 
-from ..evals import file_name, read_results
+from ..evals.runner import file_name, read_results
 from ..evals.table import tasks_in
 from ..model.record import read_description
 from .card import is_own, write_card
