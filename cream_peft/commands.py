@@ -16,7 +16,7 @@ from .terminal import table
 
 MOST_TEXTS = 1000
 """Rows of a data set whose perplexity is measured."""
-GPU_HELP = "its name, such as 'RTX 4090', or its memory; 8GB is the 7.6 GiB that an 8 GB card reports, 8GiB is 8 GiB"
+GPU_HELP = "its name, such as 'RTX 4090', or its memory; 8GB is the 7.6 GiB that an 8 GB GPU reports, 8GiB is 8 GiB"
 
 
 class UserError(ValueError):
@@ -189,24 +189,24 @@ def lm_eval(arguments: list[str]) -> None:
 
 def plan(arguments: list[str]) -> None:
     """Print what a recipe needs: peak memory term by term, for training and for evaluation with each cache, hours on a
-    list of cards, and what to change where it does not fit. No GPU and no weights are needed."""
+    list of GPUs, and what to change where it does not fit. No GPU and no weights are needed."""
     parser = _Parser(
         prog="cream-peft plan", description=plan.__doc__, allow_abbrev=False,
         epilog="Every key of a recipe is an option too, such as --context_length 8192 or --memory low: `cream-peft "
         "train --help` lists them. What is set nowhere has the recipe class's default.",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="recipe, such as those under recipes/ (default: the embedded)")
-    parser.add_argument("--gpu", help=f"plan for this card alone: {GPU_HELP}")
+    parser.add_argument("--gpu", help=f"plan for this GPU alone: {GPU_HELP}")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
     options, rest = parser.parse_known_args(arguments)
     from .plan.advice import text_of
-    from .plan.gpus import find_card, parse_gpu
+    from .plan.gpus import find_gpu, parse_gpu
     from .train.machine import base_config, plan_recipe
     from .train.recipe import parse_recipe
 
-    cards = {find_card(options.gpu) or options.gpu: parse_gpu(options.gpu)} if options.gpu else None
+    gpus = {find_gpu(options.gpu) or options.gpu: parse_gpu(options.gpu)} if options.gpu else None
     recipe = parse_recipe([*(["--config", options.config] if options.config is not None else []), *rest])
-    planned = plan_recipe(recipe, base_config(recipe), cards)
+    planned = plan_recipe(recipe, base_config(recipe), gpus)
     print(text_of(planned))
     _write_json(options.json, asdict(planned))
 
@@ -230,7 +230,7 @@ def bench(arguments: list[str]) -> None:
     config = ["--config", options.config] if options.config is not None else []
     measured = bench_recipe(parse_bench([*config, *rest], options.steps), limit)
     print(text_of(measured))
-    _write_json(options.json, measured)
+    _write_json(options.json, asdict(measured))
 
 
 def plot(arguments: list[str]) -> None:

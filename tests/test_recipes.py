@@ -114,7 +114,7 @@ def test_the_header_quotes_the_planned_peak_and_a_card_that_holds_it(path):
     planned = machine.plan_recipe(recipe, base.embedded_config(recipe.model.model_name_or_path)).terms["total"]
     assert header["Peak"] == f"{planned:.1f} GiB planned by cream-peft plan, not run"
     size = re.search(r"of (\d+) GB", header["Hardware"])[1]
-    assert planned < min(gib for card, gib in cards.CARDS.items() if card.endswith(f" {size}GB"))
+    assert planned < min(gpu.gib for name, gpu in cards.GPUS.items() if name.endswith(f" {size}GB"))
 
 
 # The whole path
