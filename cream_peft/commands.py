@@ -160,22 +160,36 @@ def bench(arguments: list[str]) -> None:
 
 
 def plot(arguments: list[str]) -> None:
-    """Draw results files over one another: a heat map for needle, else accuracy or perplexity by length and depth."""
+    """Draw results files over one another: a heat map for needle, else accuracy or perplexity by length and depth.
+    With --positions, draw instead which positions each strategy gives to the tokens that are fed."""
     parser = _Parser(prog="cream-peft plot", description=plot.__doc__, allow_abbrev=False)
-    parser.add_argument("results", nargs="+", metavar="RESULTS.json")
+    parser.add_argument("results", nargs="*", metavar="RESULTS.json")
     parser.add_argument("--output", default="runs/accuracy.png", help="picture, .png or .svg")
     parser.add_argument("--kind", choices=["accuracy", "depth", "heatmap", "perplexity"], help="default: by task")
     parser.add_argument("--task", help="draw this one; default: every task in the files, a picture each")
     parser.add_argument("--title", default="")
+    parser.add_argument("--positions", action="store_true", help="draw the positions of each strategy, no results")
+    parser.add_argument("--context_length", type=int, default=256, help="of --positions: tokens fed (default: 256)")
+    parser.add_argument("--target_length", type=int, default=2048, help="of --positions: the target (default: 2048)")
     options = parser.parse_args(arguments)
+    if options.positions == bool(options.results):
+        parser.error("give RESULTS.json or --positions")
+    if Path(options.output).suffix not in (".png", ".svg"):
+        raise UserError(f"--output {options.output}: the ending must be .png or .svg")
+    if options.positions:
+        from .evals.draw_positions import positions_figure
+
+        figure = positions_figure(options.context_length, options.target_length)
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.output)
+        print(f"The picture is {options.output}")
+        return
     from .evals import read_results
     from .evals.plots import plot_results
 
     for name in options.results:
         if not Path(name).is_file():
             raise UserError(f"no such results file: {name}; `cream-peft evaluate` writes them")
-    if Path(options.output).suffix not in (".png", ".svg"):
-        raise UserError(f"--output {options.output}: the ending must be .png or .svg")
     labelled = {}
     for name in options.results:
         result = read_results(name)
