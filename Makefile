@@ -31,15 +31,16 @@ demo: $(READY)  ## extend the embedded tiny model on this CPU and show what chan
 		$(DEMO)/results/plain-fine-tune.json $(DEMO)/results/CREAM.json
 	@echo "The adapter is in $(DEMO)/cream"
 
-test: $(READY)  ## lint and the fast tests (10 minutes at most on two cores)
-	$(BIN)/ruff check .
+test: lint  ## lint, and the fast tests (10 minutes at most on two cores)
 	$(BIN)/python -m pytest -q
 
 test-slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -q -m slow
 
-lint: $(READY)  ## ruff, and apply its fixes
-	$(BIN)/ruff check --fix .
+lint: $(READY)  ## ruff (rules and format) and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV)
 
 base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GPU)
 	$(BIN)/cream-peft train --config recipes/llama-2-7b/cream-4k-32k-qlora.yaml

@@ -175,7 +175,7 @@ class Chat:
             pass  # the tokens that came are the answer
         except (torch.OutOfMemoryError, MemoryError) as error:
             remedy = "take a shorter document, or --kv_cache quantized or offloaded"
-            raise ChatError(f"memory ran out with {len(ids):,} tokens in the context: {remedy}") from error
+            raise ChatError(f"out of memory with {len(ids):,} tokens in the context: {remedy}") from error
         finally:
             signal.signal(signal.SIGINT, handler)
         # Decoded after its prompt: on its own it may lose the space that it begins with.

@@ -7,10 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-PLOTTED = ("task", "metric", "length", "depth", "value", "samples")
+MOST_TEXTS = 1000
+"""Rows of a data set whose perplexity is measured."""
 GPU_HELP = "its name, such as 'RTX 4090', or its memory; 8GB is the 7.6 GiB that an 8 GB card reports, 8GiB is 8 GiB"
 
 
@@ -61,54 +64,123 @@ def train(arguments: list[str]) -> None:
     print(f"The adapter is in {summary['output_dir']}")
 
 
-def evaluate(arguments: list[str]) -> None:
-    """Measure one model or several, print one table, keep one JSON file each."""
+def evaluate_parser() -> argparse.ArgumentParser:
+    """The options of `cream-peft evaluate`."""
+    from .evals import TASKS
+    from .evals.prompts import STYLES
+
     parser = _Parser(prog="cream-peft evaluate", description=evaluate.__doc__, allow_abbrev=False)
-    from .evals.run import add_options, evaluate_models
-
-    add_options(parser)
+    parser.add_argument(
+        "--compare", nargs="+", default=["cream-peft-tiny"], metavar="MODEL",
+        help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE to --target_length; "
+        "LABEL=MODEL names it in the table (default: cream-peft-tiny)",
+    )  # fmt: skip
+    parser.add_argument("--tasks", nargs="+", default=["kv_retrieval", "needle"], help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens; default: doubling from window to target")
+    parser.add_argument("--target_length", type=int, help="tokens; default: the adapter's, or 8 windows")
+    parser.add_argument("--samples", type=int, default=32, help="at each length and depth (default: 32)")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the prompts (default: 1000)")
+    parser.add_argument("--threshold", type=float, default=0.85, help="accuracy that is enough (default: 0.85)")
+    parser.add_argument("--depths", nargs="+", type=float, help="where the answer stands, 0 to 1; default: the task's")
+    parser.add_argument("--keys", type=int, help="kv_retrieval: so many keys, as the paper's 75 and 140")
+    parser.add_argument("--key_length", type=int, help="kv_retrieval: keys of so many digits instead of UUIDs")
+    parser.add_argument("--lines", type=int, help="longchat_lines: so many lines")
+    parser.add_argument("--haystack", metavar="PATH", help="needles: text file or folder to hide them in")
+    parser.add_argument("--text", metavar="PATH_OR_ID", help="perplexity: text file, folder of such, or a data set")
+    parser.add_argument("--text_config", help="configuration of that data set")
+    parser.add_argument("--text_split", default="test", help="split of that data set (default: test)")
+    parser.add_argument("--stride", type=int, help="perplexity: tokens between windows (default: half the length)")
+    parser.add_argument("--max_tokens", type=int, help="perplexity: tokens read of each document; default: all")
+    parser.add_argument("--style", choices=STYLES, help="form of the prompt (default: chat where there is a template)")
+    parser.add_argument("--chunk_length", type=int, help="tokens read at once (default: 1024)")
+    parser.add_argument(
+        "--kv_cache", choices=["auto", "default", "quantized"], default="auto",
+        help="16-bit (default) or 4-bit; auto: 16-bit where it fits",
+    )  # fmt: skip
+    parser.add_argument("--dump_prompts", "--dump-prompts", metavar="DIR", help="write the prompts, measure nothing")
+    parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
+    parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
+    parser.add_argument("--output_dir", default="runs/evaluate", help="folder of the results (default: runs/evaluate)")
+    parser.add_argument("--details", action="store_true", help="also print accuracy by depth, intervals, differences")
     parser.add_argument("--paper", action="store_true", help="print what the paper reports for the same tasks")
-    parser.add_argument("--json", metavar="FILE", help="write the table's content as JSON")
-    options = parser.parse_args(arguments)
-    from .evals.table import comparisons, effective_lengths, paper_table, table_of
+    parser.add_argument("--json", metavar="FILE", help="write the results and their comparisons as one JSON")
+    return parser
 
-    if options.paper:
-        print("\n".join(paper_table()))
+
+def _texts(name: str, config: str | None, split: str) -> list[str] | None:
+    """The texts of a data set's first rows; None where `name` is a text file or folder, which evals reads itself."""
+    from .evals.prompts import TEXT_SUFFIXES
+    from .train.data import load_documents
+
+    path = Path(name)
+    if path.is_dir() or path.suffix in TEXT_SUFFIXES:
+        return None
+    settings = {"streaming": True} | ({"name": config} if config else {})
+    rows = load_documents(name, "train" if path.is_file() else split, **settings)
+    texts = [row["text"] for row in islice(rows, MOST_TEXTS) if "text" in row]
+    if not texts:
+        raise UserError(f"--text {name} has no column text: give a data set that has one, or text files")
+    return texts
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure one model or several, print one table a task, keep one JSON file a model."""
+    given = vars(evaluate_parser().parse_args(arguments))
+    threshold, json_file, folder = given.pop("threshold"), given.pop("json"), given.pop("dump_prompts")
+    details, config, split = given.pop("details"), given.pop("text_config"), given.pop("text_split")
+    from .evals.results import comparisons, effective_lengths
+    from .evals.run import EvaluateOptions, evaluate_models, write_prompts
+    from .evals.table import paper_table, table_of
+
+    if given.pop("paper"):
+        print(paper_table())
         if "--compare" not in arguments:
             return
-    results = evaluate_models(options)
-    if options.dump_prompts:
-        print(f"The prompts are in {options.dump_prompts}; nothing was measured")
+    options = EvaluateOptions(load_in_4bit=not given.pop("no_4bit"), **given)
+    if folder:
+        write_prompts(options, Path(folder))
+        print(f"The prompts are in {folder}; nothing was measured")
         return
-    print()
-    for line in table_of(results, options.threshold):
-        print(line)
-    if options.json:
-        content = {
-            "results": results,
-            "comparisons": comparisons(results),
-            "effective_lengths": effective_lengths(results, options.threshold),
-        }
-        _write_json(options.json, content)
-    print(f"The results are in {options.output_dir}")
+    results = evaluate_models(options, _texts(options.text, config, split) if options.text else None)
+    print(f"\n{table_of(results, threshold, options.tasks, details)}")
+    content = {
+        "results": {label: result.asdict() for label, result in results.items()},
+        "comparisons": comparisons(results),
+        "effective_lengths": effective_lengths(results, threshold),
+    }
+    _write_json(json_file, content)
+    print(f"The results are in {options.output_dir}: `cream-peft plot {options.output_dir}/*.json` draws them")
 
 
 def lm_eval(arguments: list[str]) -> None:
     """Run the field's own benchmarks (EleutherAI's lm-eval) on adapters, with their RoPE scaled, and on bases."""
     parser = _Parser(prog="cream-peft lm-eval", description=lm_eval.__doc__, allow_abbrev=False)
-    from .evals.run import add_harness_options, run_lm_eval
-
-    add_harness_options(parser)
+    parser.add_argument(
+        "--compare", "--adapter", nargs="+", required=True, metavar="MODEL",
+        help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE; LABEL=MODEL names it",
+    )  # fmt: skip
+    parser.add_argument("--tasks", required=True, help="lm-eval's tasks, by commas: longbench,ruler,hellaswag,mmlu_*")
+    parser.add_argument("--target_length", type=int, help="tokens, of bases; default: a window, or 8 if scaled")
+    parser.add_argument("--max_length", type=int, help="tokens of prompt and answer; default: the target length")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--chat_template", action="store_true", help="put the prompts in the chat template")
+    parser.add_argument("--limit", type=int, help="samples of each task; default: all")
+    parser.add_argument("--num_fewshot", type=int, help="default: the task's")
+    parser.add_argument("--seed", type=int, help="default: lm-eval's own, with which published figures were made")
+    parser.add_argument("--include_path", metavar="DIR", help="task YAMLs beside lm-eval's own")
+    parser.add_argument("--metadata", type=json.loads, help="for tasks that need it: '{\"max_seq_lengths\": [32768]}'")
+    parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
+    parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
+    parser.add_argument("--output_dir", default="runs/lm-eval", help="folder of the results (default: runs/lm-eval)")
     parser.add_argument("--json", metavar="FILE", help="write all results as one JSON")
-    options = parser.parse_args(arguments)
-    from .evals.harness import table_of_harness
+    given = vars(parser.parse_args(arguments))
+    json_file = given.pop("json")
+    from .evals.harness import run_lm_eval, table_of_harness
 
-    results = run_lm_eval(options)
-    print()
-    for line in table_of_harness(results):
-        print(line)
-    _write_json(options.json, results)
-    print(f"The results are in {options.output_dir}")
+    results = run_lm_eval(load_in_4bit=not given.pop("no_4bit"), **given)
+    print(f"\n{table_of_harness(results)}")
+    _write_json(json_file, results)
+    print(f"The results are in {given['output_dir']}")
 
 
 def plan(arguments: list[str]) -> None:
@@ -123,17 +195,16 @@ def plan(arguments: list[str]) -> None:
     parser.add_argument("--gpu", help=f"plan for this card alone: {GPU_HELP}")
     parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
     options, rest = parser.parse_known_args(arguments)
-    from .plan.advice import lines_of
+    from .plan.advice import text_of
     from .plan.gpus import find_card, parse_gpu
-    from .train.machine import base_config, plan_of
+    from .train.machine import base_config, plan_recipe
     from .train.recipe import parse_recipe
 
     cards = {find_card(options.gpu) or options.gpu: parse_gpu(options.gpu)} if options.gpu else None
     recipe = parse_recipe([*(["--config", options.config] if options.config is not None else []), *rest])
-    planned = plan_of(recipe, base_config(recipe), cards)
-    for line in lines_of(planned):
-        print(line)
-    _write_json(options.json, planned)
+    planned = plan_recipe(recipe, base_config(recipe), cards)
+    print(text_of(planned))
+    _write_json(options.json, asdict(planned))
 
 
 def bench(arguments: list[str]) -> None:
@@ -149,13 +220,12 @@ def bench(arguments: list[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="write what was measured as JSON")
     options, rest = parser.parse_known_args(arguments)
     from .plan.gpus import parse_gpu
-    from .train.bench import bench_recipe, lines_of, parse_bench
+    from .train.bench import bench_recipe, parse_bench, text_of
 
     limit = parse_gpu(options.memory_limit) if options.memory_limit else None
     config = ["--config", options.config] if options.config is not None else []
     measured = bench_recipe(parse_bench([*config, *rest], options.steps), limit)
-    for line in lines_of(measured):
-        print(line)
+    print(text_of(measured))
     _write_json(options.json, measured)
 
 
@@ -184,20 +254,18 @@ def plot(arguments: list[str]) -> None:
         figure.savefig(options.output)
         print(f"The picture is {options.output}")
         return
-    from .evals import read_results
     from .evals.plots import plot_results
+    from .evals.results import Results
 
     for name in options.results:
         if not Path(name).is_file():
             raise UserError(f"no such results file: {name}; `cream-peft evaluate` writes them")
-    labelled = {}
+    labelled: dict[str, Results] = {}
     for name in options.results:
-        result = read_results(name)
-        label = result["settings"].get("label") or Path(name).stem
-        lacking = {key for cell in result["cells"] for key in PLOTTED if key not in cell}
-        if lacking or not result["cells"]:
-            reason = f"cells without {', '.join(sorted(lacking))}" if lacking else "nothing was measured in it yet"
-            raise UserError(f"{name} cannot be drawn: {reason}; `cream-peft evaluate` fills it")
+        result = Results.read(name)
+        if not result.cells:
+            raise UserError(f"{name} cannot be drawn: nothing was measured in it yet; `cream-peft evaluate` fills it")
+        label = result.settings.label or Path(name).stem
         labelled[f"{label} ({name})" if label in labelled else label] = result
     for path in plot_results(labelled, options.output, options.kind, options.task, options.title):
         print(f"The picture is {path}")

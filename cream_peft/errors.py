@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -31,10 +31,10 @@ NOT_FOUND = (
     "login` if it is private"
 )
 NO_CONFIG = "{thing} holds no config.json that says model_type: give a Hub id or a folder of a whole model"
-MEMORY_RAN_OUT = "memory ran out"
+OUT_OF_MEMORY = "out of memory"
 """How a message or a note of ours begins that says more; `explain` prints it."""
-OUT_OF_MEMORY = (
-    f"{MEMORY_RAN_OUT}: in training set memory=low, or lower context_length or per_device_train_batch_size; in "
+WHAT_TAKES_LESS = (
+    f"{OUT_OF_MEMORY}: in training set memory=low, or lower context_length or per_device_train_batch_size; in "
     "evaluation lower --lengths; `cream-peft plan` shows what takes how much"
 )
 REWORDED = (
@@ -80,7 +80,7 @@ REWORDED = (
 
 
 @contextmanager
-def about(thing: str) -> Iterator[None]:
+def about(thing: str) -> Generator[None]:
     """Note on any error inside which model or data set was being opened; the libraries often do not say."""
     try:
         yield
@@ -103,7 +103,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 def _thing(chain: list[BaseException]) -> str | None:
     notes = [note for link in chain for note in getattr(link, "__notes__", ()) if note.startswith(ABOUT)]
-    names = [link.repo_id for link in chain if getattr(link, "repo_id", None)]
+    names = [str(name) for link in chain if (name := getattr(link, "repo_id", None))]
     return notes[0].removeprefix(ABOUT) if notes else names[0] if names else None
 
 
@@ -146,7 +146,7 @@ def _explain_hub(chain: list[BaseException], thing: str) -> str | None:
     return None
 
 
-def ran_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` comes of too little memory; not every library has an exception for that."""
     return any(
         isinstance(link, torch.OutOfMemoryError | MemoryError)
@@ -165,9 +165,9 @@ def explain(error: BaseException) -> str:
     line = _explain_hub(chain, thing or "the repository")
     if line:
         return line
-    if ran_out_of_memory(error):
+    if is_out_of_memory(error):
         said = [text for link in chain for text in (str(link), *getattr(link, "__notes__", ()))]
-        return next((text for text in said if text.startswith(MEMORY_RAN_OUT)), OUT_OF_MEMORY)
+        return next((text for text in said if text.startswith(OUT_OF_MEMORY)), WHAT_TAKES_LESS)
     text = " ".join(str(error).split())
     for pattern, line in REWORDED:
         found = re.fullmatch(pattern, text)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 ROPE_SCALING_TYPES = ("linear", "ntk", "yarn")
 """The values of rope_scaling_type; None leaves the base's RoPE as it is."""
@@ -139,7 +139,7 @@ def _scaled_parameters(
     return scaled
 
 
-def _rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
+def _rotary_modules(model: nn.Module) -> dict[str, Any]:
     modules = {
         name: module
         for name, module in model.named_modules()
@@ -150,7 +150,7 @@ def _rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def apply_scaling(model: PreTrainedModel | nn.Module, config: PreTrainedConfig) -> None:
+def apply_scaling(model: Any, config: PreTrainedConfig) -> None:
     """Put the RoPE of a scaled `config` on a model already built, PEFT-wrapped or not.
 
     Changing the config of a built model does nothing, so every rotary embedding is computed again: on the CPU and in
@@ -174,7 +174,7 @@ def apply_scaling(model: PreTrainedModel | nn.Module, config: PreTrainedConfig) 
             setattr(module, buffer_name, buffer.to(module.inv_freq.device))
 
 
-def check_scaling(model: PreTrainedModel | nn.Module, config: PreTrainedConfig) -> None:
+def check_scaling(model: nn.Module, config: PreTrainedConfig) -> None:
     """Raise a RopeError unless every rotary embedding of `model` is what `config` computes, in fp32.
 
     model.to(torch.bfloat16) rounds inv_freq: at position 32,767 the angles are then wrong by many turns.

@@ -276,7 +276,7 @@ def test_memory_that_runs_out_while_training_is_said_with_its_remedies(line_of, 
 
         monkeypatch.setattr(train, "run_recipe", run_out)
         line = line_of(["train"])
-        assert all(remedy in line for remedy in ("memory ran out", "memory=low", "context_length", "--lengths"))
+        assert all(remedy in line for remedy in ("out of memory", "memory=low", "context_length", "--lengths"))
 
 
 def test_an_error_that_nobody_foresaw_names_its_type_and_points_to_debug():

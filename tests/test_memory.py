@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    DynamicCache,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -34,15 +33,27 @@ from cream_peft.plan.memory import (
     ATTENTION,
     CUDA_CONTEXT_GIB,
     LM_HEAD_TILE,
-    estimate,
-    estimate_evaluation,
-    estimate_validation,
+    Reading,
+    Training,
+    Validation,
     parameter_count,
 )
 
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 TOKENS = 512
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
+
+
+def estimate(config, **settings):
+    return Training(**settings).terms(config)
+
+
+def estimate_validation(config, **settings):
+    return Validation(**settings).terms(config)
+
+
+def estimate_evaluation(config, **settings):
+    return Reading(**settings).terms(config)
 
 
 def small(config_class=LlamaConfig, **changes):
@@ -441,17 +452,6 @@ def test_a_cache_has_the_bytes_of_a_real_one(kind, config_class):
     assert planned == cache_bytes(cache)
     sixteen = 2 * 2 * config.num_hidden_layers * 2 * 64 * TOKENS
     assert planned == (sixteen if kind == "default" else 0.3125 * sixteen)
-
-
-def test_an_offloaded_cache_has_two_layers_on_the_gpu_however_deep_the_model():
-    two, ten = (
-        estimate_evaluation(small(num_hidden_layers=layers), length=TOKENS, kv_cache="offloaded") for layers in (2, 10)
-    )
-    assert two["kv_cache"] == ten["kv_cache"]
-    cache = DynamicCache()
-    for layer in range(2):
-        cache.update(*torch.randn(2, 1, 4, TOKENS, 64, dtype=torch.bfloat16), layer)
-    assert bytes_of(ten, "kv_cache") == cache_bytes(cache)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import ArgumentParser
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from cream_peft.evals.run import add_options
 from cream_peft.model.base import embedded_config
 from cream_peft.plan import advice as plan
 from cream_peft.plan import fit, memory
-from cream_peft.plan.advice import advise, advise_evaluation, advise_validation, in_words, training_flops
+from cream_peft.plan.advice import in_words
 from cream_peft.plan.gpus import CARDS, TFLOPS, find_card, parse_gpu
-from cream_peft.plan.memory import ATTENTION, estimate, estimate_evaluation, estimate_validation
+from cream_peft.plan.memory import ATTENTION, Reading, Training, Validation
 from cream_peft.train import machine
 from cream_peft.train import run as train
 from cream_peft.train.recipe import parse_recipe
@@ -27,6 +28,37 @@ from cream_peft.train.recipe import parse_recipe
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 LLAMA2, LLAMA2_13B, QWEN3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf", "Qwen/Qwen3-8B-Base"
 SETTINGS = {"context_length": 4096}
+
+
+def estimate(config, **settings):
+    return Training(**settings).terms(config)
+
+
+def estimate_validation(config, **settings):
+    return Validation(**settings).terms(config)
+
+
+def estimate_evaluation(config, **settings):
+    return Reading(**settings).terms(config)
+
+
+def advise(config, gib, **settings):
+    return plan.advise(config, gib, Training(**settings))
+
+
+def advise_validation(config, gib, **settings):
+    return plan.advise(config, gib, Validation(**settings))
+
+
+def advise_evaluation(config, gib, **settings):
+    return plan.advise(config, gib, Reading(**settings))
+
+
+def plan_of(config, settings, validation=None, **options):
+    """As JSON has it."""
+    held_out = validation and Validation(**validation)
+    return asdict(plan.plan(config, Training(**settings), held_out, **options))
+
 
 # Cards
 
@@ -107,7 +139,7 @@ def test_the_operations_are_those_that_torch_counts_in_a_real_step(targets, chec
         decoder = model.train().get_base_model().model
         decoder(torch.arange(tokens)[None] % 64, use_cache=False).last_hidden_state.sum().backward()
     settings = {"context_length": tokens, "lora_r": 8, "target_modules": targets}
-    parts = training_flops(config, gradient_checkpointing=checkpointing, **settings)
+    parts = plan.training_flops(config, Training(gradient_checkpointing=checkpointing, **settings))
     # Eager attention does the whole square.
     planned = parts["linears"] + parts["adapter"] + 2 * parts["attention"]
     assert planned * tokens == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -120,13 +152,13 @@ def test_the_operations_are_those_that_torch_counts_in_a_real_step(targets, chec
 def test_the_speed_is_near_what_llama_factory_published_for_an_a100(tokens, published):
     # Its wiki, Performance comparison: QLoRA of Llama-2-7B, all linears, rank 8, batch 1, flash attention, A100 40GB.
     settings = {"context_length": tokens, "lora_r": 8, "target_modules": ALL_LINEAR}
-    (row,) = plan.plan(embedded_config(LLAMA2), settings, cards={"A100 40GB": CARDS["A100 40GB"]})["cards"]
+    (row,) = plan_of(embedded_config(LLAMA2), settings, cards={"A100 40GB": CARDS["A100 40GB"]})["cards"]
     assert row["tokens_per_second"] == pytest.approx(published, rel=0.1 if tokens == 4096 else 0.4)
 
 
 def test_hours_are_those_of_the_recipes_steps_or_of_a_thousand():
     planned = [
-        plan.plan(embedded_config(LLAMA2), SETTINGS, gradient_accumulation_steps=32, max_steps=steps)
+        plan_of(embedded_config(LLAMA2), SETTINGS, gradient_accumulation_steps=32, max_steps=steps)
         for steps in (None, 250)
     ]
     for row, quarter in zip(planned[0]["cards"], planned[1]["cards"], strict=True):
@@ -137,10 +169,10 @@ def test_hours_are_those_of_the_recipes_steps_or_of_a_thousand():
 
 
 def test_a_card_of_unknown_speed_and_a_tiny_model_have_no_hours():
-    (row,) = plan.plan(embedded_config(LLAMA2), SETTINGS, cards={"8GB": 8.0})["cards"]
+    (row,) = plan_of(embedded_config(LLAMA2), SETTINGS, cards={"8GB": 8.0})["cards"]
     assert row["fits"] and row["hours"] is row["tokens_per_second"] is None
     tiny = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
-    assert {row["hours"] for row in plan.plan(tiny, SETTINGS)["cards"]} == {None}
+    assert {row["hours"] for row in plan_of(tiny, SETTINGS)["cards"]} == {None}
 
 
 # Advice
@@ -189,31 +221,34 @@ def test_evaluation_is_made_to_fit_by_4_bits_then_another_cache_then_a_shorter_d
     config, whole = embedded_config(LLAMA2), {"length": 32_768, "load_in_4bit": False}
     assert advise_evaluation(config, 39.4, **whole) == {}
     assert advise_evaluation(config, 23.6, **whole) == {"load_in_4bit": True}
-    assert advise_evaluation(config, 7.6, **whole) == {"load_in_4bit": True, "kv_cache": "offloaded"}
-    shorter = advise_evaluation(config, 6.5, length=262_144)
-    assert shorter["kv_cache"] == "offloaded" and 32_768 <= shorter["length"] < 262_144
-    assert estimate_evaluation(config, **shorter)["total"] <= 6.5
+    assert advise_evaluation(config, 11.7, **whole) == {"load_in_4bit": True, "kv_cache": "quantized"}
+    shorter = advise_evaluation(config, 11.7, length=262_144)
+    assert shorter["kv_cache"] == "quantized" and 32_768 <= shorter["length"] < 262_144
+    assert estimate_evaluation(config, **shorter)["total"] <= 11.7
 
 
 def test_a_plan_lists_every_card_and_advises_on_those_that_do_not_fit():
     config, validation = embedded_config(QWEN3), {"eval_length": 4096}
-    planned = plan.plan(config, SETTINGS, validation, target_length=131_072)
+    planned = plan_of(config, SETTINGS, validation, target_length=131_072)
     assert planned["terms"] == estimate(config, **SETTINGS)
     assert planned["validation"] == estimate_validation(config, **validation)
     assert [row["card"] for row in planned["cards"]] == list(CARDS)
     assert [row["card"] for row in planned["cards"] if not row["fits"]] == ["RTX 4060 8GB"]
-    assert [row["card"] for row in planned["cards"] if not row["evaluates_with"]] == ["RTX 4060 8GB"]
-    assert planned["advice"] == [
+    cards = {row["card"]: row["evaluates_with"] for row in planned["cards"]}
+    assert cards["RTX 4060 8GB"] == [] and cards["T4 16GB"] == cards["RTX 3060 12GB"] == []
+    assert cards["L4 24GB"] == ["quantized"] and cards["A100 40GB"] == ["default", "quantized"]
+    assert planned["advice"][:2] == [
         "training on RTX 4060 8GB: activation_offloading: true, context_length: 2048",
-        "evaluating on RTX 4060 8GB: cream-peft evaluate --kv_cache offloaded --lengths 32768",
+        "evaluating on RTX 4060 8GB: cream-peft evaluate --kv_cache quantized --lengths 8192",
     ]
-    nothing = plan.plan(embedded_config(LLAMA2_13B), SETTINGS, cards={"6GB": 6.0})["advice"]
+    assert "evaluating on RTX 3060 12GB or RTX 4070 12GB: cream-peft evaluate --kv" in planned["advice"][2]
+    nothing = plan_of(embedded_config(LLAMA2_13B), SETTINGS, cards={"6GB": 6.0})["advice"]
     assert [line.split(": ", 1)[1] for line in nothing] == ["no settings fit, a smaller base may"] * 2
 
 
 def test_a_card_that_trains_but_cannot_compute_the_held_out_loss_does_not_fit():
     validation = {"eval_length": 8192, "per_device_eval_batch_size": 8}
-    planned = plan.plan(embedded_config(LLAMA2), SETTINGS, validation, cards={"RTX 4060 8GB": 7.6})
+    planned = plan_of(embedded_config(LLAMA2), SETTINGS, validation, cards={"RTX 4060 8GB": 7.6})
     assert planned["terms"]["total"] < 7.6 and not planned["cards"][0]["fits"]
     assert planned["advice"] == ["training on RTX 4060 8GB: per_device_eval_batch_size: 1"]
 
@@ -248,7 +283,7 @@ def test_plan_prints_every_term_cache_card_and_assumption(recipe, tmp_path, caps
     for row in planned["cards"]:
         line = re.search(rf"^{row['card']} .*", printed, re.MULTILINE)[0]
         assert f"{row['hours']:.1f}" in line and ", ".join(row["evaluates_with"]) in line
-    assert "131,072 tokens a step, 131,072,000 in 1,000 steps" in printed
+    assert "1,000 steps of 131,072 tokens" in printed
     assert "not measured" in printed and "assumed" in printed
 
 
@@ -333,7 +368,7 @@ def test_memory_that_runs_out_is_explained_by_the_plan(tmp_path, monkeypatch, va
     with pytest.raises(kind) as caught:
         train.run_recipe(tiny_run(tmp_path, *evaluated))
     line = errors.explain(caught.value)
-    assert line.startswith("memory ran out") and "\n" not in line
+    assert line.startswith("out of memory") and "\n" not in line
     assert ("loss of held-out documents" in line) == validating
     assert re.search(r"the plan is \d\.\d GiB, most for \w+ \(\d\.\d GiB\), and the GPU has 0\.0 GiB for it: ", line)
     assert "`cream-peft plan`" in line
@@ -341,7 +376,7 @@ def test_memory_that_runs_out_is_explained_by_the_plan(tmp_path, monkeypatch, va
 
 def test_the_line_names_the_largest_term_the_plan_the_card_and_the_change():
     config, settings = embedded_config(LLAMA2), {"context_length": 32_768}
-    line = plan.shortage(estimate(config, **settings), 11.0, lambda gib: plan.to_set(advise(config, gib, **settings)))
+    line = plan.shortage(config, Training(**settings), 11.0)
     needed = estimate(config, **settings)["total"] - memory.CUDA_CONTEXT_GIB
     assert f"the plan is {needed:.1f} GiB, most for checkpoints (8.0 GiB), and the GPU has 11.0 GiB for it" in line
     change = advise(config, 11.0 + memory.CUDA_CONTEXT_GIB, **settings)
@@ -350,16 +385,18 @@ def test_the_line_names_the_largest_term_the_plan_the_card_and_the_change():
 
 def test_where_the_plan_says_it_fits_the_change_saves_a_tenth():
     config = embedded_config(LLAMA2)
-    terms = estimate(config, **SETTINGS)
     for gib in (None, 23.6):
-        asked = []
-        line = plan.shortage(terms, gib, lambda gib, asked=asked: asked.append(gib) or "set")
-        assert asked == [pytest.approx(0.9 * (terms["total"] - 0.75) + 0.75)]
-        assert ("by plan it fits" in line) == (gib is not None) and line.endswith(": set")
+        line = plan.shortage(config, Training(**SETTINGS), gib)
+        keys = dict(change.split(": ") for change in line.rpartition("set ")[2].split(", "))
+        named = {"activation_offloading": "checkpoint_offload"}
+        changes = {named.get(key, key): value == "true" or value for key, value in keys.items()}
+        whole, less = (estimate(config, **SETTINGS | change)["total"] - 0.75 for change in ({}, changes))
+        assert changes and less <= 0.9 * whole and ("by plan it fits" in line) == (gib is not None)
 
 
 def test_where_the_plan_says_it_fits_and_nothing_takes_less_the_line_asks_for_no_smaller_base():
-    line = plan.shortage(estimate(embedded_config(LLAMA2), **SETTINGS), 23.6, lambda gib: "")
+    smallest = {"context_length": 1024, "lora_r": 1, "checkpoint_offload": True, "optim": "paged_adamw_8bit"}
+    line = plan.shortage(embedded_config(LLAMA2), Training(**smallest), 23.6)
     assert line.endswith("by plan it fits, so something else held memory (see nvidia-smi) or the plan is wrong")
 
 
@@ -368,23 +405,22 @@ def test_evaluation_says_what_was_planned_and_which_flag_to_change(monkeypatch):
     monkeypatch.setattr(fit, "allowed_gib", lambda: 7.2)
 
     def said(**settings):
-        with pytest.raises(MemoryError) as caught, fit.reading_explained(config, **settings):
+        with pytest.raises(MemoryError) as caught, fit.reading_explained(config, Reading(**settings)):
             raise MemoryError
         return errors.explain(caught.value)
 
     line = said(length=32_768, kv_cache="quantized", load_in_4bit=True)
-    assert line.startswith("memory ran out with prompts of 32,768 tokens: the plan is 9.4 GiB, most for kv_cache (5.0")
-    assert line.endswith("and the GPU has 7.2 GiB for it: --kv_cache offloaded")
+    assert line.startswith("out of memory with prompts of 32,768 tokens: the plan is 9.4 GiB, most for kv_cache (5.0")
+    assert line.endswith("and the GPU has 7.2 GiB for it: --lengths 16384")
     line = said(length=8192, kv_cache="default", load_in_4bit=False)
-    assert line.endswith("for it: --kv_cache offloaded, without --no_4bit")
+    assert line.endswith("for it: --kv_cache quantized, without --no_4bit")
     flags = line.split("for it: ")[1].split(", ")[0]
     parser = ArgumentParser()
     add_options(parser)
-    assert parser.parse_args(flags.split()).kv_cache == "offloaded"
-    assert said(length=8192, batch_size=4).endswith(": --batch_size 1, which is planned")
+    assert parser.parse_args(flags.split()).kv_cache == "quantized"
     monkeypatch.setattr(fit, "allowed_gib", lambda: 6.0)
     flags = said(length=262_144).split("for it: ")[1]
-    assert parser.parse_args(flags.split()).lengths == [32_768]
+    assert parser.parse_args(flags.split()).lengths == [8192]
     monkeypatch.setattr(fit, "allowed_gib", lambda: 1.0)
     assert said(length=8192).endswith("no settings are enough")
 
@@ -395,7 +431,7 @@ def test_a_base_that_cannot_be_planned_still_gets_the_general_line(tmp_path, mon
     monkeypatch.setattr(config, "num_experts", 8, raising=False)
     with pytest.raises(MemoryError) as caught, machine.memory_explained(recipe, config):
         raise MemoryError
-    assert errors.explain(caught.value) == errors.OUT_OF_MEMORY
+    assert errors.explain(caught.value) == errors.WHAT_TAKES_LESS
     with pytest.raises(KeyError) as other, machine.memory_explained(recipe, config):
         raise KeyError("x")
     assert not getattr(other.value, "__notes__", [])

@@ -1,5 +1,6 @@
 """Known results in, and what is drawn of them: heights, places, panels, and the files."""
 
+import dataclasses
 import itertools
 import re
 
@@ -18,18 +19,18 @@ from cream_peft.evals.plots import (
     plot_accuracy,
     plot_results,
 )
+from cream_peft.evals.results import Cell, Results, Settings
 
 LENGTHS, DEPTHS = [2048, 8192, 32768], [0.0, 0.5, 1.0]
 
 
 def result(value_of, lengths=LENGTHS, depths=DEPTHS, task="recall", samples=20, window=4096, metric="accuracy"):
     cells = [
-        {"task": task, "length": length, "depth": depth, "metric": metric, "value": value_of(length, depth)}
-        | {"samples": samples, "seconds": 1.0}
+        Cell(task, length, depth, metric, value_of(length, depth), samples, seconds=1.0)
         for length in lengths
         for depth in depths
     ]
-    return {"settings": {"pretrained_window": window}, "cells": cells}
+    return Results("m", None, {}, 0, Settings(pretrained_window=window), cells)
 
 
 def perplexity(value_of, lengths=LENGTHS, window=4096):
@@ -185,7 +186,7 @@ def test_the_heat_map_reads_in_black_and_white():
 
 def test_what_was_not_measured_stays_empty_in_the_heat_map():
     partial = result(noise(0))
-    del partial["cells"][4]
+    del partial.cells[4]
     axes = heatmap_figure({"a": partial, "b": result(noise(1))}).axes[0]
     assert np.argwhere(axes.images[0].get_array().mask).tolist() == [[1, 1]]
     assert len(axes.texts) == 8
@@ -266,7 +267,7 @@ def test_intervals_and_values_are_left_out_where_they_would_be_too_many(monkeypa
 
 def test_each_task_gets_the_kind_that_suits_it_and_a_file_of_its_own(tmp_path):
     needle, curve = result(noise(0), task="needle"), perplexity(lambda length: 7.0)
-    mixed = {**needle, "cells": needle["cells"] + curve["cells"] + result(noise(1))["cells"]}
+    mixed = dataclasses.replace(needle, cells=needle.cells + curve.cells + result(noise(1)).cells)
     results = {"a": mixed, "b": result(noise(2), task="needle")}
     paths = plot_results(results, tmp_path / "new" / "picture.svg")
     assert [path.name for path in paths] == ["picture-needle.svg", "picture-perplexity.svg", "picture-recall.svg"]
@@ -311,6 +312,6 @@ def test_what_cannot_be_drawn_is_said_in_one_line_and_leaves_no_file(results, op
 
 def test_tasks_are_never_pooled_in_one_picture():
     both = result(noise(0))
-    both["cells"] += result(noise(1), task="needle")["cells"]
+    both.cells += result(noise(1), task="needle").cells
     with pytest.raises(ValueError, match=r"of one task, not needle \(accuracy\), recall \(accuracy\)"):
         accuracy_figure({"a": both})

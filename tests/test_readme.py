@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cream_peft.evals import mean_by
+from cream_peft.evals.results import Results, mean_by
 from cream_peft.train.recipe import DATACLASSES, EMBEDDED_RECIPE
 
 ROOT = Path(__file__).parent.parent
@@ -94,9 +94,8 @@ def test_the_figures_of_smollm2_equal_their_json():
         "`needle`": "ability/needle",
     }
     for start, name in shown.items():
-        cells = json.loads((SMOLLM2 / "results" / f"{name}.json").read_text())["cells"]
         task = re.search(r"`(\w+)`", start)[1]
-        means = mean_by([cell for cell in cells if cell["task"] == task], "length")
+        means = mean_by(Results.read(SMOLLM2 / "results" / f"{name}.json").of_task(task), "length")
         section = README[README.index("## A real chat model") :]
         row = next(line for line in section.splitlines() if line.startswith(f"| {start}"))
         told = re.findall(r"(\d[\d,]*): ([\d.]+)", row)
@@ -143,7 +142,7 @@ DEMO_TASKS = ("recall", "kv_retrieval", "needle")
 def test_the_figures_of_demo_and_bench_equal_their_json():
     demo = json.loads((ROOT / "recipes/cream-peft-tiny/results/demo.json").read_text())
     for label, result in demo["results"].items():
-        of_task = {task: mean_by([c for c in result["cells"] if c["task"] == task], "length") for task in DEMO_TASKS}
+        of_task = {task: mean_by(Results.parse(result).of_task(task), "length") for task in DEMO_TASKS}
         means = [*of_task["recall"].values(), *(of_task[task][2048] for task in DEMO_TASKS[1:])]
         assert f"| {label} | {' | '.join(f'{value:.2f}' for value in means)} |" in README
     clone = json.loads((ROOT / "recipes/cream-peft-tiny/results/fresh-clone.json").read_text())

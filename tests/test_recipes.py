@@ -111,7 +111,7 @@ def test_file_name_and_header_agree_with_the_settings(path):
 @PER_RECIPE
 def test_the_header_quotes_the_planned_peak_and_a_card_that_holds_it(path):
     recipe, header = parse_recipe(["--config", str(path)]), header_of(path)
-    planned = machine.plan_of(recipe, base.embedded_config(recipe.model.model_name_or_path))["terms"]["total"]
+    planned = machine.plan_recipe(recipe, base.embedded_config(recipe.model.model_name_or_path)).terms["total"]
     assert header["Peak"] == f"{planned:.1f} GiB planned by cream-peft plan, not run"
     size = re.search(r"of (\d+) GB", header["Hardware"])[1]
     assert planned < min(gib for card, gib in cards.CARDS.items() if card.endswith(f" {size}GB"))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cream_peft.evals import evaluate, read_results
+from cream_peft.evals.results import Results, Settings
+from cream_peft.evals.run import evaluate
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.run import newest_checkpoint, run_recipe
 
@@ -82,8 +83,8 @@ def test_two_ranks_draw_what_one_rank_with_twice_the_accumulation_draws(tmp_path
     assert gap < 0.02 * control
 
 
-def header(**changes):
-    return {"model": "m", "adapter": None, "versions": {}, "seed": 1, "settings": {"samples": 2}} | changes
+def unmeasured(**settings):
+    return Results("m", None, {}, 1, Settings(**settings))
 
 
 def test_an_evaluation_goes_on_where_it_stopped_and_is_not_replaced_by_another_models(tmp_path):
@@ -99,10 +100,10 @@ def test_an_evaluation_goes_on_where_it_stopped_and_is_not_replaced_by_another_m
 
     arguments = {"lengths": [10, 20, 30], "samples": 2, "path": tmp_path / "r.json"}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(None, None, {"t": task}, header=header(), **arguments)
-    assert [cell["length"] for cell in read_results(tmp_path / "r.json")["cells"]] == [10, 20]
-    results = evaluate(None, None, {"t": task}, header=header(), **arguments)
-    assert calls == [10, 20, 30, 30] and [cell["length"] for cell in results["cells"]] == [10, 20, 30]
+        evaluate(None, None, {"t": task}, unmeasured(samples=2), **arguments)
+    assert [cell.length for cell in Results.read(tmp_path / "r.json").cells] == [10, 20]
+    results = evaluate(None, None, {"t": task}, unmeasured(samples=2), **arguments)
+    assert calls == [10, 20, 30, 30] and [cell.length for cell in results.cells] == [10, 20, 30]
     with pytest.raises(ValueError, match=r"other settings, adapter_sha256 .*choose another --output_dir"):
-        evaluate(None, None, {"t": task}, header=header(settings={"adapter_sha256": "another"}), **arguments)
-    assert read_results(tmp_path / "r.json") == results and calls == [10, 20, 30, 30]
+        evaluate(None, None, {"t": task}, unmeasured(adapter_sha256="another"), **arguments)
+    assert Results.read(tmp_path / "r.json") == results and calls == [10, 20, 30, 30]

@@ -81,7 +81,8 @@ def results(folder, label, correct, length=16_384, losses=None):
     if losses:
         cells = [cell | {"answer_loss": losses[cell["depth"]]} for cell in cells]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{label}.json").write_text(json.dumps({"cells": cells}))
+    head = {"model": "m", "adapter": None, "versions": {}, "seed": 0, "settings": {"label": label}}
+    (folder / f"{label}.json").write_text(json.dumps(head | {"cells": cells}))
 
 
 def test_the_summary_pairs_the_same_questions_and_says_what_was_not_run(compare, tmp_path):

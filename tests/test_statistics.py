@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binomtest, t
 
-from cream_peft.evals.statistics import effective_length, paired_comparison, paired_means, wilson_interval
+from cream_peft.evals.results import effective_length, paired_comparison, paired_means, wilson_interval
 
 
 @pytest.mark.parametrize("correct, samples", [(0, 1), (0, 50), (1, 20), (25, 50), (49, 50), (50, 50), (377, 500)])

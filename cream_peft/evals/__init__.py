@@ -7,7 +7,9 @@ from .needle import needle
 from .passkey import passkey
 from .perplexity import perplexity
 from .recall import recall
-from .runner import evaluate, file_name, mean_by, read_results
+from .results import Results, file_name, mean_by
+
+read_results = Results.read
 
 TASKS = {
     "kv_retrieval": kv_retrieval,
@@ -21,4 +23,4 @@ TASKS = {
 """name -> function(model, tokenizer, length, samples, seed, done=depths, **options) that yields cells: depth, metric,
 value, samples. Written out after each."""
 
-__all__ = ["TASKS", "evaluate", "file_name", "mean_by", "read_results"]
+__all__ = ["TASKS", "file_name", "mean_by", "read_results"]

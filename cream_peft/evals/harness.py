@@ -10,14 +10,17 @@ import copy
 import difflib
 import json
 import math
-import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .. import rope
 from ..errors import about
-from ..model.record import machine, versions
+from ..model.record import machine, versions, without_secrets, write_json
+from ..terminal import table
+from .models import open_models
+from .results import file_name
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 LEFT_OUT = ("pretty_env_info", "git_hash", "upper_git_hash")
@@ -58,20 +61,6 @@ def _language_model(model: Any, tokenizer: Any, max_length: int | None, batch_si
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.eos_token = tokenizer.pad_token
     return HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length or reach, batch_size=batch_size)
-
-
-def _without_paths(content: Any) -> Any:
-    """`content` with local paths cut to their last part: results are published."""
-    if isinstance(content, dict):
-        return {key: _without_paths(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_without_paths(value) for value in content]
-    if isinstance(content, str) and os.sep in content:
-        parts = Path(content).parts
-        # The first catches patterns too, such as data/*.json.
-        if (len(parts) > 2 and parts[0] == os.sep and os.path.isdir(os.sep + parts[1])) or os.path.exists(content):
-            return parts[-1]
-    return content
 
 
 def run_harness(
@@ -128,7 +117,7 @@ def run_harness(
     ours = {**(header or {}), "versions": versions(), "machine": machine(), "chat_template": chat_template}
     ours |= {key: getattr(model.config, key) for key in ("rope_parameters", "max_position_embeddings")}
     kept = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"cream_peft": ours}
-    return _without_paths(json.loads(json.dumps(kept, default=handle_non_serializable)))
+    return without_secrets(json.loads(json.dumps(kept, default=handle_non_serializable)))
 
 
 def _rows(result: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
@@ -150,14 +139,39 @@ def _rows(result: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
     return rows
 
 
-def table_of_harness(results: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Lines of one table, label -> results: a row a task and metric, a column a model.
+def table_of_harness(results: Mapping[str, dict[str, Any]]) -> str:
+    """One table of label -> results: a row a task and metric, a column a model.
 
     What was asked with another number of samples or examples stands in another row.
     """
     columns = [_rows(result) for result in results.values()]
     names = dict.fromkeys(name for column in columns for name in column)
-    lines = [("task", "samples", "shots", "metric", *results)]
-    lines += [(*name, *(column.get(name, "-") for column in columns)) for name in names]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rows = [(*name, *(column.get(name, "-") for column in columns)) for name in names]
+    return table(("task", "samples", "shots", "metric", *results), rows)
+
+
+def run_lm_eval(
+    compare: list[str],
+    tasks: str,
+    *,
+    output_dir: str,
+    target_length: int | None = None,
+    base_model: str | None = None,
+    load_in_4bit: bool = True,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Label -> lm-eval's results for every model in `compare` (see `ModelSpec`), each in its file of `output_dir` too.
+
+    An unscaled base is measured at its own window, where the short benchmarks are. `options`: see `run_harness`.
+    """
+    found = {}
+    models = open_models(compare, target_length=target_length, load_in_4bit=load_in_4bit, within_window=True)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    for opened in models:
+        model, tokenizer = opened.load(base_model)
+        known = {key: value for key, value in asdict(opened.settings).items() if value is not None and key != "options"}
+        header = {"model": opened.base, "adapter": opened.spec.name if opened.adapter else None, **known}
+        label = opened.spec.label
+        found[label] = run_harness(model, tokenizer, tasks.split(","), header=header, **options)
+        write_json(Path(output_dir) / file_name(label), found[label])
+    return found

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,23 +13,22 @@ from .. import rope
 from ..errors import about
 from ..model.adapter import adapter_folder, load_adapter
 from ..model.base import load_base, load_tokenizer, resolve_base
-from ..model.record import adapter_sha256, is_adapter, read_description
-from ..rope import DEFAULT_FACTOR
-from . import file_name
+from ..model.record import Record, adapter_sha256, is_adapter
+from .results import Settings
 
 
-@dataclass
-class Subject:
+@dataclass(frozen=True)
+class ModelSpec:
     """One model to measure: `[LABEL=]MODEL[+linear|+ntk|+yarn]`."""
 
     label: str
     name: str
-    rope_scaling_type: str | None
-    target_length: int | None = None
-    """Of a base: that of the adapters it stands beside, if they have one in common."""
+    """Hub id or folder of an adapter, a base or a merged model."""
+    rope_scaling_type: str | None = None
+    """Of a base; an adapter brings its own."""
 
     @classmethod
-    def parse(cls, text: str) -> Subject:
+    def parse(cls, text: str) -> ModelSpec:
         label, _, rest = text.rpartition("=")
         if not rest:
             raise ValueError(f"--compare {text!r} names no model: write MODEL or LABEL=MODEL")
@@ -41,6 +39,28 @@ class Subject:
             allowed = ", ".join(rope.ROPE_SCALING_TYPES)
             raise ValueError(f"{text}: unknown RoPE scaling {scaling!r}: use one of {allowed}")
         return cls(label or rest.rstrip("/").split("/")[-1], name, scaling or None)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model whose config was read, and none of its weights."""
+
+    spec: ModelSpec
+    adapter: Path | None
+    """Folder of the adapter; None for a base or a merged model."""
+    base: str
+    """Hub id or folder of the base."""
+    config: PreTrainedConfig
+    settings: Settings
+
+    def load(self, base_model: str | None = None) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+        """The model with its RoPE scaled, and its tokenizer. An adapter's base is taken from `base_model` if given."""
+        in_4bit = bool(self.settings.load_in_4bit)
+        if self.adapter:
+            return load_adapter(self.adapter, base_model=base_model, load_in_4bit=in_4bit)
+        name, target, scaling = self.spec.name, self.settings.target_length, self.spec.rope_scaling_type
+        model = load_base(name, target_length=target, rope_scaling_type=scaling, load_in_4bit=in_4bit)
+        return model.eval(), load_tokenizer(name)
 
 
 def _adapter(name: str) -> Path | None:
@@ -62,67 +82,51 @@ def _adapter(name: str) -> Path | None:
         return adapter_folder(name) if file_exists(name, "adapter_config.json") else None
 
 
-def open_subject(
-    subject: Subject, options: Namespace, factor: int = DEFAULT_FACTOR
-) -> tuple[Path | None, dict[str, Any], str, PreTrainedConfig]:
-    """(adapter's folder or None, settings, base's name, base's config), before any weights are read.
+def open_model(spec: ModelSpec, load_in_4bit: bool = True) -> OpenedModel:
+    """Find a model and read its config. Of a base as it is the target length stays None."""
+    folder, name = _adapter(spec.name), spec.name
+    if folder and spec.rope_scaling_type:
+        raise ValueError(f"{name} is an adapter and brings its RoPE scaling: leave out +{spec.rope_scaling_type}")
+    is_ours = folder is not None or (Path(name) / "cream.json").is_file()
+    record = Record.read(folder or Path(name), name) if is_ours else None
+    with about(name):
+        config = rope.load_base_config(folder) if folder else AutoConfig.from_pretrained(resolve_base(name))
+    settings = Settings(label=spec.label, load_in_4bit=load_in_4bit, rope_scaling_type=spec.rope_scaling_type)
+    if record is None:
+        settings = replace(settings, pretrained_window=rope.pretrained_window(config))
+        return OpenedModel(spec, None, name, config, settings)
+    settings = replace(
+        settings,
+        pretrained_window=record.pretrained_window,
+        target_length=record.target_length,
+        rope_scaling_type=record.rope_scaling_type,
+        adapter_sha256=adapter_sha256(folder) if folder else record.adapter_sha256,
+    )
+    return OpenedModel(spec, folder, record.base_model, config, settings)
 
-    A base's target is that of the adapters beside it, else `factor` windows, where no --target_length is given. With a
-    factor of 1 it is the window.
+
+def open_models(
+    texts: Iterable[str], *, target_length: int | None = None, load_in_4bit: bool = True, within_window: bool = False
+) -> list[OpenedModel]:
+    """The models that are compared, in order.
+
+    A base's target is `target_length` (tokens), else that of the adapters beside it, if they have one in common, else 8
+    windows. `within_window`: the target of a base whose RoPE is not scaled is its window.
+
+    Raises:
+        ValueError: a model that is not there, or two models of one label.
     """
-    folder = _adapter(subject.name)
-    settings: dict[str, Any] = {"label": subject.label, "load_in_4bit": not options.no_4bit}
-    if folder is None:
-        with about(subject.name):
-            config = AutoConfig.from_pretrained(resolve_base(subject.name))
-        window = rope.pretrained_window(config)
-        merged = Path(subject.name) / "cream.json"
-        if merged.is_file():
-            description = read_description(merged.parent, subject.name)
-            settings |= {key: description[key] for key in ("pretrained_window", "target_length", "rope_scaling_type")}
-            settings["adapter_sha256"] = description.get("adapter_sha256")
-            return None, settings, description["base_model"], config
-        settings |= {"rope_scaling_type": subject.rope_scaling_type, "pretrained_window": window}
-        beside = subject.target_length if factor > 1 else None
-        settings["target_length"] = options.target_length or beside or factor * window
-        return None, settings, subject.name, config
-    if subject.rope_scaling_type:
-        raise ValueError(
-            f"{subject.name} is an adapter and brings its RoPE scaling: leave out +{subject.rope_scaling_type}"
-        )
-    description = read_description(folder, subject.name)
-    settings |= {key: description[key] for key in ("pretrained_window", "target_length", "rope_scaling_type")}
-    settings["adapter_sha256"] = adapter_sha256(folder)
-    return folder, settings, description["base_model"], rope.load_base_config(folder)
-
-
-def load_subject(
-    subject: Subject, folder: Path | None, settings: dict[str, Any], options: Namespace
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    in_4bit = not options.no_4bit
-    if folder is not None:
-        return load_adapter(folder, base_model=options.base_model, load_in_4bit=in_4bit)
-    scaling = {"target_length": settings["target_length"], "rope_scaling_type": subject.rope_scaling_type}
-    model = load_base(subject.name, **scaling, load_in_4bit=in_4bit).eval()
-    return model, load_tokenizer(subject.name)
-
-
-def public_name(name: str) -> str:
-    """A name for results, which are published: local paths are not."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def result_file(subject: Subject, options: Namespace) -> Path:
-    return Path(options.output_dir) / file_name(subject.label)
-
-
-def subjects_of(options: Namespace) -> list[Subject]:
-    subjects = [Subject.parse(text) for text in options.compare]
-    labels = [subject.label for subject in subjects]
+    specs = [ModelSpec.parse(text) for text in texts]
+    labels = [spec.label for spec in specs]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two models have the same label ({', '.join(labels)}): write LABEL=MODEL")
-    opened = [open_subject(subject, options)[1] for subject in subjects]
-    targets = {settings["target_length"] for settings in opened if "adapter_sha256" in settings}
-    for subject in subjects:
-        subject.target_length = next(iter(targets)) if len(targets) == 1 else None
-    return subjects
+    opened = [open_model(spec, load_in_4bit) for spec in specs]
+    trained = {model.settings.target_length for model in opened} - {None}
+    beside = trained.pop() if len(trained) == 1 else None
+    for place, model in enumerate(opened):
+        if model.settings.target_length is None:
+            window = model.settings.pretrained_window or 0
+            usual = window if within_window and not model.spec.rope_scaling_type else beside
+            target = target_length or usual or rope.DEFAULT_FACTOR * window
+            opened[place] = replace(model, settings=replace(model.settings, target_length=target))
+    return opened

@@ -1,27 +1,25 @@
 """Results of `cream-peft evaluate` -> pictures: accuracy by length and by depth, needle heat maps, perplexity.
 
-Results are label -> what `evaluate` wrote for that model. Pictures are at most 9 inches wide, which a README shows at
-about 900 pixels, so that a font of 9 points stays one. Nothing is told apart by colour alone. Intervals are Wilson's
-and take the samples for independent.
+Pictures are at most 9 inches wide, which a README shows at about 900 pixels, so that a font of 9 points stays one.
+Nothing is told apart by colour alone. Intervals are Wilson's and take the samples for independent.
 """
+
+from __future__ import annotations
 
 import math
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
-from . import mean_by
-from .statistics import wilson_interval
-
-Results = dict[str, dict[str, Any]]
+from .results import Cell, Compared, Results, Settings, interval, mean_by
 
 WIDTH = 9.0
 CHARACTER = 0.08  # Inches that one of the 9 point font takes, about.
@@ -32,28 +30,7 @@ MAX_VALUES = 480  # Cells of a picture up to which values are written in: more m
 SHARE = "accuracy (share right)"
 INTERVAL = f"{SHARE}\nbars: 95 % interval"
 DEPTH = "depth (0 = start, 1 = end)"
-LOOK = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "figure.labelsize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": cycler(
-        color=["#888888", "#e08214", "#2166ac", "#b2182b", "#1b7837", "#762a83", "#000000", "#a6761d"] * 2,
-        marker=list("os^DvPX<") * 2,
-        linestyle=[":", "--", "-.", "-"] * 2 + ["-", ":", "--", "-."] * 2,
-    ),
-    "lines.markersize": 5.5,
-    "lines.markeredgecolor": "white",
-    "lines.markeredgewidth": 0.5,
-    # Labels are names, in which a $ is a $.
-    "text.parse_math": False,
-    # Text stays text: as outlines it would take most of the file. The fonts are named once more in each.
-    "svg.fonttype": "none",
-    "font.sans-serif": ["DejaVu Sans", "Verdana"],
-    # The same results make the same file.
-    "svg.hashsalt": "cream-peft",
-}
+LOOK = Path(__file__).parent / "plots.mplstyle"
 
 
 def length_label(length: int) -> str:
@@ -61,9 +38,9 @@ def length_label(length: int) -> str:
     return f"{length // 1024:,}K" if length % 1024 == 0 else f"{length:,}"
 
 
-def _metrics(results: Results, shown: str | None = None) -> dict[str, str]:
+def _metrics(results: Compared, shown: str | None = None) -> dict[str, str]:
     """task -> metric; refuses results without cells and, unless `shown` is None, all but one task of that metric."""
-    metrics = dict(sorted((cell["task"], cell["metric"]) for result in results.values() for cell in result["cells"]))
+    metrics = dict(sorted((cell.task, cell.metric) for cell in _cells(results)))
     if not metrics:
         raise ValueError("nothing to draw: the results have no cells; `cream-peft evaluate` fills them")
     if shown and list(metrics.values()) != [shown]:
@@ -72,8 +49,12 @@ def _metrics(results: Results, shown: str | None = None) -> dict[str, str]:
     return metrics
 
 
-def _all(results: Results, key: str) -> list[Any]:
-    return sorted({cell[key] for result in results.values() for cell in result["cells"]})
+def _cells(results: Compared) -> list[Cell]:
+    return [cell for result in results.values() for cell in result.cells]
+
+
+def _all(results: Compared, key: str) -> list[Any]:
+    return sorted({getattr(cell, key) for cell in _cells(results)})
 
 
 def _draw_line(axes: Axes, place: int, models: int, values: dict[Any, float], reach: Any = None) -> None:
@@ -87,13 +68,12 @@ def _draw_line(axes: Axes, place: int, models: int, values: dict[Any, float], re
         artist.set_transform(artist.get_transform() + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans))
 
 
-def _draw_accuracy(axes: Axes, results: Results, key: str, length: int | None = None, bars: bool = True) -> None:
+def _draw_accuracy(axes: Axes, results: Compared, key: str, length: int | None = None, bars: bool = True) -> None:
     """A line a model: accuracy by `key` (length or depth) of the cells of `length`, of all if None, with intervals."""
     for place, result in enumerate(results.values()):
-        cells = [cell for cell in result["cells"] if length in (None, cell["length"])]
+        cells = [cell for cell in result.cells if length in (None, cell.length)]
         values = mean_by(cells, key)
-        samples = {at: sum(cell["samples"] for cell in cells if cell[key] == at) for at in values}
-        bounds = [wilson_interval(round(value * samples[at]), samples[at]) for at, value in values.items()]
+        bounds = [interval([cell for cell in cells if getattr(cell, key) == at]) for at in values]
         # abs, as rounding may leave -1e-17, which matplotlib refuses.
         reach = np.abs(np.reshape(bounds, (-1, 2)).T - list(values.values()))
         _draw_line(axes, place, len(results), values, reach if bars else None)
@@ -104,7 +84,7 @@ def _draw_accuracy(axes: Axes, results: Results, key: str, length: int | None = 
         axes.xaxis.set_major_formatter("{x:g}")
 
 
-def _length_axis(axes: Axes, results: Results) -> None:
+def _length_axis(axes: Axes, results: Compared) -> None:
     """A logarithmic axis of lengths, with a tick at each and a label where there is room, and the windows marked."""
     lengths = _all(results, "length")
     first, last = lengths[0], lengths[-1]
@@ -117,7 +97,7 @@ def _length_axis(axes: Axes, results: Results) -> None:
     axes.set_xticks(labelled, [length_label(length) for length in labelled])
     axes.set_xticks(lengths, [""] * len(lengths), minor=True)
     axes.set(xlim=(first / margin, last * margin), xlabel="length (tokens)")
-    windows = {result["settings"].get("pretrained_window") for result in results.values()} - {None}
+    windows = {window for result in results.values() if (window := result.settings.pretrained_window)}
     for row, window in enumerate(sorted(windows)):
         if first / margin <= window <= last * margin:
             axes.axvline(window, color="black", linewidth=1, zorder=1)
@@ -137,20 +117,21 @@ def _grid(panels: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, grid[:panels]
 
 
-def _finish(figure: Figure, axes: Axes, results: Results, title: str) -> Figure:
+def _finish(figure: Figure, axes: Axes, results: Compared, title: str) -> Figure:
     """Put the legend of `axes` below, for which the figure grows, and the title above."""
     room = int(WIDTH / CHARACTER) - 8
     labels = [textwrap.fill(label, room) for label in results]
     columns = max(1, min(4, room // (8 + max(len(line) for label in labels for line in label.split("\n")))))
     lines = math.ceil(len(labels) / columns) * (1 + max(label.count("\n") for label in labels))
     figure.set_figheight(figure.get_figheight() + 0.18 * lines)
-    figure.legend(axes.containers, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
+    handles: list[Any] = list(axes.containers)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
     figure.suptitle(textwrap.fill(title, 90))
     return figure
 
 
-@matplotlib.rc_context(LOOK)
-def accuracy_figure(results: Results, title: str = "") -> Figure:
+@matplotlib.rc_context(fname=LOOK)
+def accuracy_figure(results: Compared, title: str = "") -> Figure:
     """Accuracy by length over all depths, and beside it by depth at the longest length, if there are depths."""
     _metrics(results, shown="accuracy")
     longest, depths = _all(results, "length")[-1], _all(results, "depth")
@@ -165,8 +146,8 @@ def accuracy_figure(results: Results, title: str = "") -> Figure:
     return _finish(figure, by_length, results, title)
 
 
-@matplotlib.rc_context(LOOK)
-def depth_figure(results: Results, title: str = "") -> Figure:
+@matplotlib.rc_context(fname=LOOK)
+def depth_figure(results: Compared, title: str = "") -> Figure:
     """Accuracy by depth, a panel a length: the shortest, the longest and some evenly between."""
     _metrics(results, shown="accuracy")
     lengths = _all(results, "length")
@@ -184,16 +165,16 @@ def depth_figure(results: Results, title: str = "") -> Figure:
     return _finish(figure, grid[0], results, title)
 
 
-def _draw_heatmap(axes: Axes, result: dict[str, Any], lengths: list[int], depths: list[float], written: bool) -> Any:
+def _draw_heatmap(axes: Axes, result: Results, lengths: list[int], depths: list[float], written: bool) -> Any:
     """Draw a row a depth and a column a length, with the values if `written`; return what a colour bar is made of."""
     matrix = np.full((len(depths), len(lengths)), np.nan)
     for column, length in enumerate(lengths):
-        for depth, value in mean_by([cell for cell in result["cells"] if cell["length"] == length], "depth").items():
+        for depth, value in mean_by([cell for cell in result.cells if cell.length == length], "depth").items():
             row, text = depths.index(depth), f"{value:.2f}".removeprefix("0")
             matrix[row, column] = value
             if written:
                 axes.text(column, row, text, color="wk"[value >= 0.5], ha="center", va="center", in_layout=False)
-    inside = sum(length <= (result["settings"].get("pretrained_window") or 0) for length in lengths)
+    inside = sum(length <= (result.settings.pretrained_window or 0) for length in lengths)
     if 0 < inside < len(lengths):
         axes.axvline(inside - 0.5, color="white", linewidth=5)
         axes.axvline(inside - 0.5, color="black", linewidth=2)
@@ -204,8 +185,8 @@ def _draw_heatmap(axes: Axes, result: dict[str, Any], lengths: list[int], depths
     return axes.imshow(matrix, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
 
 
-@matplotlib.rc_context(LOOK)
-def heatmap_figure(results: Results, title: str = "") -> Figure:
+@matplotlib.rc_context(fname=LOOK)
+def heatmap_figure(results: Compared, title: str = "") -> Figure:
     """Accuracy by length (across) and depth (down, the start on top), a panel a model; a line ends its window."""
     _metrics(results, shown="accuracy")
     lengths, depths = _all(results, "length"), _all(results, "depth")
@@ -229,14 +210,14 @@ def heatmap_figure(results: Results, title: str = "") -> Figure:
     return figure
 
 
-@matplotlib.rc_context(LOOK)
-def perplexity_figure(results: Results, title: str = "") -> Figure:
+@matplotlib.rc_context(fname=LOOK)
+def perplexity_figure(results: Compared, title: str = "") -> Figure:
     """Perplexity per token by length; logarithmic where the values span more than a decade."""
     _metrics(results, shown="perplexity")
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     for place, result in enumerate(results.values()):
-        _draw_line(axes, place, len(results), dict(sorted((c["length"], c["value"]) for c in result["cells"])))
+        _draw_line(axes, place, len(results), mean_by(result.cells, "length"))
     values = [value for value in _all(results, "value") if math.isfinite(value)]
     if values and max(values) > 10 * min(values):
         axes.set_yscale("log", subs=(2, 5))
@@ -251,7 +232,7 @@ def perplexity_figure(results: Results, title: str = "") -> Figure:
 KINDS = {"accuracy": accuracy_figure, "depth": depth_figure, "heatmap": heatmap_figure, "perplexity": perplexity_figure}
 
 
-@matplotlib.rc_context(LOOK)
+@matplotlib.rc_context(fname=LOOK)
 def _save(figure: Figure, path: Path) -> Path:
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"{path}: the ending must be .png or .svg")
@@ -263,16 +244,16 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def plot_accuracy(results: Results, path: str | Path, pretrained_window: int | None = None, title: str = "") -> Path:
+def plot_accuracy(results: Compared, path: str | Path, pretrained_window: int | None = None, title: str = "") -> Path:
     """Save `accuracy_figure`; the window marked is `pretrained_window` (tokens), or the results' own if None."""
     if pretrained_window:
-        settings = {"pretrained_window": pretrained_window}
-        results = {label: {**result, "settings": settings} for label, result in results.items()}
+        marked = Settings(pretrained_window=pretrained_window)
+        results = {label: replace(result, settings=marked) for label, result in results.items()}
     return _save(accuracy_figure(results, title), Path(path))
 
 
 def plot_results(
-    results: Results, path: str | Path, kind: str | None = None, task: str | None = None, title: str = ""
+    results: Compared, path: str | Path, kind: str | None = None, task: str | None = None, title: str = ""
 ) -> list[Path]:
     """Draw each task, or `task` alone; return the paths: `path`, or <name>-TASK.png for each of several tasks.
 
@@ -287,11 +268,8 @@ def plot_results(
     chosen, drawn = [task] if task else list(metrics), {}
     for name in chosen:
         usual = "perplexity" if metrics[name] == "perplexity" else "heatmap" if name == "needle" else "accuracy"
-        of_task = {
-            label: {**result, "cells": cells}
-            for label, result in results.items()
-            if (cells := [cell for cell in result["cells"] if cell["task"] == name])
-        }
+        found = {label: replace(result, cells=result.of_task(name)) for label, result in results.items()}
+        of_task = {label: result for label, result in found.items() if result.cells}
         one = path if len(chosen) == 1 else path.with_name(f"{path.stem}-{name}{path.suffix}")
         heading = f"{title}: {name}" if title and len(chosen) > 1 else title or name
         drawn[one] = KINDS[kind or usual](of_task, heading)

@@ -1,4 +1,4 @@
-"""The results JSON: what was measured on one model. Read, written, pooled and compared here."""
+"""The results JSON: what was measured on one model. Read, written, pooled and compared here, with its statistics."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ..model.record import without_secrets
-from .statistics import effective_length, paired_comparison, paired_means, wilson_interval
 
 FORMAT = 2
 NEEDED = ("model", "adapter", "versions", "seed", "settings", "cells")
@@ -85,13 +84,15 @@ class Results:
         lost = f"{path} is not a results file of `cream-peft evaluate`, as they lie in its --output_dir"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            missing = [key for key in NEEDED if key not in content]
-            missing += sorted({key for cell in content.get("cells", ()) for key in NEEDED_OF_CELL if key not in cell})
-            if not missing:
-                return cls.parse(content)
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+            if missing := [key for key in NEEDED if key not in content]:
+                raise ValueError(f"{', '.join(missing)} missing")
+            if missing := sorted({key for cell in content["cells"] for key in NEEDED_OF_CELL if key not in cell}):
+                raise ValueError(f"cells without {', '.join(missing)}")
+            if content.get("format", 1) > FORMAT:
+                raise ValueError(f"it has format {content['format']}: upgrade cream-peft to read it")
+            return cls.parse(content)
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{lost}: {error}") from error
-        raise ValueError(f"{lost}: {', '.join(missing)} missing")
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Results:
@@ -102,11 +103,8 @@ class Results:
 
     def asdict(self) -> dict[str, Any]:
         """The JSON object: without what a cell has not, without tokens and local paths."""
-        content = asdict(self)
-        content["cells"] = [
-            {key: value for key, value in cell.items() if value is not None} for cell in content["cells"]
-        ]
-        return without_secrets(content)
+        cells = [{key: value for key, value in asdict(cell).items() if value is not None} for cell in self.cells]
+        return without_secrets(asdict(replace(self, cells=[])) | {"cells": cells})
 
     def write(self, path: Path) -> None:
         """Replace the file whole, so that a kill leaves the old one or the new one, never half of one."""
@@ -123,7 +121,7 @@ Compared = Mapping[str, Results]
 """Label -> results, the first being what the others are compared with."""
 
 
-def _known(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
+def _known(kind: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:
     names = {known.name for known in fields(kind)}
     return {key: value for key, value in content.items() if key in names}
 
@@ -175,8 +173,8 @@ def compare_cells(pairs: list[tuple[Cell, Cell]]) -> dict[str, Any] | None:
     sides = list(zip(*pairs, strict=True))
     found: dict[str, Any] = dict(paired_comparison(*("".join((c.correct or "")[:documents] for c in s) for s in sides)))
     if all(cell.answer_loss is not None for side in sides for cell in side):
-        losses = [[mean((cell.answer_loss or [])[n] for cell in side) for n in range(documents)] for side in sides]
-        found["answer_loss"] = paired_means(*losses)
+        base, other = ([mean((cell.answer_loss or [])[n] for cell in side) for n in range(documents)] for side in sides)
+        found["answer_loss"] = paired_means(base, other)
     return found
 
 
@@ -185,14 +183,11 @@ def comparisons(results: Compared) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     first, *others = results
     for task in tasks_in(results):
-        base = results[first].of_task(task)
+        base = {(cell.length, cell.depth): cell for cell in results[first].of_task(task)}
         for other in others:
-            cells = results[other].of_task(task)
+            cells = [cell for cell in results[other].of_task(task) if (cell.length, cell.depth) in base]
             for length in sorted({cell.length for cell in cells}):
-                test = compare_cells([
-                    (mine, theirs) for mine in base for theirs in cells
-                    if mine.length == theirs.length == length and mine.depth == theirs.depth
-                ])  # fmt: skip
+                test = compare_cells([(base[length, cell.depth], cell) for cell in cells if cell.length == length])
                 if test:
                     where = {"task": task, "length": length, "model": other, "against": first}
                     found.append(where | test | {"noise": test["p_value"] >= SIGNIFICANT})
@@ -206,10 +201,76 @@ def effective_lengths(results: Compared, threshold: float) -> list[dict[str, Any
         for label, result in results.items():
             cells, settings = result.of_task(task), result.settings
             if cells and cells[0].metric == "accuracy":
-                length, claimed = effective_length(mean_by(cells, "length"), threshold), settings.target_length
+                claimed = settings.target_length
                 if not settings.rope_scaling_type and not settings.adapter_sha256:
                     # A base as it is claims its window.
                     claimed = settings.pretrained_window or claimed
-                found.append({"task": task, "model": label, "threshold": threshold, "effective_length": length,
-                              "target_length": claimed})  # fmt: skip
+                reached = effective_length(mean_by(cells, "length"), threshold)
+                where = {"task": task, "model": label, "threshold": threshold}
+                found.append(where | {"effective_length": reached, "target_length": claimed})
     return found
+
+
+def wilson_interval(correct: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Bounds of an accuracy measured as `correct` of `samples` (Wilson 1927), sound near 0 and 1 and for few."""
+    # Half a second, which no other command needs.
+    from scipy.stats import binomtest
+
+    if not 0 <= correct <= samples or samples < 1:
+        raise ValueError(f"{correct} correct of {samples} samples is no measurement")
+    bounds = binomtest(correct, samples).proportion_ci(confidence, method="wilson")
+    return float(bounds.low), float(bounds.high)
+
+
+def paired_comparison(first: Sequence[int] | str, second: Sequence[int] | str) -> dict[str, float]:
+    """Two models on the same samples, each 0 or 1 (or a text of these): McNemar's exact test, two-sided.
+
+    Returns:
+        only_first and only_second, the samples that one model alone has right; difference, the second's accuracy less
+        the first's; p_value, how often two equally good models would differ at least so much.
+    """
+    from scipy.stats import binomtest
+
+    if len(first) != len(second) or not first:
+        raise ValueError(f"a paired comparison needs the same samples twice, not {len(first)} and {len(second)}")
+    pairs = [(int(one), int(other)) for one, other in zip(first, second, strict=True)]
+    only_first, only_second = pairs.count((1, 0)), pairs.count((0, 1))
+    return {
+        "only_first": only_first,
+        "only_second": only_second,
+        "difference": (only_second - only_first) / len(pairs),
+        "p_value": float(binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0,
+    }
+
+
+def paired_means(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+    """Two models' losses on the same documents, a number a document: Student's paired t-test, two-sided.
+
+    Returns:
+        difference, the mean of the second's less the first's; interval, its bounds; p_value; documents, how many. One
+        document has no interval and no p_value: None.
+    """
+    from scipy.stats import ttest_rel
+
+    if len(first) != len(second) or not first:
+        raise ValueError(f"a paired comparison needs the same documents twice, not {len(first)} and {len(second)}")
+    difference = sum(second) / len(second) - sum(first) / len(first)
+    found = {"difference": difference, "documents": len(first), "interval": None, "p_value": None}
+    if len(first) > 1 and list(first) != list(second):
+        test = ttest_rel(second, first)
+        bounds = tuple(map(float, test.confidence_interval(confidence)))
+        found |= {"interval": bounds, "p_value": float(test.pvalue)}
+    return found
+
+
+def effective_length(accuracy: Mapping[int, float], threshold: float) -> int:
+    """The longest length (tokens) up to which no measured accuracy falls below `threshold`; 0 if the first one does.
+
+    What a model claims and what it keeps are told apart so by RULER (arXiv 2404.06654), at 0.856.
+    """
+    effective = 0
+    for length in sorted(accuracy):
+        if accuracy[length] < threshold:
+            break
+        effective = length
+    return effective

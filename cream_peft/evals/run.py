@@ -1,27 +1,28 @@
-"""Models named on the command line, measured with the tasks of evals."""
+"""Models named on the command line, measured with the tasks of evals over lengths; what a kill leaves is resumed."""
 
 from __future__ import annotations
 
-import json
-from argparse import ArgumentParser, Namespace
-from itertools import islice
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from ..model.base import load_tokenizer
-from ..model.kv_cache import KV_CACHES, refuse_unusable
+from ..model.kv_cache import refuse_unusable
 from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
-from ..rope import DEFAULT_FACTOR
 from ..tiny.documents import VOCABULARY_SIZE
-from ..train.data import load_documents
-from . import TASKS, evaluate
-from .harness import run_harness
-from .models import Subject, load_subject, open_subject, public_name, result_file, subjects_of
-from .prompts import STYLES, TEXT_SUFFIXES
+from . import TASKS
+from .models import OpenedModel, open_models
+from .prompts import TEXT_SUFFIXES
+from .results import Cell, Results, file_name
 
+Measure = Callable[..., Iterable[Mapping[str, Any]]]
+"""A task: (model, tokenizer, length, samples, seed, done=depths, **options) that yields cells."""
 GENERATED = ("kv_retrieval", "longchat_lines", "multikey_needle", "needle", "passkey")
 TAKEN_BY = {
     "keys": ("kv_retrieval",),
@@ -33,77 +34,133 @@ TAKEN_BY = {
     "max_tokens": ("perplexity",),
     "depths": GENERATED,
     "style": GENERATED,
-    "batch_size": GENERATED,
     "chunk_length": (*GENERATED, "perplexity"),
 }
 """Option on the command line -> the tasks that take it."""
-MOST_DOCUMENTS = 1000
 EMBEDDED = ("kv_retrieval", "needle", "recall")
 """The tasks of the embedded model."""
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """The options of `cream-peft evaluate`."""
-    parser.add_argument(
-        "--compare", nargs="+", default=["cream-peft-tiny"], metavar="MODEL",
-        help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE to --target_length; "
-        "LABEL=MODEL names it in the table (default: cream-peft-tiny)",
-    )  # fmt: skip
-    parser.add_argument("--tasks", nargs="+", default=["kv_retrieval", "needle"], help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--lengths", nargs="+", type=int, help="tokens; default: doubling from window to target")
-    parser.add_argument("--target_length", type=int, help="tokens; default: the adapter's, or 8 windows")
-    parser.add_argument("--samples", type=int, default=32, help="at each length and depth (default: 32)")
-    parser.add_argument("--seed", type=int, default=1000, help="seed of the prompts (default: 1000)")
-    parser.add_argument("--threshold", type=float, default=0.85, help="accuracy that counts as of use (default: 0.85)")
-    parser.add_argument("--depths", nargs="+", type=float, help="where the answer stands, 0 to 1; default: the task's")
-    parser.add_argument("--keys", type=int, help="kv_retrieval: so many keys, as the paper's 75 and 140")
-    parser.add_argument("--key_length", type=int, help="kv_retrieval: keys of so many digits instead of UUIDs")
-    parser.add_argument("--lines", type=int, help="longchat_lines: so many lines")
-    parser.add_argument("--haystack", metavar="PATH", help="needles: text file or folder to hide them in")
-    parser.add_argument("--text", metavar="PATH_OR_ID", help="perplexity: text file, folder of such, or a data set")
-    parser.add_argument("--text_config", help="configuration of that data set")
-    parser.add_argument("--text_split", default="test", help="split of that data set (default: test)")
-    parser.add_argument("--stride", type=int, help="perplexity: tokens between windows (default: half the length)")
-    parser.add_argument("--max_tokens", type=int, help="perplexity: tokens read of each document; default: all")
-    parser.add_argument("--style", choices=STYLES, help="form of the prompt (default: chat where there is a template)")
-    parser.add_argument("--batch_size", type=int, help="prompts answered together (default: 1)")
-    parser.add_argument("--chunk_length", type=int, help="tokens read at once (default: 1024)")
-    parser.add_argument(
-        "--kv_cache", choices=["auto", *KV_CACHES], default="auto",
-        help="default: 16-bit where it fits, else quantized, offloaded",
-    )  # fmt: skip
-    parser.add_argument("--dump_prompts", "--dump-prompts", metavar="DIR", help="write the prompts, measure nothing")
-    parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
-    parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
-    parser.add_argument("--output_dir", default="runs/evaluate", help="folder of the results (default: runs/evaluate)")
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `cream-peft evaluate` measures, and how; its help says what each option means."""
+
+    compare: list[str]
+    tasks: list[str]
+    samples: int
+    seed: int
+    output_dir: str
+    lengths: list[int] | None = None
+    """Tokens; None: doubling from the window to the target."""
+    target_length: int | None = None
+    base_model: str | None = None
+    load_in_4bit: bool = True
+    kv_cache: str = "auto"
+    depths: list[float] | None = None
+    """This option and those below are of single tasks; None: the task's default."""
+    keys: int | None = None
+    key_length: int | None = None
+    lines: int | None = None
+    haystack: str | None = None
+    text: str | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    style: str | None = None
+    chunk_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+        for name, values in (("samples", [self.samples]), ("lengths", self.lengths or [])):
+            if min(values, default=1) < 1:
+                raise ValueError(f"--{name} {min(values)} must be at least 1")
+        for depth in self.depths or []:
+            if not 0 <= depth <= 1:
+                raise ValueError(f"--depths {depth:g} must lie between 0 (start) and 1 (end)")
+        if self.kv_cache != "auto":
+            refuse_unusable(self.kv_cache)
+        if "perplexity" in self.tasks and self.text is None:
+            raise ValueError("task perplexity has no text: set --text to a file, or to a folder of .txt and .md files")
+        for name, path in (("text", self.text), ("haystack", self.haystack)):
+            is_path = name == "haystack" or Path(str(path)).suffix in TEXT_SUFFIXES
+            if path is not None and is_path and not Path(path).exists():
+                raise ValueError(f"--{name} {path}: no such file or folder")
+        for name, takers in TAKEN_BY.items():
+            if getattr(self, name) is not None and not set(takers) & set(self.tasks):
+                raise ValueError(f"--{name} is for {', '.join(takers)}, and --tasks has {', '.join(self.tasks)}")
+
+    def of_task(self, task: str) -> dict[str, Any]:
+        """What was set of the options that the task takes."""
+        mine = {name: getattr(self, name) for name, takers in TAKEN_BY.items() if task in takers}
+        return {name: value for name, value in mine.items() if value is not None}
 
 
-def _task_options(options: Namespace) -> dict[str, dict[str, Any]]:
-    """Task -> what was set for it; an option that no task of this run takes is refused."""
-    found: dict[str, dict[str, Any]] = {task: {} for task in options.tasks}
-    for name, takers in TAKEN_BY.items():
-        value = getattr(options, name)
-        if value is None:
-            continue
-        mine = [task for task in options.tasks if task in takers]
-        if not mine:
-            raise ValueError(f"--{name} is for {', '.join(takers)}, and --tasks has {', '.join(options.tasks)}")
-        for task in mine:
-            found[task][name] = value
-    return found
+def _refuse_other_settings(path: Path, earlier: Results, now: Results, tasks: Iterable[str]) -> None:
+    """A ValueError that names what differs between the results in a file and those that would be added to it."""
+    found, wanted = (_flat(one.asdict(), set(tasks) & {cell.task for cell in earlier.cells}) for one in (earlier, now))
+    differing = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    if earlier.cells and differing:
+        was, new = found.get(differing[0]), wanted.get(differing[0])
+        told = f" ({was}, now {new})" if isinstance(new, int | str | list) else ""
+        raise ValueError(
+            f"{path} was measured with other settings, {differing[0]}{told}: choose another --output_dir, or delete it"
+        )
 
 
-def _documents(options: Namespace) -> str | list[str]:
-    """What --text names: a text file or folder as it is, or the texts of a data set's first rows."""
-    path = Path(options.text)
-    if path.is_dir() or path.suffix in TEXT_SUFFIXES:
-        return options.text
-    settings = {"streaming": True} | ({"name": options.text_config} if options.text_config else {})
-    rows = load_documents(options.text, "train" if path.is_file() else options.text_split, **settings)
-    texts = [row["text"] for row in islice(rows, MOST_DOCUMENTS) if "text" in row]
-    if not texts:
-        raise ValueError(f"--text {options.text} has no column text: give a data set that has one, or text files")
-    return texts
+def _flat(content: dict[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
+    """What decides the values of a results file, the options being those of `tasks`."""
+    settings = content["settings"]
+    options = {f"{key} of {task}": value for task in tasks for key, value in settings["options"].get(task, {}).items()}
+    return {key: content[key] for key in ("model", "adapter", "versions", "seed")} | settings | {"options": 0} | options
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Measure],
+    results: Results,
+    path: Path,
+    *,
+    lengths: list[int],
+    samples: int,
+    options: Mapping[str, dict[str, Any]] | None = None,
+) -> Results:
+    """Measure every task at every length (tokens) and return the results, written to `path` after each cell.
+
+    `results` says of which model and with which settings; a file at `path` of the same is resumed, and its other tasks
+    and lengths stay. `options`: task -> keyword arguments of its own.
+
+    Raises:
+        ValueError: if the file at `path` was measured otherwise: nothing that was measured is thrown away.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        earlier = Results.read(path)
+        _refuse_other_settings(path, earlier, results, tasks)
+        both = earlier.settings.options | results.settings.options
+        results = replace(results, settings=replace(results.settings, options=both), cells=list(earlier.cells))
+    pending = [(name, length) for name in tasks for length in lengths]
+    # By tokens, not by cells: one at 32K takes as long as eight at 4K.
+    total = sum(length for _, length in pending)
+    shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(
+        total=total, desc=f"evaluate {results.settings.label or results.model}", bar_format=shape, delay=0
+    ) as bar:
+        for name, length in pending:
+            bar.set_postfix(task=name, length=length)
+            done = [cell.depth for cell in results.of_task(name) if cell.length == length]
+            start = time.perf_counter()
+            own = (options or {}).get(name, {})
+            for cell in tasks[name](model, tokenizer, length, samples, results.seed, done=done, **own):
+                seconds = round(time.perf_counter() - start, 3)
+                results.cells.append(Cell(task=name, length=length, seconds=seconds, **cell))
+                results.write(path)
+                start = time.perf_counter()
+            bar.update(length)
+    if not path.is_file():
+        results.write(path)
+    return results
 
 
 def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
@@ -114,123 +171,61 @@ def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: s
         raise ValueError(f"{name} reads no text, which {text[0]} is: its tasks are {', '.join(EMBEDDED)}")
 
 
-def _measure(subject: Subject, options: Namespace, task_options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    folder, settings, base, config = open_subject(subject, options)
-    _refuse_other_vocabulary(options.tasks, config, subject.name)
-    window, target = settings["pretrained_window"], settings["target_length"]
-    lengths = options.lengths or [window * 2**power for power in range(20) if window * 2**power <= target]
-    if options.lengths is None and (options.keys or options.lines):
-        # So many keys are as long as they are; the longest length has room for them.
-        lengths = [target]
-    if options.dump_prompts:
-        return _dump(subject, options, task_options, lengths, str(folder or subject.name))
-    model, tokenizer = load_subject(subject, folder, settings, options)
-    kv_cache = options.kv_cache
-    if kv_cache == "auto":
-        kv_cache = fitting_kv_cache(config, max(lengths), options.batch_size or 1)
-    given = {task: dict(own) for task, own in task_options.items()}
-    for task in given:
-        if task in TAKEN_BY["chunk_length"]:
-            given[task]["kv_cache"] = kv_cache
-        if task == "perplexity":
-            # Every length scores the same documents.
-            given[task] |= {"min_tokens": max(lengths), "text": _documents(options)}
-    shown = {
-        task: {key: public_name(getattr(options, key)) if key in ("text", "haystack") else own[key] for key in own}
-        for task, own in given.items()
-    }
-    header = {
-        "model": public_name(base),
-        "adapter": folder and public_name(subject.name),
-        "versions": versions(),
-        "seed": options.seed,
-        "settings": settings | {"samples": options.samples, "machine": machine(), "options": shown},
-    }
-    tasks, path = {name: TASKS[name] for name in options.tasks}, result_file(subject, options)
-    reading = {"length": max(lengths), "load_in_4bit": not options.no_4bit, "kv_cache": kv_cache}
-    with reading_explained(config, options.batch_size or 1, **reading):
-        return evaluate(
-            model, tokenizer, tasks, lengths=lengths, samples=options.samples, path=path, header=header, options=given
-        )
-
-
-def _dump(
-    subject: Subject, options: Namespace, task_options: dict[str, dict[str, Any]], lengths: list[int], source: str
-) -> dict[str, Any]:
-    """Write the prompts that the subject would be asked to <dump_prompts>/LABEL-TASK-LENGTH.jsonl."""
-    tokenizer = load_tokenizer(source)
-    for task in options.tasks:
-        if task not in GENERATED:
-            raise ValueError(f"task {task} has no prompts to write out: leave it out of --tasks")
-        for length in lengths:
-            path = Path(options.dump_prompts) / f"{subject.label}-{task}-{length}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            list(TASKS[task](None, tokenizer, length, options.samples, options.seed, dump=path, **task_options[task]))
-    return {}
-
-
-def evaluate_models(options: Namespace) -> dict[str, dict[str, Any]]:
-    """Label -> results for every model in `options.compare`, each kept in its own file of `options.output_dir`.
-
-    Raises:
-        ValueError: on an unknown task, a length or number of samples below 1, or two models of one label.
-    """
-    for task in options.tasks:
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-    for name, values in (("samples", [options.samples]), ("lengths", options.lengths or [])):
-        if min(values, default=1) < 1:
-            raise ValueError(f"--{name} {min(values)} must be at least 1")
-    for depth in options.depths or []:
-        if not 0 <= depth <= 1:
-            raise ValueError(f"--depths {depth:g} must lie between 0 (start) and 1 (end)")
-    if options.kv_cache != "auto":
-        refuse_unusable(options.kv_cache)
-    if "perplexity" in options.tasks and options.text is None:
-        raise ValueError("task perplexity has no text: set --text to a file, or to a folder of .txt and .md files")
-    for name in ("text", "haystack"):
-        value = getattr(options, name)
-        is_path = name == "haystack" or Path(str(value)).suffix in TEXT_SUFFIXES
-        if value is not None and is_path and not Path(value).exists():
-            raise ValueError(f"--{name} {value}: no such file or folder")
-    task_options = _task_options(options)
-    return {subject.label: _measure(subject, options, task_options) for subject in subjects_of(options)}
-
-
-def add_harness_options(parser: ArgumentParser) -> None:
-    """The options of `cream-peft lm-eval`."""
-    parser.add_argument(
-        "--compare", "--adapter", nargs="+", required=True, metavar="MODEL",
-        help="adapter folder or Hub id, or a base model; BASE+ntk (linear, yarn) scales its RoPE; LABEL=MODEL names it",
-    )  # fmt: skip
-    parser.add_argument("--tasks", required=True, help="lm-eval's tasks, by commas: longbench,ruler,hellaswag,mmlu_*")
-    parser.add_argument("--target_length", type=int, help="tokens, of bases; default: a window, or 8 if scaled")
-    parser.add_argument("--max_length", type=int, help="tokens of prompt and answer; default: the target length")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--chat_template", action="store_true", help="put the prompts in the chat template")
-    parser.add_argument("--limit", type=int, help="samples of each task; default: all")
-    parser.add_argument("--num_fewshot", type=int, help="default: the task's")
-    parser.add_argument("--seed", type=int, help="default: lm-eval's own, with which published figures were made")
-    parser.add_argument("--include_path", metavar="DIR", help="task YAMLs beside lm-eval's own")
-    parser.add_argument("--metadata", type=json.loads, help="for tasks that want it: '{\"max_seq_lengths\": [32768]}'")
-    parser.add_argument("--base_model", help="folder or Hub id to take adapters' bases from, instead of the one named")
-    parser.add_argument("--no_4bit", action="store_true", help="load bases unquantized")
-    parser.add_argument("--output_dir", default="runs/lm-eval", help="folder of the results (default: runs/lm-eval)")
-
-
-def run_lm_eval(options: Namespace) -> dict[str, dict[str, Any]]:
-    """Label -> lm-eval's results for every model in `options.compare`, each written to its file of output_dir."""
-    found = {}
-    for subject in subjects_of(options):
-        # An unscaled base is measured at its own window, where the short benchmarks are.
-        folder, settings, base, _ = open_subject(subject, options, DEFAULT_FACTOR if subject.rope_scaling_type else 1)
-        model, tokenizer = load_subject(subject, folder, settings, options)
-        header = {"model": public_name(base), "adapter": folder and public_name(subject.name), **settings}
-        keys = ("max_length", "batch_size", "chat_template", "include_path", "metadata", "seed", "limit", "num_fewshot")
-        given = {key: getattr(options, key) for key in keys}
-        found[subject.label] = run_harness(model, tokenizer, options.tasks.split(","), header=header, **given)
-        path = result_file(subject, options)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found[subject.label], indent=1) + "\n", encoding="utf-8")
+def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
+    """Each model and the lengths it is asked at."""
+    found = []
+    models = open_models(options.compare, target_length=options.target_length, load_in_4bit=options.load_in_4bit)
+    for model in models:
+        _refuse_other_vocabulary(options.tasks, model.config, model.spec.name)
+        window, target = model.settings.pretrained_window or 0, model.settings.target_length or 0
+        lengths = options.lengths or [window * 2**power for power in range(20) if window * 2**power <= target]
+        if options.lengths is None and (options.keys or options.lines):
+            # So many keys are as long as they are; the longest length has room for them.
+            lengths = [target]
+        found.append((model, lengths))
     return found
+
+
+def _measure(opened: OpenedModel, lengths: list[int], options: EvaluateOptions, documents: list[str] | None) -> Results:
+    model, tokenizer = opened.load(options.base_model)
+    longest, kv_cache = max(lengths), options.kv_cache
+    if kv_cache == "auto":
+        kv_cache = fitting_kv_cache(opened.config, longest)
+    shown = {task: options.of_task(task) for task in options.tasks}
+    for task in set(TAKEN_BY["chunk_length"]) & set(shown):
+        shown[task]["kv_cache"] = kv_cache
+    if "perplexity" in shown:
+        # Every length scores the same documents.
+        shown["perplexity"]["min_tokens"] = longest
+    given = {
+        task: own | ({"text": documents} if documents and task == "perplexity" else {}) for task, own in shown.items()
+    }
+    settings = replace(opened.settings, samples=options.samples, machine=machine(), options=shown)
+    adapter = opened.spec.name if opened.adapter else None
+    results = Results(opened.base, adapter, versions(), options.seed, settings)
+    tasks, path = {name: TASKS[name] for name in options.tasks}, Path(options.output_dir) / file_name(opened.spec.label)
+    with reading_explained(opened.config, length=longest, load_in_4bit=options.load_in_4bit, kv_cache=kv_cache):
+        return evaluate(model, tokenizer, tasks, results, path, lengths=lengths, samples=options.samples, options=given)
+
+
+def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None) -> dict[str, Results]:
+    """Label -> results of every model in `options.compare`, each kept in its own file of `options.output_dir`.
+
+    `documents`: the texts that `options.text` names, where it is a data set.
+    """
+    return {opened.spec.label: _measure(opened, lengths, options, documents) for opened, lengths in _opened(options)}
+
+
+def write_prompts(options: EvaluateOptions, folder: Path) -> None:
+    """Write the prompts that each model would be asked to <folder>/LABEL-TASK-LENGTH.jsonl, and measure nothing."""
+    for opened, lengths in _opened(options):
+        tokenizer = load_tokenizer(str(opened.adapter or opened.spec.name))
+        for task in options.tasks:
+            if task not in GENERATED:
+                raise ValueError(f"task {task} has no prompts to write out: leave it out of --tasks")
+            for length in lengths:
+                path = folder / f"{opened.spec.label}-{task}-{length}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                own: dict[str, Any] = {**options.of_task(task), "dump": path}
+                list(TASKS[task](None, tokenizer, length, options.samples, options.seed, **own))

@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 from transformers.cache_utils import HQQQuantizedLayer
 from transformers.utils import is_hqq_available
 
-KV_CACHES = ("default", "quantized", "offloaded")
+KV_CACHES = ("default", "quantized")
 
 # Tokens that `cream-peft chat` reads at once: attention then needs this times the length, never the length squared.
 PREFILL_CHUNK = 2048

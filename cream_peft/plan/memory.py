@@ -2,11 +2,15 @@
 
 The stack described: NF4 base with double quantization (or bf16), embeddings, norms and head in bf16, LoRA in fp32
 under bf16 autocast, sdpa or flash attention, TRL's chunked LM head. tests/test_memory.py checks the terms against
-real allocations; cuda_context is an assumption. advice.py makes cards, hours and advice of them.
+real allocations; cuda_context is an assumption.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -22,10 +26,6 @@ LM_HEAD_TILE = (4096, 32_768)
 # Layer inputs that TRL 1.16 still has on the GPU when it offloads activations (OffloadActivations.max_fwd_stash_size).
 OFFLOAD_STASH = 5
 
-# Terms of `estimate` and `estimate_evaluation` that are never there together: the total has the larger sum.
-TRAINING_PHASES = (("recomputation", "quantization"), ("logits",))
-READING_PHASES = (("activations", "quantization"), ("attention",))
-
 # HQQ in 4 bits: half a byte, and in 16 bits a scale and a zero per group of 32.
 HQQ_BYTES = 0.5 + 2 * 2 / 32
 # While HQQ 0.2.8 quantizes the keys of a chunk, bytes for each of them on a GPU: keys and values in 16 bits, as they
@@ -36,6 +36,8 @@ HQQ_WORK_BYTES = 8 + 6 + 16
 HQQ_UNPACK_BYTES = 8 + 6
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+Linears = dict[str, tuple[int, int]]
+"""Name of a linear of a decoder layer -> (in features, out features), the same in every layer."""
 
 
 def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
@@ -44,8 +46,7 @@ def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
     return config.num_attention_heads * head_size, config.num_key_value_heads * head_size
 
 
-def _linears(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
-    """(in features, out features) of each linear of a decoder layer, the same in every layer."""
+def _linears(config: PreTrainedConfig) -> Linears:
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     problems = [f"no {name}" for name in needed if getattr(config, name, None) is None]
     problems += [name for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
@@ -89,8 +90,8 @@ def _nf4_bytes(parameters: int) -> int:
     return math.ceil(parameters / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)
 
 
-def target_linears(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(in features, out features) of the linears of a layer that get an adapter."""
+def target_linears(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> Linears:
+    """The linears of a layer that get an adapter."""
     linears = _linears(config)
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     unknown = [name for name in names if name not in linears and name != "all-linear"]
@@ -99,7 +100,9 @@ def target_linears(config: PreTrainedConfig, target_modules: str | Sequence[str]
     return linears if "all-linear" in names else {name: linears[name] for name in names}
 
 
-def _layer_bytes(config: PreTrainedConfig, targets: dict, tokens: int, rank: int, dropout: bool, four_bit: bool) -> int:
+def _layer_bytes(
+    config: PreTrainedConfig, targets: Linears, tokens: int, rank: int, dropout: bool, four_bit: bool
+) -> int:
     """What one decoder layer keeps for its backward pass: bf16, but for the norms' fp32 inputs."""
     hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
     norms = 4 * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
@@ -127,13 +130,18 @@ def _beside(config: PreTrainedConfig) -> dict[str, int]:
     return attention | {"gate_proj": config.hidden_size, "up_proj": inner, "down_proj": inner}
 
 
+def _logits_tile(tokens: int) -> int:
+    """Bytes of the logits in 16 bits that TRL has at a time."""
+    return 2 * min(tokens, LM_HEAD_TILE[0]) * LM_HEAD_TILE[1]
+
+
 def _optimizer_bytes(optim: str) -> float:
     """State per trained parameter: Adam's two moments, in fp32 or in 8 bits with an fp32 maximum per block of 256.
     An optimizer not known here counts as Adam in fp32."""
     return 0 if optim == "sgd" else 2 + 8 / 256 if "8bit" in optim else 8
 
 
-def _resident(config: PreTrainedConfig, targets: dict, lora_r: int, load_in_4bit: bool) -> dict[str, float]:
+def _resident(config: PreTrainedConfig, targets: Linears, lora_r: int, load_in_4bit: bool) -> dict[str, float]:
     """Bytes that stay from the first step to the last."""
     sizes = [inputs * outputs for inputs, outputs in _linears(config).values()]
     layer = sum(map(_nf4_bytes, sizes)) if load_in_4bit else 2 * sum(sizes)
@@ -155,131 +163,165 @@ def _dequantized_bytes(config: PreTrainedConfig, load_in_4bit: bool) -> int:
     return 2 * largest + largest // 16 if load_in_4bit else 0
 
 
-def _in_gib(terms: dict[str, float], *phases: tuple[str, ...]) -> dict[str, float]:
+Phases = tuple[tuple[str, ...], ...]
+Terms = dict[str, float]
+"""GiB by term, the peak of all of them under "total"."""
+
+
+def _in_gib(terms: dict[str, float], phases: Phases) -> Terms:
     """GiB, and in total: of the terms in `phases`, which are never there together, only the largest phase counts."""
     sums = [sum(terms[name] for name in phase) for phase in phases]
     terms["total"] = sum(terms.values()) - sum(sums) + max(sums)
     return {term: size / GIB for term, size in terms.items()}
 
 
-def estimate(
-    config: PreTrainedConfig,
-    *,
-    context_length: int,
-    per_device_train_batch_size: int = 1,
-    load_in_4bit: bool = True,
-    lora_r: int = 16,
-    lora_dropout: float = 0.05,
-    target_modules: str | Sequence[str] = ATTENTION,
-    gradient_checkpointing: bool = True,
-    checkpoint_offload: bool = False,
-    optim: str = "adamw_torch",
-) -> dict[str, float]:
-    """GiB by term at the peak of a training step.
-
-    checkpoints is what the forward pass leaves for the backward pass: each layer's input, or without
-    gradient_checkpointing all that it keeps; with checkpoint_offload the layer inputs not yet in main memory.
-    recomputation is the layer in hand: what it keeps when run again, and the gradients passing through it;
-    quantization its largest weight in 16 bits. logits is the LM head and the last norm, over before the layers'
-    backward pass: total has the larger of recomputation with quantization and logits, and every other term.
-    """
-    tokens = context_length * per_device_train_batch_size
-    targets, hidden, layers = target_linears(config, target_modules), config.hidden_size, config.num_hidden_layers
-    resident = _resident(config, targets, lora_r, load_in_4bit)
-    kept = _layer_bytes(config, targets, tokens, lora_r, lora_dropout > 0, load_in_4bit)
-    # The feed-forward's bf16 gradients (three, or two once down_proj's LoRA let go of its input) and the residual's.
-    passing = 2 * tokens * (hidden + (2 if "down_proj" in targets else 3) * config.intermediate_size)
-    inputs_kept = min(layers, OFFLOAD_STASH) if checkpoint_offload else layers
-    # The last norm's fp32 input, and the larger of its backward pass (four fp32 tensors and one in bf16) and the head:
-    # a tile of logits, the scored hidden states and their gradient in fp32 and bf16.
-    tile = 2 * min(tokens, LM_HEAD_TILE[0]) * LM_HEAD_TILE[1]
-    head = tokens * hidden * 4 + max(tokens * hidden * (4 * 4 + 2), tile + tokens * hidden * (2 + 4 + 2))
-    terms = resident | {
-        "gradients": resident["adapter"],
-        "optimizer": _optimizer_bytes(optim) * resident["adapter"] / 4,
-        "checkpoints": inputs_kept * 2 * tokens * hidden if gradient_checkpointing else layers * kept,
-        "recomputation": passing + (kept if gradient_checkpointing else 0),
-        "quantization": _dequantized_bytes(config, load_in_4bit),
-        "logits": head,
-        "cuda_context": CUDA_CONTEXT_GIB * GIB,
-    }
-    return _in_gib(terms, *TRAINING_PHASES)
+def _shorter(name: str, tokens: int) -> Iterator[dict[str, Any]]:
+    """Ever shorter lengths, down to 1,024 tokens."""
+    for halvings in range(1, max(1, (tokens // 1024).bit_length())):
+        yield {name: tokens >> halvings}
 
 
-def estimate_validation(
-    config: PreTrainedConfig,
-    *,
-    eval_length: int,
-    per_device_eval_batch_size: int = 1,
-    load_in_4bit: bool = True,
-    lora_r: int = 16,
-    target_modules: str | Sequence[str] = ATTENTION,
-    optim: str = "adamw_torch",
-) -> dict[str, float]:
-    """GiB by term while the trainer computes the loss of held-out documents of `eval_length` tokens, between steps.
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What all three kinds of work share: the base and its adapter."""
 
-    activations, with quantization, is a layer in hand; logits the LM head after the last: the larger one counts.
-    """
-    tokens, hidden, inner = eval_length * per_device_eval_batch_size, config.hidden_size, config.intermediate_size
-    targets = target_linears(config, target_modules)
-    terms = _resident(config, targets, lora_r, load_in_4bit)
-    terms["optimizer"] = _optimizer_bytes(optim) * terms["adapter"] / 4
-    # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, and beside them the
-    # feed-forward's three products, or a linear's output and its adapter's, twice, for its scaling, and on a 16-bit
-    # base the linear's input in fp32.
-    beside, copied = _beside(config), 0 if load_in_4bit else 2
-    widths = [3 * outs + beside[name] + copied * ins for name, (ins, outs) in targets.items()]
-    tile = 2 * min(tokens, LM_HEAD_TILE[0]) * LM_HEAD_TILE[1]
-    terms |= {
-        "activations": 2 * tokens * (3 * hidden + max(hidden + 3 * inner, *widths)),
-        "quantization": _dequantized_bytes(config, load_in_4bit),
-        "logits": tile + 2 * tokens * 3 * hidden,
-        "cuda_context": CUDA_CONTEXT_GIB * GIB,
-    }
-    return _in_gib(terms, ("activations", "quantization"), ("logits",))
+    load_in_4bit: bool = True
+    lora_r: int = 16
+    target_modules: str | Sequence[str] = ATTENTION
+
+    phases: ClassVar[Phases]
+    """Terms that are never there together: the total has the larger sum."""
 
 
-def estimate_evaluation(
-    config: PreTrainedConfig,
-    *,
-    length: int,
-    kv_cache: str = "default",
-    load_in_4bit: bool = True,
-    lora_r: int = 16,
-    target_modules: str | Sequence[str] = ATTENTION,
-) -> dict[str, float]:
-    """GiB by term when a document of `length` tokens is read into a cache of keys and values, PREFILL_CHUNK tokens at a
-    time, by a model with its adapter in fp32 and no autocast, with the logits of the last token only.
+@dataclass(frozen=True, kw_only=True)
+class Training(_Settings):
+    """A training step."""
 
-    kv_cache: default (16 bits), quantized (HQQ, 4 bits) or offloaded (in main memory; the layer in hand and the next
-    are on the GPU). attention is adding to a layer's cache and attending to it, activations, with quantization, a
-    linear with its adapter: both over a chunk, and only the larger one counts. On sdpa, which takes a mask there.
-    """
-    targets, hidden, inner = target_linears(config, target_modules), config.hidden_size, config.intermediate_size
-    tokens, (queries, keys) = min(PREFILL_CHUNK, length), attention_widths(config)
-    layer, layers = 4 * keys * length, config.num_hidden_layers
-    cached = {"default": layers * layer, "quantized": layers * HQQ_BYTES * layer / 2, "offloaded": 2 * layer}
-    # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, and a mask of one byte.
-    throughout = tokens * (6 * hidden + length)
-    # Old and new keys together, or a chunk quantized, then the layer unpacked; then a 16-bit mask, and keys and values
-    # repeated for queries that share them.
-    unpacked = layer if kv_cache == "quantized" else 0
-    if unpacked:
-        adding = 2 * tokens * queries + max(HQQ_WORK_BYTES * tokens * keys, layer + HQQ_UNPACK_BYTES * tokens * keys)
-    else:
-        adding = 2 * keys * length + tokens * (2 * queries + 4 * keys)
-    shared = 4 * queries * length if 1 < config.num_key_value_heads < config.num_attention_heads else 0
-    attending = unpacked + shared + tokens * (2 * length + 4 * queries)
-    # The feed-forward's three products in 16 bits; or a linear's output in 16 bits and its adapter's input in fp32, and
-    # output, twice, for its scaling.
-    beside = _beside(config)
-    widths = [4 * ins + 10 * outs + 2 * beside[name] for name, (ins, outs) in targets.items()]
-    terms = _resident(config, targets, lora_r, load_in_4bit) | {
-        "kv_cache": cached[kv_cache],
-        "attention": throughout + max(adding, attending),
-        "activations": throughout + tokens * max(2 * hidden + 6 * inner, *widths),
-        "quantization": _dequantized_bytes(config, load_in_4bit),
-        "logits": 6 * config.vocab_size,
-        "cuda_context": CUDA_CONTEXT_GIB * GIB,
-    }
-    return _in_gib(terms, *READING_PHASES)
+    context_length: int
+    per_device_train_batch_size: int = 1
+    lora_dropout: float = 0.05
+    gradient_checkpointing: bool = True
+    checkpoint_offload: bool = False
+    optim: str = "adamw_torch"
+
+    phases = (("recomputation", "quantization"), ("logits",))
+
+    def terms(self, config: PreTrainedConfig) -> Terms:
+        """GiB by term at the peak of a training step.
+
+        checkpoints is what the forward pass leaves for the backward pass: each layer's input, or without
+        gradient_checkpointing all that it keeps; with checkpoint_offload the layer inputs not yet in main memory.
+        recomputation is the layer in hand: what it keeps when run again, and the gradients passing through it;
+        quantization its largest weight in 16 bits. logits is the LM head and the last norm, over before the layers'
+        backward pass.
+        """
+        tokens, hidden = self.context_length * self.per_device_train_batch_size, config.hidden_size
+        targets, layers = target_linears(config, self.target_modules), config.num_hidden_layers
+        resident = _resident(config, targets, self.lora_r, self.load_in_4bit)
+        kept = _layer_bytes(config, targets, tokens, self.lora_r, self.lora_dropout > 0, self.load_in_4bit)
+        # The feed-forward's bf16 gradients (three, or two once down_proj's LoRA let go of its input), the residual's.
+        passing = 2 * tokens * (hidden + (2 if "down_proj" in targets else 3) * config.intermediate_size)
+        inputs_kept = min(layers, OFFLOAD_STASH) if self.checkpoint_offload else layers
+        # The last norm's fp32 input, and the larger of its backward pass (four fp32 tensors and one in bf16) and the
+        # head: a tile of logits, the scored hidden states and their gradient in fp32 and bf16.
+        scored = _logits_tile(tokens) + tokens * hidden * (2 + 4 + 2)
+        terms = resident | {
+            "gradients": resident["adapter"],
+            "optimizer": _optimizer_bytes(self.optim) * resident["adapter"] / 4,
+            "checkpoints": inputs_kept * 2 * tokens * hidden if self.gradient_checkpointing else layers * kept,
+            "recomputation": passing + (kept if self.gradient_checkpointing else 0),
+            "quantization": _dequantized_bytes(config, self.load_in_4bit),
+            "logits": tokens * hidden * 4 + max(tokens * hidden * (4 * 4 + 2), scored),
+            "cuda_context": CUDA_CONTEXT_GIB * GIB,
+        }
+        return _in_gib(terms, self.phases)
+
+    def savings(self) -> Iterator[dict[str, Any]]:
+        """Changes that take less memory, what costs least first."""
+        yield from ({"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}, {"load_in_4bit": True})
+        yield from ({"checkpoint_offload": True}, {"optim": "paged_adamw_8bit"})
+        yield from (*_shorter("context_length", self.context_length), {"lora_r": min(8, self.lora_r)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation(_Settings):
+    """The loss of held-out documents, between two training steps."""
+
+    eval_length: int
+    per_device_eval_batch_size: int = 1
+    optim: str = "adamw_torch"
+
+    phases = (("activations", "quantization"), ("logits",))
+
+    def terms(self, config: PreTrainedConfig) -> Terms:
+        """GiB by term. activations, with quantization, is a layer in hand; logits the LM head after the last."""
+        tokens, hidden = self.eval_length * self.per_device_eval_batch_size, config.hidden_size
+        targets = target_linears(config, self.target_modules)
+        terms = _resident(config, targets, self.lora_r, self.load_in_4bit)
+        terms["optimizer"] = _optimizer_bytes(self.optim) * terms["adapter"] / 4
+        # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, and beside them the
+        # feed-forward's three products, or a linear's output and its adapter's, twice, for its scaling, and on a
+        # 16-bit base the linear's input in fp32.
+        beside, copied = _beside(config), 0 if self.load_in_4bit else 2
+        widths = [3 * outs + beside[name] + copied * ins for name, (ins, outs) in targets.items()]
+        terms |= {
+            "activations": 2 * tokens * (3 * hidden + max(hidden + 3 * config.intermediate_size, *widths)),
+            "quantization": _dequantized_bytes(config, self.load_in_4bit),
+            "logits": _logits_tile(tokens) + 2 * tokens * 3 * hidden,
+            "cuda_context": CUDA_CONTEXT_GIB * GIB,
+        }
+        return _in_gib(terms, self.phases)
+
+    def savings(self) -> Iterator[dict[str, Any]]:
+        """Changes that take less memory, what costs least first."""
+        yield from ({"per_device_eval_batch_size": 1}, *_shorter("eval_length", self.eval_length))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(_Settings):
+    """A document read into a cache of keys and values, PREFILL_CHUNK tokens at a time, by a model with its adapter in
+    fp32 and no autocast, with the logits of the last token only."""
+
+    length: int
+    kv_cache: str = "default"
+    """default (16 bits) or quantized (HQQ, 4 bits)."""
+
+    phases = (("activations", "quantization"), ("attention",))
+
+    def terms(self, config: PreTrainedConfig) -> Terms:
+        """GiB by term. attention is adding to a layer's cache and attending to it, activations, with quantization, a
+        linear with its adapter: both over a chunk. On sdpa, which takes a mask there."""
+        targets, hidden = target_linears(config, self.target_modules), config.hidden_size
+        length, tokens, (queries, keys) = self.length, min(PREFILL_CHUNK, self.length), attention_widths(config)
+        layer, layers, is_quantized = 4 * keys * length, config.num_hidden_layers, self.kv_cache == "quantized"
+        # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, a mask of one byte.
+        throughout = tokens * (6 * hidden + length)
+        # Old and new keys together, or a chunk quantized, then the layer unpacked; then a 16-bit mask, and keys and
+        # values repeated for queries that share them.
+        if is_quantized:
+            solved = max(HQQ_WORK_BYTES * tokens * keys, layer + HQQ_UNPACK_BYTES * tokens * keys)
+            adding = 2 * tokens * queries + solved
+        else:
+            adding = 2 * keys * length + tokens * (2 * queries + 4 * keys)
+        shared = 4 * queries * length if 1 < config.num_key_value_heads < config.num_attention_heads else 0
+        attending = layer * is_quantized + shared + tokens * (2 * length + 4 * queries)
+        # The feed-forward's three products in 16 bits; or a linear's output in 16 bits and its adapter's input in fp32,
+        # and output, twice, for its scaling.
+        beside = _beside(config)
+        widths = [4 * ins + 10 * outs + 2 * beside[name] for name, (ins, outs) in targets.items()]
+        terms = _resident(config, targets, self.lora_r, self.load_in_4bit) | {
+            "kv_cache": layers * layer * (HQQ_BYTES / 2 if is_quantized else 1),
+            "attention": throughout + max(adding, attending),
+            "activations": throughout + tokens * max(2 * hidden + 6 * config.intermediate_size, *widths),
+            "quantization": _dequantized_bytes(config, self.load_in_4bit),
+            "logits": 6 * config.vocab_size,
+            "cuda_context": CUDA_CONTEXT_GIB * GIB,
+        }
+        return _in_gib(terms, self.phases)
+
+    def savings(self) -> Iterator[dict[str, Any]]:
+        """Changes that take less memory, what costs least first."""
+        yield from ({"load_in_4bit": True}, {"kv_cache": "quantized"}, *_shorter("length", self.length))
+
+
+Settings = Training | Validation | Reading

@@ -8,20 +8,23 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PrinterCallback, ProgressCallback, TrainerCallback
 
+from .. import rope
 from ..model.base import base_options, load_base, load_tokenizer, lora_config
 from ..model.record import machine, versions
 from ..plan import memory
 from ..plan.advice import training_flops
 from ..plan.gpus import TFLOPS, find_card
+from ..terminal import table
 from ..tiny import TINY_ID
-from .machine import CPU_PARAMETERS, base_config, memory_explained, plan_of
+from .machine import CPU_PARAMETERS, base_config, memory_explained, memory_settings
 from .recipe import Recipe, RecipeError, parse_recipe
 from .trainer import CREAMTrainer
 
@@ -136,8 +139,22 @@ def peaks(reset: bool = False) -> dict[str, float | None]:
     return {"peak_allocated_gib": allocated / memory.GIB, "peak_reserved_gib": reserved / memory.GIB}
 
 
-def time_steps(trainer: Any, steps: int, tokens: int) -> dict[str, Any]:
-    """Train for `steps` steps of `tokens` tokens: the loss, the median step, and the peak; the first is a warm-up."""
+@dataclass(frozen=True)
+class Steps:
+    """What some steps of training took; peaks in GiB, None without a GPU."""
+
+    loss: float
+    steps: int
+    seconds_per_step: float
+    """The median; the first step is a warm-up."""
+    tokens_per_step: int
+    tokens_per_second: float
+    peak_allocated_gib: float | None
+    peak_reserved_gib: float | None
+
+
+def time_steps(trainer: Any, steps: int, tokens: int) -> Steps:
+    """Train for `steps` steps of `tokens` tokens."""
     clock = _Clock()
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -145,55 +162,56 @@ def time_steps(trainer: Any, steps: int, tokens: int) -> dict[str, Any]:
     peaks(reset=True)
     loss = trainer.train().training_loss
     seconds = statistics.median(after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False))
-    speed = {"seconds_per_step": seconds, "tokens_per_step": tokens, "tokens_per_second": tokens / seconds}
-    return {"loss": loss, "steps": steps, **speed, **peaks()}
+    return Steps(loss, steps, seconds, tokens, tokens / seconds, **peaks())
 
 
 def utilisation(recipe: Recipe, config: PreTrainedConfig, tokens_per_second: float) -> dict[str, float | None]:
-    """Shares of the card's 16-bit peak: the model's own operations, and with what checkpointing computes again, which
-    is the share that plan assumes. None for a card that plan does not know."""
-    shares = {"model_flop_utilisation": False, "with_recomputation": bool(recipe.run.gradient_checkpointing)}
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    card = find_card(name)
+    """Shares of the GPU's 16-bit peak: the model's own operations, and with what checkpointing computes again, which
+    is the share that plan assumes. None for a GPU that plan does not know."""
+    training, _ = memory_settings(recipe)
+    shares = {"model_flop_utilisation": False, "with_recomputation": training.gradient_checkpointing}
+    card = find_card(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
     if card is None:
         return dict.fromkeys(shares)
-    settings = {"lora_r": recipe.model.lora_r, "target_modules": recipe.model.lora_target_modules}
-    settings["context_length"] = recipe.run.context_length
-    for share, again in shares.items():
-        flops = sum(training_flops(config, gradient_checkpointing=again, **settings).values())
-        shares[share] = flops * tokens_per_second / (TFLOPS[card] * 1e12)
-    return shares
+    flops = {again: training_flops(config, replace(training, gradient_checkpointing=again)) for again in (False, True)}
+    peak = TFLOPS[card] * 1e12
+    return {share: sum(flops[again].values()) * tokens_per_second / peak for share, again in shares.items()}
 
 
 def bench_recipe(recipe: Recipe, memory_limit: float | None = None) -> dict[str, Any]:
     """Train `recipe` (of `parse_bench`) on random weights and documents, within `memory_limit` GiB of the GPU.
+
+    Returns:
+        what `cream-peft bench --json` writes: the fields of Steps, and machine, versions, settings, planned_gib,
+        loading_peak_gib and, on a GPU, what its allocator did.
 
     Raises:
         torch.OutOfMemoryError: where it does not fit.
         ValueError: a recipe or a limit that this machine cannot take.
     """
     config, name = base_config(recipe), recipe.model.model_name_or_path
-    terms = plan_of(recipe, config)["terms"]
+    recipe.run.resolve(rope.pretrained_window(config))
+    terms = memory_settings(recipe)[0].terms(config)
     if not torch.cuda.is_available() and memory.parameter_count(config) > CPU_PARAMETERS:
         raise RecipeError(f"{name} is too large to try without a CUDA GPU: see cream-peft plan")
     if memory_limit is not None:
         limit_memory(memory_limit)
-    result = {"model": name, "machine": machine(), "versions": versions(), "memory_limit_gib": memory_limit}
-    result["planned_gib"] = terms["total"] - terms["cuda_context"]
     with memory_explained(recipe, config):
-        result |= _train(recipe, config)
-    result["settings"] = {
-        key: str(getattr(getattr(recipe.run, key), "value", getattr(recipe.run, key))) for key in SETTINGS
-    }
+        loading, steps = _run_steps(recipe, config)
+    settings = {key: str(getattr(getattr(recipe.run, key), "value", getattr(recipe.run, key))) for key in SETTINGS}
+    result = {"model": name, "machine": machine(), "versions": versions(), "memory_limit_gib": memory_limit}
+    result |= {"planned_gib": terms["total"] - terms["cuda_context"], "loading_peak_gib": loading}
+    result |= asdict(steps) | {"settings": settings}
     if torch.cuda.is_available():
         segments = torch.cuda.memory_snapshot()
         result["expandable_segments"] = any(segment.get("is_expandable") for segment in segments)
         result["context_gib"] = context_gib()
-    return result | utilisation(recipe, config, result["tokens_per_second"])
+    return result | utilisation(recipe, config, steps.tokens_per_second)
 
 
-def _train(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
-    run = recipe.run
+def _run_steps(recipe: Recipe, config: PreTrainedConfig) -> tuple[float | None, Steps]:
+    """The peak of loading in GiB, and the steps."""
+    run, length = recipe.run, recipe.run.context_length or 0
     examples = run.per_device_train_batch_size * run.gradient_accumulation_steps
     peaks(reset=True)
     model = load_random(recipe, config)
@@ -202,24 +220,27 @@ def _train(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
         trainer = CREAMTrainer(
             model=model,
             args=run,
-            train_dataset=random_documents(config, run.context_length, examples * run.max_steps),
+            train_dataset=random_documents(config, length, examples * run.max_steps),
             processing_class=load_tokenizer(TINY_ID),
             peft_config=lora_config(recipe.model),
         )
-        return {"loading_peak_gib": loading, **time_steps(trainer, run.max_steps, examples * run.context_length)}
+        return loading, time_steps(trainer, run.max_steps, examples * length)
 
 
-def lines_of(result: dict[str, Any]) -> Iterator[str]:
+def text_of(result: Mapping[str, Any]) -> str:
     """What was measured, as `cream-peft bench` prints it."""
-    yield f"{result['model']} on {result['machine']}, random weights, {result['steps']} steps"
     on_gpu = result["peak_allocated_gib"] is not None
-    for name in ("loading_peak_gib", "peak_allocated_gib", "planned_gib", "peak_reserved_gib"):
-        if result[name] is not None:
-            yield f"{name.removesuffix('_gib').replace('_', ' '):<26}{result[name]:.2f} GiB"
-    if not on_gpu:
-        yield f"{'peak memory':<26}not measured, there is no CUDA GPU"
+    names = ("loading_peak_gib", "peak_allocated_gib", "planned_gib", "peak_reserved_gib")
+    rows = [
+        (name.removesuffix("_gib").replace("_", " "), f"{result[name]:.2f} GiB")
+        for name in names
+        if result[name] is not None
+    ]
     step = f"{result['seconds_per_step']:.3g} s a step of {result['tokens_per_step']:,} tokens"
-    yield f"{'tokens/s':<26}{result['tokens_per_second']:,.0f} ({step})"
+    rows += [] if on_gpu else [("peak memory", "not measured, there is no CUDA GPU")]
+    rows += [("tokens/s", f"{result['tokens_per_second']:,.0f} ({step})")]
     for name in ("model_flop_utilisation", "with_recomputation") if on_gpu else ():
-        share = "unknown card" if result[name] is None else f"{result[name]:.0%} of the card's 16-bit peak"
-        yield f"{name.replace('_', ' '):<26}{share}"
+        share = "unknown GPU" if result[name] is None else f"{result[name]:.0%} of the GPU's 16-bit peak"
+        rows.append((name.replace("_", " "), share))
+    heading = f"{result['model']} on {result['machine']}, random weights, {result['steps']} steps"
+    return f"{heading}\n\n{table(['measured', ''], rows)}"

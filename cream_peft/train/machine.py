@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import traceback
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.training_args import ParallelMode
@@ -16,6 +16,7 @@ from .. import rope
 from ..errors import about
 from ..model.base import embedded_config, resolve_base
 from ..plan import advice, fit, memory
+from ..plan.memory import ATTENTION, Training, Validation
 from .config import CREAMConfig
 from .recipe import Recipe, RecipeError
 
@@ -43,27 +44,27 @@ def base_config(recipe: Recipe) -> PreTrainedConfig:
 
 
 def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse at once what this machine cannot train."""
+    """Refuse at once a base that cannot be scaled as asked, and what this machine cannot train."""
     recipe.run.resolve(rope.pretrained_window(config))
-    rope.scaled_config(config, recipe.run.target_length, recipe.run.rope_scaling_type)
+    rope.scaled_config(config, recipe.run.target_length or 0, recipe.run.rope_scaling_type)
+    gib = fit.allowed_gib()
     try:
-        parameters, planned = memory.parameter_count(config), plan_of(recipe, config)
+        parameters, planned = memory.parameter_count(config), memory_settings(recipe)
+        # The context exists by now.
+        short = gib is not None and [
+            one for one in planned if one and one.terms(config)["total"] - memory.CUDA_CONTEXT_GIB > gib
+        ]
     except ValueError as error:
         logger.warning("memory is not planned: %s", error)
         return
-    gib = fit.allowed_gib()
-    if gib is None:
-        if parameters > CPU_PARAMETERS and not recipe.run.use_cpu:
-            raise RecipeError(
-                f"{recipe.model.model_name_or_path} has {parameters / 1e9:.1f} billion parameters and this machine has "
-                "no CUDA GPU: `make demo` shows the method on a CPU, `cream-peft plan` shows which GPU the recipe fits"
-            )
-        return
-    for part in ("terms", "validation"):
-        # The context exists by now.
-        if planned[part] and planned[part]["total"] - planned[part]["cuda_context"] > gib:
-            line = shortage(recipe, config, gib, part == "validation")
-            raise RecipeError(f"this recipe does not fit: {line}; `cream-peft plan` shows every term")
+    if short:
+        line = advice.shortage(config, short[0], gib)
+        raise RecipeError(f"this recipe does not fit: {line}; `cream-peft plan` shows every term")
+    if gib is None and parameters > CPU_PARAMETERS and not recipe.run.use_cpu:
+        raise RecipeError(
+            f"{recipe.model.model_name_or_path} has {parameters / 1e9:.1f} billion parameters and this machine has "
+            "no CUDA GPU: `make demo` shows the method on a CPU, `cream-peft plan` shows which GPU the recipe fits"
+        )
 
 
 def refuse_separate_runs(run: CREAMConfig) -> None:
@@ -76,62 +77,56 @@ def refuse_separate_runs(run: CREAMConfig) -> None:
         )
 
 
-def _memory_settings(recipe: Recipe, config: PreTrainedConfig) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Settings of `memory.estimate`, and of `memory.estimate_validation` where the run computes a held-out loss."""
+def memory_settings(recipe: Recipe) -> tuple[Training, Validation | None]:
+    """What the memory of a training step, and of the held-out loss where the run computes one, depends on."""
     run, model = recipe.run, recipe.model
+    optim = str(getattr(run.optim, "value", run.optim))
+    training = Training(
+        load_in_4bit=model.load_in_4bit,
+        lora_r=model.lora_r,
+        target_modules=model.lora_target_modules or ATTENTION,
+        optim=optim,
+        context_length=run.context_length or 0,
+        per_device_train_batch_size=run.per_device_train_batch_size,
+        lora_dropout=model.lora_dropout,
+        gradient_checkpointing=bool(run.gradient_checkpointing),
+        checkpoint_offload=bool(run.activation_offloading),
+    )
+    if getattr(run.eval_strategy, "value", run.eval_strategy) == "no":
+        return training, None
+    return training, Validation(
+        load_in_4bit=model.load_in_4bit,
+        lora_r=model.lora_r,
+        target_modules=training.target_modules,
+        optim=optim,
+        eval_length=run.eval_length or 0,
+        per_device_eval_batch_size=run.per_device_eval_batch_size,
+    )
+
+
+def plan_recipe(recipe: Recipe, config: PreTrainedConfig, cards: Mapping[str, float] | None = None) -> advice.Plan:
+    """Peak memory and hours of the recipe on this base, see `advice.plan`."""
+    run = recipe.run
     run.resolve(rope.pretrained_window(config))
-    shared = {
-        "load_in_4bit": model.load_in_4bit,
-        "lora_r": model.lora_r,
-        "target_modules": model.lora_target_modules,
-        "optim": str(getattr(run.optim, "value", run.optim)),
-    }
-    training = shared | {
-        "context_length": run.context_length,
-        "per_device_train_batch_size": run.per_device_train_batch_size,
-        "lora_dropout": model.lora_dropout,
-        "gradient_checkpointing": bool(run.gradient_checkpointing),
-        "checkpoint_offload": bool(run.activation_offloading),
-    }
-    validation = {"eval_length": run.eval_length, "per_device_eval_batch_size": run.per_device_eval_batch_size}
-    evaluates = getattr(run.eval_strategy, "value", run.eval_strategy) != "no"
-    return training, validation | shared if evaluates else None
-
-
-def plan_of(recipe: Recipe, config: PreTrainedConfig, cards: dict[str, float] | None = None) -> dict[str, Any]:
-    """Peak memory and hours of the recipe on this base, see `plan.plan`."""
-    training, validation = _memory_settings(recipe, config)
     return advice.plan(
         config,
-        training,
-        validation,
-        target_length=recipe.run.target_length,
-        gradient_accumulation_steps=recipe.run.gradient_accumulation_steps,
-        max_steps=recipe.run.max_steps if recipe.run.max_steps > 0 else None,
+        *memory_settings(recipe),
+        target_length=run.target_length,
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        max_steps=run.max_steps if run.max_steps > 0 else None,
         cards=cards,
     )
 
 
-def shortage(recipe: Recipe, config: PreTrainedConfig, gib: float | None, validating: bool) -> str:
-    """What the plan needs against `gib` GiB, and what to change, see `plan.shortage`."""
-    training, validation = _memory_settings(recipe, config)
-    if validating and validation:
-        terms = memory.estimate_validation(config, **validation)
-        return advice.shortage(
-            terms, gib, lambda gib: advice.to_set(advice.advise_validation(config, gib, **validation))
-        )
-    terms = memory.estimate(config, **training)
-    return advice.shortage(terms, gib, lambda gib: advice.to_set(advice.advise(config, gib, **training)))
-
-
 def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContextManager[None]:
-    """While training: an error of memory says what was planned, and what to change in the recipe."""
+    """While training: an out-of-memory error says what was planned, and what to change in the recipe."""
 
     def say(error: Exception) -> str:
         frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        validating = "evaluation_loop" in frames
-        where = " while the loss of held-out documents was computed" if validating else ""
-        line = shortage(recipe, config, fit.allowed_gib(), validating)
+        training, validation = memory_settings(recipe)
+        held_out = validation if "evaluation_loop" in frames else None
+        where = " while the loss of held-out documents was computed" if held_out else ""
+        line = advice.shortage(config, held_out or training, fit.allowed_gib())
         return f"{where}: {line}; `cream-peft plan` shows every term"
 
     return fit.explained(say)

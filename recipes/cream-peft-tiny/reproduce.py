@@ -126,14 +126,15 @@ def trained(folder: Path, run: dict[str, Any], scratch: str) -> Any:
 
 def measure(model: Any) -> dict[str, Any]:
     """Accuracy by length, and by tenth of depth at the target length."""
-    from cream_peft.evals import TASKS, mean_by
+    from cream_peft.evals import TASKS
+    from cream_peft.evals.results import Cell, mean_by
 
     cells = [
-        {"length": length, **cell}
+        Cell(task="recall", length=length, **cell)
         for length in LENGTHS
         for cell in TASKS["recall"](model, None, length, EVALUATION_DOCUMENTS, EVALUATION_SEED)
     ]
-    at_target = [cell for cell in cells if cell["length"] == TARGET]
+    at_target = [cell for cell in cells if cell.length == TARGET]
     return {"by_length": mean_by(cells, "length"), "by_depth": mean_by(at_target, "depth")}
 
 
@@ -256,7 +257,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 def report(output: Path) -> None:
     """Write reproduce.json and reproduce.png from the runs that are done."""
-    from cream_peft.train.trainer import machine, versions
+    from cream_peft.model.record import machine, versions
 
     runs = read_runs(output / "runs.jsonl")
     summary = summarise(runs)

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 
 from cream_peft.cli import main as cream_peft
-from cream_peft.evals import file_name
-from cream_peft.evals.statistics import wilson_interval
-from cream_peft.evals.table import compare_cells, difference_in_words, mean_loss
+from cream_peft.evals.results import Cell, Results, compare_cells, file_name, mean_loss, wilson_interval
+from cream_peft.evals.table import difference_in_words
 from cream_peft.model.record import machine, versions
 
 HOME = Path("runs/smollm2-135m-instruct")
@@ -227,26 +226,23 @@ def evaluations(budget: Budget, row: Row) -> dict[str, list[str]]:
     return found | {"answers": [budget.task, "--samples", str(row.samples or budget.samples), "--depths", *depths]}
 
 
-def found_of(folder: Path, row: Row) -> list[dict[str, Any]]:
+def found_of(folder: Path, row: Row) -> list[Cell]:
     path = folder / file_name(row.name)
-    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+    return Results.read(path).cells if path.is_file() else []
 
 
-Cells = list[dict[str, Any]]
-
-
-def chosen(cells: Cells, length: int, low: float = 0.0, high: float = 1.0) -> Cells:
+def chosen(cells: list[Cell], length: int, low: float = 0.0, high: float = 1.0) -> list[Cell]:
     """The cells at `length`, of the depths between `low` and `high`."""
-    found = [cell for cell in cells if cell["length"] == length and low <= cell["depth"] <= high]
-    return sorted(found, key=lambda cell: cell["depth"])
+    found = [cell for cell in cells if cell.length == length and low <= cell.depth <= high]
+    return sorted(found, key=lambda cell: cell.depth)
 
 
-def answers(cells: Cells) -> str:
+def answers(cells: list[Cell]) -> str:
     """0 and 1 for each answer."""
-    return "".join(cell["correct"] for cell in cells)
+    return "".join(cell.correct or "" for cell in cells)
 
 
-def measured(cells: Cells, length: int) -> dict[str, Any]:
+def measured(cells: list[Cell], length: int) -> dict[str, Any]:
     """What a row's answers at `length` come to, over all depths and in the middle."""
     here, middle = chosen(cells, length), chosen(cells, length, *MIDDLE)
     asked = answers(here)
@@ -254,15 +250,15 @@ def measured(cells: Cells, length: int) -> dict[str, Any]:
         "accuracy": asked.count("1") / len(asked), "questions": len(asked),
         "interval": wilson_interval(asked.count("1"), len(asked)),
         "middle": answers(middle).count("1") / len(answers(middle)) if middle else None,
-        "by depth": {str(cell["depth"]): cell["value"] for cell in here},
+        "by depth": {str(cell.depth): cell.value for cell in here},
     }  # fmt: skip
     if mean_loss(here) is not None:
         found |= {"answer loss": mean_loss(here), "answer loss, middle": mean_loss(middle)}
-        found["answer loss by depth"] = {str(cell["depth"]): mean_loss([cell]) for cell in here}
+        found["answer loss by depth"] = {str(cell.depth): mean_loss([cell]) for cell in here}
     return found
 
 
-def compared(budget: Budget, given: dict[tuple[str, str, int], Cells]) -> list[dict[str, Any]]:
+def compared(budget: Budget, given: dict[tuple[str, str, int], list[Cell]]) -> list[dict[str, Any]]:
     """CREAM against every other strategy (untuned too) of a RoPE scaling: the seeds and documents that both have."""
     differences = []
     for scaling, strategy in dict.fromkeys(key[:2] for key in given if key[1] != "cream"):
@@ -273,7 +269,7 @@ def compared(budget: Budget, given: dict[tuple[str, str, int], Cells]) -> list[d
                     sides = [given.get((scaling, one, seed), []) for one in (strategy, "cream")]
                     sides = [chosen(side, length, *bounds) for side in sides]
                     # Not where one of them is half measured.
-                    if sides[0] and [cell["depth"] for cell in sides[0]] == [cell["depth"] for cell in sides[1]]:
+                    if sides[0] and [cell.depth for cell in sides[0]] == [cell.depth for cell in sides[1]]:
                         pairs += zip(*sides, strict=True)
                         seeds.append(seed)
                 found = compare_cells(pairs)
@@ -291,10 +287,10 @@ def summarise(budget: Budget, output: Path) -> dict[str, Any]:
         cells = found_of(output / "answers", row)
         if cells and not row.changed:
             given[row.scaling, row.strategy, row.seed] = cells
-        for length in sorted({cell["length"] for cell in cells}):
+        for length in sorted({cell.length for cell in cells}):
             found[f"{budget.task} at {length}"] = measured(cells, length)
         for text in budget.texts:
-            values = {str(cell["length"]): cell["value"] for cell in found_of(output / f"perplexity-{text}", row)}
+            values = {str(cell.length): cell.value for cell in found_of(output / f"perplexity-{text}", row)}
             if values:
                 found[f"perplexity of {text}"] = values
         summary = adapter_of(row, output) / "summary.json"

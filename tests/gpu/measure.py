@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ def _cases() -> dict[str, dict[str, Any]]:
     add("13B low", "train", [*THIRTEEN, *LOW], 12)
     add("7B reads 32K", "read", RECIPE, 24, kv_cache="default")
     add("7B reads 32K, 4-bit cache", "read", RECIPE, 12, kv_cache="quantized")
-    add("7B reads 32K, offloaded cache", "read", RECIPE, 12, kv_cache="offloaded")
     add("13B default", "train", THIRTEEN, 16)
     add("7B profile", "profile", RECIPE)
     for limit in (12, 16, 24):
@@ -128,7 +128,7 @@ def trl_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[str
             ),
         )  # fmt: skip
         measured = bench.time_steps(trainer, run.max_steps, examples * run.context_length)
-    return measured | bench.utilisation(recipe, config, measured["tokens_per_second"])
+    return asdict(measured) | bench.utilisation(recipe, config, measured.tokens_per_second)
 
 
 def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
     from cream_peft.evals.answers import chunked_logits
     from cream_peft.model.base import lora_config
     from cream_peft.model.kv_cache import PREFILL_CHUNK, new_cache
-    from cream_peft.plan import memory
+    from cream_peft.plan.memory import Reading
     from cream_peft.train import bench
     from cream_peft.train.machine import base_config
 
@@ -160,10 +160,14 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
     seconds = time.perf_counter() - start
     with torch.no_grad():
         model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW_TOKENS)
-    terms = memory.estimate_evaluation(
-        config, length=length, kv_cache=case["kv_cache"], load_in_4bit=recipe.model.load_in_4bit,
-        lora_r=recipe.model.lora_r, target_modules=recipe.model.lora_target_modules,
-    )  # fmt: skip
+    reading = Reading(
+        length=length,
+        kv_cache=case["kv_cache"],
+        load_in_4bit=recipe.model.load_in_4bit,
+        lora_r=recipe.model.lora_r,
+        target_modules=recipe.model.lora_target_modules,
+    )
+    terms = reading.terms(config)
     planned = {"planned_gib": terms["total"] - terms["cuda_context"], "length": length}
     return {"tokens_per_second": length / seconds, **planned, **bench.peaks()}
 
@@ -178,7 +182,7 @@ def run_case(name: str, tiny: bool) -> dict[str, Any]:
     from cream_peft.model.record import machine, versions
     from cream_peft.plan.gpus import parse_gpu
     from cream_peft.train.bench import parse_bench, peaks
-    from cream_peft.train.machine import base_config, plan_of
+    from cream_peft.train.machine import base_config, plan_recipe
 
     case, arguments = CASES[name], CASES[name]["arguments"]
     if tiny:
@@ -186,12 +190,10 @@ def run_case(name: str, tiny: bool) -> dict[str, Any]:
         arguments = [*options, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     limit = parse_gpu(CARD[case["limit"]]) if case["limit"] and not tiny else None
     result = {"limit_gib": limit, "machine": machine(), "versions": versions()}
-    if case.get("kv_cache") == "offloaded" and not torch.cuda.is_available():
-        return result | {"status": "skipped: there is no GPU to take the cache off"}
     recipe = parse_bench(arguments, STEPS)
     if limit is not None:
         total = torch.cuda.mem_get_info()[1] / 2**30
-        planned = plan_of(recipe, base_config(recipe))["terms"]["total"] if case["kind"] == "train" else 0
+        planned = plan_recipe(recipe, base_config(recipe)).terms["total"] if case["kind"] == "train" else 0
         if limit > total:
             return result | {"status": f"skipped: this GPU has {total:.1f} GiB"}
         if planned > TOO_LARGE * limit:
