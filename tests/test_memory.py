@@ -415,17 +415,17 @@ def test_offloaded_checkpoints_leave_as_many_layer_inputs_as_trl_keeps_at_hand(t
     at_hand = inspect.signature(OffloadActivations.__init__).parameters["max_fwd_stash_size"].default
     config = small(num_hidden_layers=at_hand + 3)
     kept = saved_bytes(trainable(tmp_path, config)) - FINAL_NORM
-    here, there = (estimate(config, context_length=TOKENS, checkpoint_offload=offload) for offload in (False, True))
+    here, there = (estimate(config, context_length=TOKENS, activation_offloading=offload) for offload in (False, True))
     assert bytes_of(here, "checkpoints") == pytest.approx(kept, rel=0.05)
     assert bytes_of(there, "checkpoints") == pytest.approx(kept * at_hand / config.num_hidden_layers, rel=0.05)
     assert {name for name in here if here[name] != there[name]} == {"checkpoints", "total"}
     shallow = small(num_hidden_layers=2)
-    few = (estimate(shallow, context_length=TOKENS, checkpoint_offload=offload) for offload in (False, True))
+    few = (estimate(shallow, context_length=TOKENS, activation_offloading=offload) for offload in (False, True))
     assert next(few) == next(few)
 
 
 def test_memory_low_trains_llama_2_7b_in_less_than_5_gib_of_tensors():
-    terms = estimate(embedded_config(LLAMA2), context_length=4096, checkpoint_offload=True, optim="paged_adamw_8bit")
+    terms = estimate(embedded_config(LLAMA2), context_length=4096, activation_offloading=True, optim="paged_adamw_8bit")
     assert terms["total"] - terms["cuda_context"] < 5.0
 
 

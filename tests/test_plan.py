@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentParser
 from dataclasses import asdict
 
 import pytest
@@ -14,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cream_peft import cli, errors
-from cream_peft.evals.run import add_options
+from cream_peft.commands import evaluate_parser
 from cream_peft.model.base import embedded_config
 from cream_peft.plan import advice as plan
 from cream_peft.plan import fit, memory
 from cream_peft.plan.advice import in_words
-from cream_peft.plan.gpus import CARDS, TFLOPS, find_card, parse_gpu
+from cream_peft.plan.gpus import GPUS, find_gpu, parse_gpu
 from cream_peft.plan.memory import ATTENTION, Reading, Training, Validation
 from cream_peft.train import machine
 from cream_peft.train import run as train
@@ -57,7 +56,7 @@ def advise_evaluation(config, gib, **settings):
 def plan_of(config, settings, validation=None, **options):
     """As JSON has it."""
     held_out = validation and Validation(**validation)
-    return asdict(plan.plan(config, Training(**settings), held_out, **options))
+    return asdict(plan.plan_gpus(config, Training(**settings), held_out, **options))
 
 
 # Cards
@@ -66,27 +65,27 @@ def plan_of(config, settings, validation=None, **options):
 @pytest.mark.parametrize(
     ("text", "gib"),
     [
-        ("8GB", CARDS["RTX 4060 8GB"]),
-        ("16 gb", CARDS["T4 16GB"]),
-        ("24G", CARDS["L4 24GB"]),
+        ("8GB", GPUS["RTX 4060 8GB"].gib),
+        ("16 gb", GPUS["T4 16GB"].gib),
+        ("24G", GPUS["L4 24GB"].gib),
         ("10GB", 10),
         ("8GiB", 8),
         ("7.5 gib", 7.5),
         ("24", 24),
-        ("RTX 4090", CARDS["RTX 4090 24GB"]),
-        ("NVIDIA GeForce RTX 4060 Ti", CARDS["RTX 4060 Ti 16GB"]),
-        ("rtx4060", CARDS["RTX 4060 8GB"]),
-        ("4090", CARDS["RTX 4090 24GB"]),
-        ("3060 12GB", CARDS["RTX 3060 12GB"]),
-        ("4060 Ti", CARDS["RTX 4060 Ti 16GB"]),
+        ("RTX 4090", GPUS["RTX 4090 24GB"].gib),
+        ("NVIDIA GeForce RTX 4060 Ti", GPUS["RTX 4060 Ti 16GB"].gib),
+        ("rtx4060", GPUS["RTX 4060 8GB"].gib),
+        ("4090", GPUS["RTX 4090 24GB"].gib),
+        ("3060 12GB", GPUS["RTX 3060 12GB"].gib),
+        ("4060 Ti", GPUS["RTX 4060 Ti 16GB"].gib),
         ("400", 400),
-        ("NVIDIA H100 80GB HBM3", CARDS["H100 80GB"]),
-        ("A100-SXM4-80GB", CARDS["A100 80GB"]),
-        ("NVIDIA A100-PCIE-40GB", CARDS["A100 40GB"]),
-        ("NVIDIA A100 80GB PCIe", CARDS["A100 80GB"]),
-        ("A100-80GB", CARDS["A100 80GB"]),
-        ("a100 40", CARDS["A100 40GB"]),
-        ("T4", CARDS["T4 16GB"]),
+        ("NVIDIA H100 80GB HBM3", GPUS["H100 80GB"].gib),
+        ("A100-SXM4-80GB", GPUS["A100 80GB"].gib),
+        ("NVIDIA A100-PCIE-40GB", GPUS["A100 40GB"].gib),
+        ("NVIDIA A100 80GB PCIe", GPUS["A100 80GB"].gib),
+        ("A100-80GB", GPUS["A100 80GB"].gib),
+        ("a100 40", GPUS["A100 40GB"].gib),
+        ("T4", GPUS["T4 16GB"].gib),
     ],
 )
 def test_a_gpu_is_known_by_its_name_or_its_memory(text, gib):
@@ -110,12 +109,12 @@ def test_a_name_that_two_cards_have_is_refused_with_both():
 
 
 def test_a_card_that_is_no_memory_size_is_found_by_its_name():
-    assert find_card("a100 40") == "A100 40GB" and find_card("RTX 4070 Ti") is None and find_card("8GB") is None
+    assert find_gpu("a100 40") == "A100 40GB" and find_gpu("RTX 4070 Ti") is None and find_gpu("8GB") is None
 
 
 def test_every_card_has_a_speed_and_less_memory_than_its_name_says():
-    assert list(TFLOPS) == list(CARDS)
-    assert all(0.9 < gib / float(re.search(r"(\d+)GB", card)[1]) < 1 for card, gib in CARDS.items())
+    assert all(gpu.tflops > 0 for gpu in GPUS.values())
+    assert all(0.9 < gpu.gib / float(re.search(r"(\d+)GB", name)[1]) < 1 for name, gpu in GPUS.items())
 
 
 # Speed
@@ -152,13 +151,13 @@ def test_the_operations_are_those_that_torch_counts_in_a_real_step(targets, chec
 def test_the_speed_is_near_what_llama_factory_published_for_an_a100(tokens, published):
     # Its wiki, Performance comparison: QLoRA of Llama-2-7B, all linears, rank 8, batch 1, flash attention, A100 40GB.
     settings = {"context_length": tokens, "lora_r": 8, "target_modules": ALL_LINEAR}
-    (row,) = plan_of(embedded_config(LLAMA2), settings, cards={"A100 40GB": CARDS["A100 40GB"]})["cards"]
+    (row,) = plan_of(embedded_config(LLAMA2), settings, gpus={"A100 40GB": GPUS["A100 40GB"].gib})["cards"]
     assert row["tokens_per_second"] == pytest.approx(published, rel=0.1 if tokens == 4096 else 0.4)
 
 
 def test_hours_are_those_of_the_recipes_steps_or_of_a_thousand():
     planned = [
-        plan_of(embedded_config(LLAMA2), SETTINGS, gradient_accumulation_steps=32, max_steps=steps)
+        plan_of(embedded_config(LLAMA2), SETTINGS | {"gradient_accumulation_steps": 32, "max_steps": steps})
         for steps in (None, 250)
     ]
     for row, quarter in zip(planned[0]["cards"], planned[1]["cards"], strict=True):
@@ -169,7 +168,7 @@ def test_hours_are_those_of_the_recipes_steps_or_of_a_thousand():
 
 
 def test_a_card_of_unknown_speed_and_a_tiny_model_have_no_hours():
-    (row,) = plan_of(embedded_config(LLAMA2), SETTINGS, cards={"8GB": 8.0})["cards"]
+    (row,) = plan_of(embedded_config(LLAMA2), SETTINGS, gpus={"8GB": 8.0})["cards"]
     assert row["fits"] and row["hours"] is row["tokens_per_second"] is None
     tiny = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     assert {row["hours"] for row in plan_of(tiny, SETTINGS)["cards"]} == {None}
@@ -195,15 +194,15 @@ def test_advice_is_the_smallest_change_of_settings_that_fits():
 
 def test_the_window_is_kept_as_long_as_main_memory_can_help():
     config = embedded_config(LLAMA2)
-    assert advise(config, 6.0, **SETTINGS) == {"checkpoint_offload": True}
+    assert advise(config, 6.0, **SETTINGS) == {"activation_offloading": True}
     longer = {"context_length": 16_384, "lora_r": 64, "target_modules": ALL_LINEAR}
     changes = advise(config, 11.7, **longer)
-    assert "context_length" not in changes and changes["checkpoint_offload"]
+    assert "context_length" not in changes and changes["activation_offloading"]
     assert "context_length" in advise(config, 7.6, **longer)
 
 
 def test_advice_is_in_keys_that_a_recipe_has():
-    both = {"checkpoint_offload": True, "optim": "paged_adamw_8bit"}
+    both = {"activation_offloading": True, "optim": "paged_adamw_8bit"}
     assert in_words(both) == "activation_offloading: true, optim: paged_adamw_8bit"
     for key in ("memory", "activation_offloading", "gradient_checkpointing", "per_device_train_batch_size", "optim"):
         assert hasattr(parse_recipe([]).run, key)
@@ -232,7 +231,7 @@ def test_a_plan_lists_every_card_and_advises_on_those_that_do_not_fit():
     planned = plan_of(config, SETTINGS, validation, target_length=131_072)
     assert planned["terms"] == estimate(config, **SETTINGS)
     assert planned["validation"] == estimate_validation(config, **validation)
-    assert [row["card"] for row in planned["cards"]] == list(CARDS)
+    assert [row["card"] for row in planned["cards"]] == list(GPUS)
     assert [row["card"] for row in planned["cards"] if not row["fits"]] == ["RTX 4060 8GB"]
     cards = {row["card"]: row["evaluates_with"] for row in planned["cards"]}
     assert cards["RTX 4060 8GB"] == [] and cards["T4 16GB"] == cards["RTX 3060 12GB"] == []
@@ -242,13 +241,13 @@ def test_a_plan_lists_every_card_and_advises_on_those_that_do_not_fit():
         "evaluating on RTX 4060 8GB: cream-peft evaluate --kv_cache quantized --lengths 8192",
     ]
     assert "evaluating on RTX 3060 12GB or RTX 4070 12GB: cream-peft evaluate --kv" in planned["advice"][2]
-    nothing = plan_of(embedded_config(LLAMA2_13B), SETTINGS, cards={"6GB": 6.0})["advice"]
+    nothing = plan_of(embedded_config(LLAMA2_13B), SETTINGS, gpus={"6GB": 6.0})["advice"]
     assert [line.split(": ", 1)[1] for line in nothing] == ["no settings fit, a smaller base may"] * 2
 
 
 def test_a_card_that_trains_but_cannot_compute_the_held_out_loss_does_not_fit():
     validation = {"eval_length": 8192, "per_device_eval_batch_size": 8}
-    planned = plan_of(embedded_config(LLAMA2), SETTINGS, validation, cards={"RTX 4060 8GB": 7.6})
+    planned = plan_of(embedded_config(LLAMA2), SETTINGS, validation, gpus={"RTX 4060 8GB": 7.6})
     assert planned["terms"]["total"] < 7.6 and not planned["cards"][0]["fits"]
     assert planned["advice"] == ["training on RTX 4060 8GB: per_device_eval_batch_size: 1"]
 
@@ -275,15 +274,15 @@ def recipe(tmp_path):
 def test_plan_prints_every_term_cache_card_and_assumption(recipe, tmp_path, capsys):
     planned, printed = planned_by(["--config", recipe], tmp_path, capsys)
     for term, size in planned["terms"].items():
-        assert re.search(rf"^  {term}(?: \*)? +{size:.2f}$", printed, re.MULTILINE)
+        assert re.search(rf"^  {term}(?: \*)? +{size:.2f}(?:   \S.*)?$", printed, re.MULTILINE)
     for term in planned["evaluation"]["terms"]["default"]:
         sizes = " +".join(f"{terms[term]:.2f}" for terms in planned["evaluation"]["terms"].values())
-        assert re.search(rf"^  {term}(?: \*)? +{sizes}$", printed, re.MULTILINE)
+        assert re.search(rf"^  {term}(?: \*)? +{sizes}(?:   \S.*)?$", printed, re.MULTILINE)
     assert "evaluation at 32,768 tokens" in printed and "held-out loss" in printed
     for row in planned["cards"]:
         line = re.search(rf"^{row['card']} .*", printed, re.MULTILINE)[0]
         assert f"{row['hours']:.1f}" in line and ", ".join(row["evaluates_with"]) in line
-    assert "1,000 steps of 131,072 tokens" in printed
+    assert "131,072 tokens a step, 131,072,000 in 1,000 steps" in printed
     assert "not measured" in printed and "assumed" in printed
 
 
@@ -296,7 +295,7 @@ def test_plan_for_one_card_lists_it_alone(recipe, tmp_path, capsys):
 
 def test_the_printed_terms_without_those_never_there_together_add_up_to_the_total(recipe, tmp_path, capsys):
     _, printed = planned_by(["--config", recipe], tmp_path, capsys)
-    tables = [part for part in printed.split("\n\n") if "never together" in part]
+    tables = [part for part in printed.split("\n\n") if "the larger of" in part]
     assert len(tables) == 2
     for table in tables:
         rows = re.findall(r"^  ([a-z_]+)( \*)? +(\d+\.\d\d)", table, re.MULTILINE)
@@ -376,7 +375,7 @@ def test_memory_that_runs_out_is_explained_by_the_plan(tmp_path, monkeypatch, va
 
 def test_the_line_names_the_largest_term_the_plan_the_card_and_the_change():
     config, settings = embedded_config(LLAMA2), {"context_length": 32_768}
-    line = plan.shortage(config, Training(**settings), 11.0)
+    line = plan.out_of_memory_note(config, Training(**settings), 11.0)
     needed = estimate(config, **settings)["total"] - memory.CUDA_CONTEXT_GIB
     assert f"the plan is {needed:.1f} GiB, most for checkpoints (8.0 GiB), and the GPU has 11.0 GiB for it" in line
     change = advise(config, 11.0 + memory.CUDA_CONTEXT_GIB, **settings)
@@ -386,17 +385,17 @@ def test_the_line_names_the_largest_term_the_plan_the_card_and_the_change():
 def test_where_the_plan_says_it_fits_the_change_saves_a_tenth():
     config = embedded_config(LLAMA2)
     for gib in (None, 23.6):
-        line = plan.shortage(config, Training(**SETTINGS), gib)
+        line = plan.out_of_memory_note(config, Training(**SETTINGS), gib)
         keys = dict(change.split(": ") for change in line.rpartition("set ")[2].split(", "))
-        named = {"activation_offloading": "checkpoint_offload"}
+        named = {"activation_offloading": "activation_offloading"}
         changes = {named.get(key, key): value == "true" or value for key, value in keys.items()}
         whole, less = (estimate(config, **SETTINGS | change)["total"] - 0.75 for change in ({}, changes))
         assert changes and less <= 0.9 * whole and ("by plan it fits" in line) == (gib is not None)
 
 
 def test_where_the_plan_says_it_fits_and_nothing_takes_less_the_line_asks_for_no_smaller_base():
-    smallest = {"context_length": 1024, "lora_r": 1, "checkpoint_offload": True, "optim": "paged_adamw_8bit"}
-    line = plan.shortage(embedded_config(LLAMA2), Training(**smallest), 23.6)
+    smallest = {"context_length": 1024, "lora_r": 1, "activation_offloading": True, "optim": "paged_adamw_8bit"}
+    line = plan.out_of_memory_note(embedded_config(LLAMA2), Training(**smallest), 23.6)
     assert line.endswith("by plan it fits, so something else held memory (see nvidia-smi) or the plan is wrong")
 
 
@@ -415,8 +414,7 @@ def test_evaluation_says_what_was_planned_and_which_flag_to_change(monkeypatch):
     line = said(length=8192, kv_cache="default", load_in_4bit=False)
     assert line.endswith("for it: --kv_cache quantized, without --no_4bit")
     flags = line.split("for it: ")[1].split(", ")[0]
-    parser = ArgumentParser()
-    add_options(parser)
+    parser = evaluate_parser()
     assert parser.parse_args(flags.split()).kv_cache == "quantized"
     monkeypatch.setattr(fit, "allowed_gib", lambda: 6.0)
     flags = said(length=262_144).split("for it: ")[1]

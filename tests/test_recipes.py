@@ -114,7 +114,7 @@ def test_the_header_quotes_the_planned_peak_and_a_card_that_holds_it(path):
     planned = machine.plan_recipe(recipe, base.embedded_config(recipe.model.model_name_or_path)).terms["total"]
     assert header["Peak"] == f"{planned:.1f} GiB planned by cream-peft plan, not run"
     size = re.search(r"of (\d+) GB", header["Hardware"])[1]
-    assert planned < min(gib for card, gib in cards.CARDS.items() if card.endswith(f" {size}GB"))
+    assert planned < min(gpu.gib for name, gpu in cards.GPUS.items() if name.endswith(f" {size}GB"))
 
 
 # The whole path
@@ -249,8 +249,8 @@ def trained(request, tmp_path_factory):
 
 
 def test_a_run_trains_evaluates_and_saves(trained):
-    assert trained.summary["steps"] == 2
-    assert trained.summary["unlabelled"] == 0
+    assert trained.summary.steps == 2
+    assert trained.summary.unlabelled == 0
     logged = trained.trainer.state.log_history
     evaluated = [row["eval_loss"] for row in logged if "eval_loss" in row]
     assert len(evaluated) == 2

@@ -15,30 +15,15 @@ from ..model.base import load_tokenizer
 from ..model.kv_cache import refuse_unusable
 from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
+from ..plan.memory import Reading
 from ..tiny.documents import VOCABULARY_SIZE
-from . import TASKS
 from .models import OpenedModel, open_models
 from .prompts import TEXT_SUFFIXES
 from .results import Cell, Results, file_name
+from .tasks import TASKS, Task
 
 Measure = Callable[..., Iterable[Mapping[str, Any]]]
 """A task: (model, tokenizer, length, samples, seed, done=depths, **options) that yields cells."""
-GENERATED = ("kv_retrieval", "longchat_lines", "multikey_needle", "needle", "passkey")
-TAKEN_BY = {
-    "keys": ("kv_retrieval",),
-    "key_length": ("kv_retrieval",),
-    "lines": ("longchat_lines",),
-    "haystack": ("multikey_needle", "needle"),
-    "text": ("perplexity",),
-    "stride": ("perplexity",),
-    "max_tokens": ("perplexity",),
-    "depths": GENERATED,
-    "style": GENERATED,
-    "chunk_length": (*GENERATED, "perplexity"),
-}
-"""Option on the command line -> the tasks that take it."""
-EMBEDDED = ("kv_retrieval", "needle", "recall")
-"""The tasks of the embedded model."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +71,14 @@ class EvaluateOptions:
             is_path = name == "haystack" or Path(str(path)).suffix in TEXT_SUFFIXES
             if path is not None and is_path and not Path(path).exists():
                 raise ValueError(f"--{name} {path}: no such file or folder")
-        for name, takers in TAKEN_BY.items():
+        for name in sorted({name for task in TASKS.values() for name in task.options}):
+            takers = [task for task in TASKS if name in TASKS[task].options]
             if getattr(self, name) is not None and not set(takers) & set(self.tasks):
                 raise ValueError(f"--{name} is for {', '.join(takers)}, and --tasks has {', '.join(self.tasks)}")
 
     def of_task(self, task: str) -> dict[str, Any]:
         """What was set of the options that the task takes."""
-        mine = {name: getattr(self, name) for name, takers in TAKEN_BY.items() if task in takers}
+        mine = {name: getattr(self, name) for name in TASKS[task].options}
         return {name: value for name, value in mine.items() if value is not None}
 
 
@@ -166,9 +152,10 @@ def evaluate(
 def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
     if "recall" in tasks and config.vocab_size != VOCABULARY_SIZE:
         raise ValueError(f"task recall is for the embedded model's vocabulary, {name} has another: leave it out")
-    text = [task for task in tasks if task not in EMBEDDED]
+    embedded = [task for task in TASKS if TASKS[task].embedded]
+    text = [task for task in tasks if task not in embedded]
     if text and config.vocab_size == VOCABULARY_SIZE:
-        raise ValueError(f"{name} reads no text, which {text[0]} is: its tasks are {', '.join(EMBEDDED)}")
+        raise ValueError(f"{name} reads no text, which {text[0]} is: its tasks are {', '.join(embedded)}")
 
 
 def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
@@ -192,8 +179,9 @@ def _measure(opened: OpenedModel, lengths: list[int], options: EvaluateOptions, 
     if kv_cache == "auto":
         kv_cache = fitting_kv_cache(opened.config, longest)
     shown = {task: options.of_task(task) for task in options.tasks}
-    for task in set(TAKEN_BY["chunk_length"]) & set(shown):
-        shown[task]["kv_cache"] = kv_cache
+    for task in shown:
+        if "chunk_length" in TASKS[task].options:
+            shown[task]["kv_cache"] = kv_cache
     if "perplexity" in shown:
         # Every length scores the same documents.
         shown["perplexity"]["min_tokens"] = longest
@@ -204,7 +192,8 @@ def _measure(opened: OpenedModel, lengths: list[int], options: EvaluateOptions, 
     adapter = opened.spec.name if opened.adapter else None
     results = Results(opened.base, adapter, versions(), options.seed, settings)
     tasks, path = {name: TASKS[name] for name in options.tasks}, Path(options.output_dir) / file_name(opened.spec.label)
-    with reading_explained(opened.config, length=longest, load_in_4bit=options.load_in_4bit, kv_cache=kv_cache):
+    reading = Reading(length=longest, load_in_4bit=options.load_in_4bit, kv_cache=kv_cache)
+    with reading_explained(opened.config, reading):
         return evaluate(model, tokenizer, tasks, results, path, lengths=lengths, samples=options.samples, options=given)
 
 
@@ -221,11 +210,12 @@ def write_prompts(options: EvaluateOptions, folder: Path) -> None:
     for opened, lengths in _opened(options):
         tokenizer = load_tokenizer(str(opened.adapter or opened.spec.name))
         for task in options.tasks:
-            if task not in GENERATED:
+            asked = TASKS[task]
+            if not isinstance(asked, Task):
                 raise ValueError(f"task {task} has no prompts to write out: leave it out of --tasks")
             for length in lengths:
                 path = folder / f"{opened.spec.label}-{task}-{length}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
                 own: dict[str, Any] = {**options.of_task(task), "dump": path}
-                list(TASKS[task](None, tokenizer, length, options.samples, options.seed, **own))
+                list(asked(None, tokenizer, length, options.samples, options.seed, **own))

@@ -1,8 +1,8 @@
-"""What a recipe asks of a GPU: which GPUs hold it, how long they take, and what to change where one does not."""
+"""What a recipe needs of a GPU: which ones hold it, how long they take, and what to change where one does not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,8 @@ from transformers import PreTrainedConfig
 
 from ..model.kv_cache import KV_CACHES, PREFILL_CHUNK
 from ..terminal import table
-from .gpus import CARDS, TFLOPS
+from .gpus import GPUS
 from .memory import (
-    CUDA_CONTEXT_GIB,
     Phases,
     Reading,
     Settings,
@@ -22,18 +21,27 @@ from .memory import (
     attention_widths,
     linear_parameters,
     target_linears,
-    trained_parameters,
 )
 
-# Assumed, not measured here: the share of TFLOPS that training reaches, as LLaMA-Factory's published QLoRA speed on an
-# A100 does (tests/test_plan.py).
+# Assumed, not measured here: the share of a GPU's peak that training reaches, as LLaMA-Factory's published QLoRA speed
+# on an A100 does (tests/test_plan.py).
 UTILISATION = 0.4
 # Below so many parameters a GPU mostly waits for Python, and that share means nothing.
 SMALLEST_TIMED = 3e8
-# A setting of Training -> the key of a recipe, where they differ; one of Reading -> the flag of evaluate.
-RECIPE_KEYS = {"checkpoint_offload": "activation_offloading"}
-EVALUATE_FLAGS = {"kv_cache": "--kv_cache", "length": "--lengths"}
 NOTHING_FITS = "no settings fit, a smaller base may"
+EXPLAINED = {
+    "adapter": "LoRA, in fp32",
+    "optimizer": "state of the adapter's parameters",
+    "checkpoints": "what the forward pass leaves for the backward pass",
+    "recomputation": "one layer, run again in the backward pass",
+    "kv_cache": "keys and values of the document",
+    "attention": "one layer adds to its cache and attends to it",
+    "activations": "one linear layer with its adapter",
+    "logits": "LM head",
+    "quantization": "the largest 4-bit weight, in 16 bits while it is used",
+    "cuda_context": "assumed: CUDA, cuBLAS, fragmentation",
+}
+"""Term of an estimate -> what it is, where its name does not say it."""
 
 
 def training_flops(config: PreTrainedConfig, training: Training) -> dict[str, float]:
@@ -45,20 +53,21 @@ def training_flops(config: PreTrainedConfig, training: Training) -> dict[str, fl
     weights, which have no gradient of their own, twice where weights are trained too, and twice in attention.
     Checkpointing stops when it has what was kept, which is before down_proj where that has no adapter.
     """
-    again, linears, targets = training.gradient_checkpointing, 2 * linear_parameters(config), training.target_modules
+    again, linears = int(training.gradient_checkpointing), 2 * linear_parameters(config)
     down_proj = 2 * config.num_hidden_layers * config.intermediate_size * config.hidden_size
-    adapted = "down_proj" in target_linears(config, targets)
+    adapted = "down_proj" in target_linears(config, training.target_modules)
     attention = 4 * config.num_hidden_layers * attention_widths(config)[0] * training.context_length / 2
     return {
         "linears": 2 * linears + again * (linears - (0 if adapted else down_proj)),
         "attention": (3 + again) * attention,
-        "adapter": (3 + again) * 2 * trained_parameters(config, training.lora_r, targets),
+        "adapter": (3 + again) * 2 * training.trained_parameters(config),
         "head": 3 * 2 * config.vocab_size * config.hidden_size,
     }
 
 
 def advise(config: PreTrainedConfig, gib: float, settings: Settings) -> dict[str, Any] | None:
-    """The smallest change of `settings` that fits into `gib` GiB: {} if none is needed, None if all are not enough."""
+    """The changes, taken in the order of `settings.savings()`, with which the settings fit into `gib` GiB, without
+    those that are not needed: {} if none is needed, None if all are not enough."""
 
     def fits(changes: Mapping[str, Any]) -> bool:
         return replace(settings, **changes).terms(config)["total"] <= gib
@@ -70,7 +79,6 @@ def advise(config: PreTrainedConfig, gib: float, settings: Settings) -> dict[str
             break
     else:
         return None
-    # Those taken before that turn out not to be needed.
     for name in reversed(list(changes)):
         without = {key: value for key, value in changes.items() if key != name}
         if fits(without):
@@ -79,27 +87,26 @@ def advise(config: PreTrainedConfig, gib: float, settings: Settings) -> dict[str
 
 
 def in_words(changes: Mapping[str, Any] | None) -> str:
-    """`key: value` of a recipe, for each of the changes. `memory: low` would not change an `optim` that is set."""
-    return ", ".join(f"{RECIPE_KEYS.get(key, key)}: {str(value).lower()}" for key, value in (changes or {}).items())
+    """The changes as `key: value` of a recipe. `memory: low` would not change an `optim` that is set."""
+    return ", ".join(f"{key}: {str(value).lower()}" for key, value in (changes or {}).items())
 
 
 def as_flags(changes: Mapping[str, Any] | None) -> str:
     """The changes of reading a document as flags of `cream-peft evaluate`, whose bases are in 4 bits by default."""
-    changes = changes or {}
-    flags = " ".join(f"{flag} {changes[key]}" for key, flag in EVALUATE_FLAGS.items() if key in changes)
-    return ", ".join(part for part in (flags, "without --no_4bit" if "load_in_4bit" in changes else "") if part)
+    names = {"kv_cache": "--kv_cache", "length": "--lengths"}
+    flags = " ".join(f"{names[key]} {value}" for key, value in (changes or {}).items() if key in names)
+    return ", ".join(part for part in (flags, "without --no_4bit" if "load_in_4bit" in (changes or {}) else "") if part)
 
 
-def shortage(config: PreTrainedConfig, settings: Settings, gib: float | None) -> str:
-    """What `settings` need by plan against the `gib` GiB that a process may have (None: not known), CUDA's context
-    counted in neither, and what to change; where the plan says that it fits, what saves a tenth."""
+def out_of_memory_note(config: PreTrainedConfig, settings: Settings, gib: float | None) -> str:
+    """What the settings need against the `gib` GiB that this process may have (None: not known), CUDA's context not
+    counted in either, and what to change: where the plan says it fits, so that a tenth is saved."""
     terms = settings.terms(config)
-    needed = terms["total"] - terms["cuda_context"]
-    largest = max((name for name in terms if name not in ("total", "cuda_context")), key=lambda name: terms[name])
+    context, needed = terms.pop("cuda_context"), terms.pop("total") - terms["cuda_context"]
+    largest = max(terms, key=lambda name: terms[name])
     there = "" if gib is None else f", and the GPU has {gib:.1f} GiB for it"
-    allowed = min(0.9 * needed, needed if gib is None else gib) + CUDA_CONTEXT_GIB
-    changes = advise(config, allowed, settings)
-    remedy = as_flags(changes) if isinstance(settings, Reading) else f"set {in_words(changes)}" if changes else ""
+    changes = advise(config, min(0.9 * needed, needed if gib is None else gib) + context, settings)
+    remedy = as_flags(changes) if isinstance(settings, Reading) else changes and f"set {in_words(changes)}"
     if gib is not None and needed <= gib:
         less = f"; what takes less: {remedy}" if remedy else ""
         remedy = f"by plan it fits, so something else held memory (see nvidia-smi) or the plan is wrong{less}"
@@ -108,8 +115,29 @@ def shortage(config: PreTrainedConfig, settings: Settings, gib: float | None) ->
 
 
 @dataclass(frozen=True)
-class OnGPU:
-    """One GPU: whether training fits, its speed where the GPU's is known, the caches with which evaluation fits."""
+class Evaluation:
+    """Reading a document into each KV cache, `chunk` tokens at a time: GiB by term, and in all on a 16-bit base."""
+
+    length: int
+    chunk: int
+    terms: dict[str, Terms]
+    sixteen_bit_base: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens and FLOPs of training; the share of a GPU's peak, None where the base is too small for one."""
+
+    tokens_at_once: int
+    tokens_per_step: int
+    max_steps: int | None
+    flops_per_token: dict[str, float]
+    utilisation: float | None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether training fits a GPU, its speed and hours where known, and the caches with which evaluation fits."""
 
     card: str
     gib: float
@@ -120,99 +148,62 @@ class OnGPU:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """GiB by term while a document of `length` tokens is read into each cache, and the totals on a 16-bit base."""
-
-    length: int
-    chunk: int
-    terms: dict[str, Terms]
-    sixteen_bit_base: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Work:
-    """Tokens and floating-point operations of training."""
-
-    tokens_at_once: int
-    tokens_per_step: int
-    max_steps: int | None
-    """None where the recipe counts in epochs; hours are then those of 1,000 steps."""
-    flops_per_token: dict[str, float]
-    utilisation: float | None
-    """The share of a GPU's peak that is assumed; None for a model too small for that."""
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Peak memory in GiB, hours, and advice."""
+    """What `cream-peft plan --json` writes: GiB of a training step and of the held-out loss (None: none is computed),
+    evaluation, the GPUs under the name of today's files, and what to change."""
 
     terms: Terms
     validation: Terms | None
     evaluation: Evaluation
     work: Work
-    cards: list[OnGPU]
+    cards: list[Fit]
     advice: list[str]
 
 
-def plan(
+def plan_gpus(
     config: PreTrainedConfig,
     training: Training,
     validation: Validation | None = None,
-    *,
     target_length: int | None = None,
-    gradient_accumulation_steps: int = 1,
-    max_steps: int | None = None,
-    cards: Mapping[str, float] | None = None,
+    gpus: Mapping[str, float] | None = None,
 ) -> Plan:
-    """The plan for `cards` (name -> GiB; None: CARDS).
-
-    Args:
-        validation: None where a run computes no loss of held-out documents.
-        target_length: tokens to evaluate at; None: the context length.
-    """
-    reading = Reading(
-        length=target_length or training.context_length,
-        load_in_4bit=training.load_in_4bit,
-        lora_r=training.lora_r,
-        target_modules=training.target_modules,
-    )
+    """The plan for `gpus` (name -> GiB; None: GPUS), and for evaluation at `target_length` tokens (None: the context
+    length). validation is None where a run computes no loss of held-out documents."""
+    loading = {name: getattr(training, name) for name in ("load_in_4bit", "lora_r", "target_modules")}
+    reading = Reading(length=target_length or training.context_length, **loading)
     caches = {cache: replace(reading, kv_cache=cache) for cache in KV_CACHES}
-    whole = {cache: replace(one, load_in_4bit=False).terms(config)["total"] for cache, one in caches.items()}
-    read = {cache: one.terms(config) for cache, one in caches.items()}
-    tokens = training.context_length * training.per_device_train_batch_size
-    utilisation = UTILISATION if linear_parameters(config) > SMALLEST_TIMED else None
-    flops = training_flops(config, training)
-    work = Work(tokens, tokens * gradient_accumulation_steps, max_steps, flops, utilisation)
+    whole = {name: replace(cache, load_in_4bit=False).terms(config)["total"] for name, cache in caches.items()}
+    read = {name: cache.terms(config) for name, cache in caches.items()}
+    flops, tokens = training_flops(config, training), training.context_length * training.per_device_train_batch_size
+    share = UTILISATION if linear_parameters(config) > SMALLEST_TIMED else None
+    work = Work(tokens, tokens * training.gradient_accumulation_steps, training.max_steps, flops, share)
     terms, held_out = training.terms(config), validation.terms(config) if validation else None
-    peak = max(terms["total"], held_out["total"] if held_out else 0)
-    rows = [
-        OnGPU(card, gib, peak <= gib, *_speed(card, work), [name for name in read if read[name]["total"] <= gib])
-        for card, gib in (cards or CARDS).items()
-    ]
-    advice = list(_advice(config, rows, training, validation, reading))
-    return Plan(terms, held_out, Evaluation(reading.length, PREFILL_CHUNK, read, whole), work, rows, advice)
 
+    def fit(name: str, gib: float) -> Fit:
+        peak = max(each["total"] for each in (terms, held_out) if each)
+        speed = (GPUS[name].tflops if name in GPUS else 0) * 1e12 * (share or 0) / sum(flops.values()) or None
+        hours = speed and (work.max_steps or 1000) * work.tokens_per_step / speed / 3600
+        return Fit(name, gib, peak <= gib, speed, hours, [name for name in read if read[name]["total"] <= gib])
 
-def _speed(card: str, work: Work) -> tuple[float, float] | tuple[None, None]:
-    """Tokens a second and hours, where they can be told."""
-    speed = TFLOPS.get(card, 0) * 1e12 * (work.utilisation or 0) / sum(work.flops_per_token.values())
-    return (speed, (work.max_steps or 1000) * work.tokens_per_step / speed / 3600) if speed else (None, None)
+    fits = [fit(name, gib) for name, gib in (gpus or {name: gpu.gib for name, gpu in GPUS.items()}).items()]
+    advice = list(_advice(config, fits, training, validation, reading))
+    return Plan(terms, held_out, Evaluation(reading.length, PREFILL_CHUNK, read, whole), work, fits, advice)
 
 
 def _advice(
-    config: PreTrainedConfig, rows: list[OnGPU], training: Training, validation: Validation | None, reading: Reading
+    config: PreTrainedConfig, fits: list[Fit], training: Training, validation: Validation | None, reading: Reading
 ) -> Iterator[str]:
     """A line for what does not fit, for all GPUs of one size."""
-    if training.checkpoint_offload and not training.gradient_checkpointing:
+    if training.activation_offloading and not training.gradient_checkpointing:
         yield "activation_offloading is planned to save nothing without checkpoints: set gradient_checkpointing: true"
-    for gib in sorted({row.gib for row in rows}):
-        same = [row for row in rows if row.gib == gib]
-        names = " or ".join(row.card for row in same)
+    for gib in sorted({fit.gib for fit in fits}):
+        same = [fit for fit in fits if fit.gib == gib]
+        names = " or ".join(fit.card for fit in same)
         if not same[0].fits:
             changes = advise(config, gib, training)
             if changes is not None and validation:
-                known = {key: value for key, value in changes.items() if hasattr(validation, key)}
-                further = advise(config, gib, replace(validation, **known))
+                shared = {key: value for key, value in changes.items() if hasattr(validation, key)}
+                further = advise(config, gib, replace(validation, **shared))
                 changes = None if further is None else changes | further
             yield f"training on {names}: {in_words(changes) or NOTHING_FITS}"
         if not same[0].evaluates_with:
@@ -220,41 +211,51 @@ def _advice(
             yield f"evaluating on {names}: {f'cream-peft evaluate {flags}' if flags else NOTHING_FITS}"
 
 
-def _terms_table(columns: dict[str, Terms], phases: Phases) -> str:
-    marked = [term for phase in phases for term in phase]
+def _terms_table(columns: Mapping[str, Terms], phases: Phases, *more: Sequence[str]) -> str:
+    """A row a term and a column an estimate, then the rows of `more`."""
+    marked = {term for phase in phases for term in phase}
+    explained = EXPLAINED | {
+        "total": f"of those with * the larger of {' and '.join(' + '.join(phase) for phase in phases)}"
+    }
     rows = [
-        [term + " *" * (term in marked), *(f"{terms[term]:.2f}" for terms in columns.values())]
+        (term + " *" * (term in marked), *(f"{terms[term]:.2f}" for terms in columns.values()), explained.get(term, ""))
         for term in next(iter(columns.values()))
     ]
-    larger = " and ".join(" + ".join(phase) for phase in phases)
-    return f"{table(['GiB', *columns], rows, indent=2)}\n  * never together: total has the larger of {larger}"
+    return table(["GiB", *columns, ""], [*rows, *more], indent=2)
 
 
-def text_of(planned: Plan) -> str:
+def text_of(plan: Plan) -> str:
     """The plan as `cream-peft plan` prints it."""
-    work, evaluation = planned.work, planned.evaluation
-    steps, hours = work.max_steps or 1000, any(row.hours for row in planned.cards)
-    yes = {True: "fits", False: "does not fit"}
+    work, evaluation, steps = plan.work, plan.evaluation, plan.work.max_steps or 1000
+    held_out = [("held-out loss", f"{plan.validation['total']:.2f}", "total, between steps")] if plan.validation else []
+    whole = ("16-bit base", *(f"{size:.2f}" for size in evaluation.sixteen_bit_base.values()), "total, with --no_4bit")
     rows = [
-        [row.card, f"{row.gib:.1f}", yes[row.fits], ", ".join(row.evaluates_with) or "none"]
-        + [f"{row.hours:.1f}" if row.hours and row.fits else "-"] * hours
-        for row in planned.cards
+        (
+            fit.card,
+            f"{fit.gib:.1f}",
+            "fits" if fit.fits else "does not fit",
+            ", ".join(fit.evaluates_with) or "none",
+            f"{fit.hours:.1f}" if fit.hours and fit.fits else "-",
+        )
+        for fit in plan.cards
     ]
-    columns = ["GPU", "GiB", "training", "evaluation with cache"] + ["hours"] * hours
-    parts = [f"training, {work.tokens_at_once:,} tokens at once", ""]
-    parts += [_terms_table({"peak": planned.terms}, Training.phases)]
-    if planned.validation:
-        parts += [f"  held-out loss, total {planned.validation['total']:.2f} GiB"]
-    parts += ["", f"evaluation at {evaluation.length:,} tokens, {evaluation.chunk:,} at a time, by KV cache", ""]
-    parts += [_terms_table(evaluation.terms, Reading.phases)]
-    sixteen = ", ".join(f"{cache} {size:.2f}" for cache, size in evaluation.sixteen_bit_base.items())
-    parts += [f"  total on a 16-bit base: {sixteen} GiB", "", table(columns, rows), "", *planned.advice]
-    parts += ["Planned from the architecture, not measured. cuda_context is assumed."]
-    if hours:
-        parts += [
-            f"Hours are those of {steps:,} steps of {work.tokens_per_step:,} tokens at an assumed "
-            f"{UTILISATION:.0%} of the GPU's dense 16-bit peak, not measured."
+    timed = (
+        f"hours: {work.tokens_per_step:,} tokens a step, {steps * work.tokens_per_step:,} in {steps:,} steps, at an "
+        f"assumed {UTILISATION:.0%} of the GPU's dense 16-bit peak"
+    )
+    if not work.utilisation:
+        timed = f"no hours: below {SMALLEST_TIMED / 1e9:.1f} billion parameters a GPU mostly waits for Python"
+    elif not any(fit.hours for fit in plan.cards):
+        timed = "no hours: a GPU given by its memory has no known speed"
+    return "\n".join(
+        [
+            f"training, {work.tokens_at_once:,} tokens at once",
+            _terms_table({"peak": plan.terms}, Training.phases, *held_out),
+            f"\nevaluation at {evaluation.length:,} tokens, {evaluation.chunk:,} at a time, by KV cache",
+            _terms_table(evaluation.terms, Reading.phases, whole),
+            "",
+            table(["GPU", "GiB", "training", "evaluation with cache", "hours"], rows),
+            f"{timed}. Planned from the architecture, not measured.",
+            *plan.advice,
         ]
-    elif not work.utilisation:
-        parts += ["No hours: with so few parameters a GPU mostly waits for Python."]
-    return "\n".join(parts)
+    )

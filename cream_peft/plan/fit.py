@@ -11,7 +11,7 @@ from transformers.utils import is_hqq_available
 
 from ..errors import OUT_OF_MEMORY, is_out_of_memory
 from ..model.base import GIB
-from .advice import shortage
+from .advice import out_of_memory_note
 from .memory import Reading
 
 
@@ -42,7 +42,7 @@ def reading_explained(config: PreTrainedConfig, reading: Reading) -> AbstractCon
     """While prompts are read: an out-of-memory error says what was planned, and which flag of `evaluate` helps."""
 
     def say(error: Exception) -> str:
-        return f" with prompts of {reading.length:,} tokens: {shortage(config, reading, allowed_gib())}"
+        return f" with prompts of {reading.length:,} tokens: {out_of_memory_note(config, reading, allowed_gib())}"
 
     return explained(say)
 

@@ -2,13 +2,11 @@
 
 The stack described: NF4 base with double quantization (or bf16), embeddings, norms and head in bf16, LoRA in fp32
 under bf16 autocast, sdpa or flash attention, TRL's chunked LM head. tests/test_memory.py checks the terms against
-real allocations; cuda_context is an assumption.
+real allocations; cuda_context is an assumption. advice.py compares them with GPUs.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,8 +34,10 @@ HQQ_WORK_BYTES = 8 + 6 + 16
 HQQ_UNPACK_BYTES = 8 + 6
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-Linears = dict[str, tuple[int, int]]
-"""Name of a linear of a decoder layer -> (in features, out features), the same in every layer."""
+Terms = dict[str, float]
+"""GiB by term, the peak of all of them under "total"."""
+Phases = tuple[tuple[str, ...], ...]
+"""Terms that are never there together: the total has the larger sum."""
 
 
 def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
@@ -46,7 +46,8 @@ def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
     return config.num_attention_heads * head_size, config.num_key_value_heads * head_size
 
 
-def _linears(config: PreTrainedConfig) -> Linears:
+def _linears(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+    """(in features, out features) of each linear of a decoder layer, the same in every layer."""
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     problems = [f"no {name}" for name in needed if getattr(config, name, None) is None]
     problems += [name for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
@@ -90,36 +91,14 @@ def _nf4_bytes(parameters: int) -> int:
     return math.ceil(parameters / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)
 
 
-def target_linears(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> Linears:
-    """The linears of a layer that get an adapter."""
+def target_linears(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(in features, out features) of the linears of a layer that get an adapter."""
     linears = _linears(config)
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     unknown = [name for name in names if name not in linears and name != "all-linear"]
     if unknown:
         raise ValueError(f"unknown target module {unknown[0]!r}: use all-linear, or some of {', '.join(linears)}")
     return linears if "all-linear" in names else {name: linears[name] for name in names}
-
-
-def _layer_bytes(
-    config: PreTrainedConfig, targets: Linears, tokens: int, rank: int, dropout: bool, four_bit: bool
-) -> int:
-    """What one decoder layer keeps for its backward pass: bf16, but for the norms' fp32 inputs."""
-    hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
-    norms = 4 * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
-    # Queries, keys, values, output, and an fp32 log-sum-exp per head. A frozen linear keeps nothing of its input.
-    attention = 2 * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
-    gate_silu_up = 2 * 3 * inner
-    if dropout or not four_bit:
-        # A copy of the input for each target (on a bf16 base PEFT casts it), and a mask of one byte for dropout.
-        inputs = sum((2 + dropout) * width for width, _ in targets.values())
-    else:
-        # q, k, v share one input, gate and up another; o takes the attention's output, already counted.
-        shared = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-        kept = {shared.get(name, name): width for name, (width, _) in targets.items() if name != "o_proj"}
-        inputs = sum(2 * width for width in kept.values())
-    # lora_B's input per token, and autocast's bf16 copy of the adapter.
-    adapter_copy = 2 * rank * sum(inputs + outputs for inputs, outputs in targets.values())
-    return tokens * (norms + attention + gate_silu_up + inputs + 2 * rank * len(targets)) + adapter_copy
 
 
 def _beside(config: PreTrainedConfig) -> dict[str, int]:
@@ -130,8 +109,8 @@ def _beside(config: PreTrainedConfig) -> dict[str, int]:
     return attention | {"gate_proj": config.hidden_size, "up_proj": inner, "down_proj": inner}
 
 
-def _logits_tile(tokens: int) -> int:
-    """Bytes of the logits in 16 bits that TRL has at a time."""
+def _tile(tokens: int) -> int:
+    """Bytes of the logits that are there at a time."""
     return 2 * min(tokens, LM_HEAD_TILE[0]) * LM_HEAD_TILE[1]
 
 
@@ -141,187 +120,182 @@ def _optimizer_bytes(optim: str) -> float:
     return 0 if optim == "sgd" else 2 + 8 / 256 if "8bit" in optim else 8
 
 
-def _resident(config: PreTrainedConfig, targets: Linears, lora_r: int, load_in_4bit: bool) -> dict[str, float]:
-    """Bytes that stay from the first step to the last."""
-    sizes = [inputs * outputs for inputs, outputs in _linears(config).values()]
-    layer = sum(map(_nf4_bytes, sizes)) if load_in_4bit else 2 * sum(sizes)
-    return {
-        "weights": config.num_hidden_layers * layer + 2 * _small_parameters(config),
-        "embeddings_and_head": 2 * _embedding_parameters(config),
-        "adapter": 4 * trained_parameters(config, lora_r, list(targets)),
-    }
-
-
-def trained_parameters(config: PreTrainedConfig, lora_r: int, target_modules: str | Sequence[str]) -> int:
-    """Parameters of the LoRA adapter."""
-    return config.num_hidden_layers * lora_r * sum(map(sum, target_linears(config, target_modules).values()))
-
-
-def _dequantized_bytes(config: PreTrainedConfig, load_in_4bit: bool) -> int:
-    """bitsandbytes turns one linear at a time into 16 bits, and its blocks' maxima into fp32, forward and backward."""
-    largest = max(inputs * outputs for inputs, outputs in _linears(config).values())
-    return 2 * largest + largest // 16 if load_in_4bit else 0
-
-
-Phases = tuple[tuple[str, ...], ...]
-Terms = dict[str, float]
-"""GiB by term, the peak of all of them under "total"."""
-
-
-def _in_gib(terms: dict[str, float], phases: Phases) -> Terms:
-    """GiB, and in total: of the terms in `phases`, which are never there together, only the largest phase counts."""
-    sums = [sum(terms[name] for name in phase) for phase in phases]
-    terms["total"] = sum(terms.values()) - sum(sums) + max(sums)
-    return {term: size / GIB for term, size in terms.items()}
-
-
-def _shorter(name: str, tokens: int) -> Iterator[dict[str, Any]]:
+def _halved(name: str, tokens: int) -> list[dict[str, Any]]:
     """Ever shorter lengths, down to 1,024 tokens."""
-    for halvings in range(1, max(1, (tokens // 1024).bit_length())):
-        yield {name: tokens >> halvings}
+    return [{name: tokens >> halvings} for halvings in range(1, max(1, (tokens // 1024).bit_length()))]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """What all three kinds of work share: the base and its adapter."""
+class Loading:
+    """How the base is loaded, and the adapter on it."""
 
     load_in_4bit: bool = True
     lora_r: int = 16
     target_modules: str | Sequence[str] = ATTENTION
 
-    phases: ClassVar[Phases]
-    """Terms that are never there together: the total has the larger sum."""
+    def trained_parameters(self, config: PreTrainedConfig) -> int:
+        """Parameters of the LoRA adapter."""
+        widths = sum(map(sum, target_linears(config, self.target_modules).values()))
+        return config.num_hidden_layers * self.lora_r * widths
+
+    def _gib(self, config: PreTrainedConfig, phases: Phases, **work: float) -> Terms:
+        """GiB of the base, its adapter and the bytes of `work`, and in total: only the largest of the phases counts."""
+        sizes = [inputs * outputs for inputs, outputs in _linears(config).values()]
+        layer = sum(map(_nf4_bytes, sizes)) if self.load_in_4bit else 2 * sum(sizes)
+        terms = {
+            "weights": config.num_hidden_layers * layer + 2 * _small_parameters(config),
+            "embeddings_and_head": 2 * _embedding_parameters(config),
+            "adapter": 4 * self.trained_parameters(config),
+            **work,
+            # bitsandbytes turns one linear at a time into 16 bits, and its blocks' maxima into fp32.
+            "quantization": 2 * max(sizes) + max(sizes) // 16 if self.load_in_4bit else 0,
+            "cuda_context": CUDA_CONTEXT_GIB * GIB,
+        }
+        sums = [sum(terms[name] for name in phase) for phase in phases]
+        terms["total"] = sum(terms.values()) - sum(sums) + max(sums)
+        return {term: size / GIB for term, size in terms.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(_Settings):
-    """A training step."""
+class Training(Loading):
+    """A run, in the keys of a recipe. max_steps: None where it counts epochs."""
 
     context_length: int
     per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    max_steps: int | None = None
     lora_dropout: float = 0.05
     gradient_checkpointing: bool = True
-    checkpoint_offload: bool = False
+    activation_offloading: bool = False
     optim: str = "adamw_torch"
+    phases: ClassVar[Phases] = (("recomputation", "quantization"), ("logits",))
 
-    phases = (("recomputation", "quantization"), ("logits",))
+    def savings(self) -> list[dict[str, Any]]:
+        """Changes that take less memory, what costs least first."""
+        here = [{"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}, {"load_in_4bit": True}]
+        there = [{"activation_offloading": True}, {"optim": "paged_adamw_8bit"}]
+        return [*here, *there, *_halved("context_length", self.context_length), {"lora_r": min(8, self.lora_r)}]
+
+    def _layer_bytes(self, config: PreTrainedConfig, tokens: int) -> int:
+        """What one decoder layer keeps for its backward pass: bf16, but for the norms' fp32 inputs."""
+        targets, dropout = target_linears(config, self.target_modules), self.lora_dropout > 0
+        hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
+        norms = 4 * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
+        # Queries, keys, values, output, and an fp32 log-sum-exp per head. A frozen linear keeps nothing of its input.
+        attention = 2 * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
+        gate_silu_up = 2 * 3 * inner
+        if dropout or not self.load_in_4bit:
+            # A copy of the input for each target (on a bf16 base PEFT casts it), and a mask of one byte for dropout.
+            inputs = sum((2 + dropout) * width for width, _ in targets.values())
+        else:
+            # q, k, v share one input, gate and up another; o takes the attention's output, already counted.
+            shared = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
+            kept = {shared.get(name, name): width for name, (width, _) in targets.items() if name != "o_proj"}
+            inputs = sum(2 * width for width in kept.values())
+        # lora_B's input per token, and autocast's bf16 copy of the adapter.
+        adapter_copy = 2 * self.lora_r * sum(inputs + outputs for inputs, outputs in targets.values())
+        return tokens * (norms + attention + gate_silu_up + inputs + 2 * self.lora_r * len(targets)) + adapter_copy
 
     def terms(self, config: PreTrainedConfig) -> Terms:
         """GiB by term at the peak of a training step.
 
         checkpoints is what the forward pass leaves for the backward pass: each layer's input, or without
-        gradient_checkpointing all that it keeps; with checkpoint_offload the layer inputs not yet in main memory.
+        gradient_checkpointing all that it keeps; with activation_offloading the layer inputs not yet in main memory.
         recomputation is the layer in hand: what it keeps when run again, and the gradients passing through it;
         quantization its largest weight in 16 bits. logits is the LM head and the last norm, over before the layers'
         backward pass.
         """
-        tokens, hidden = self.context_length * self.per_device_train_batch_size, config.hidden_size
-        targets, layers = target_linears(config, self.target_modules), config.num_hidden_layers
-        resident = _resident(config, targets, self.lora_r, self.load_in_4bit)
-        kept = _layer_bytes(config, targets, tokens, self.lora_r, self.lora_dropout > 0, self.load_in_4bit)
+        tokens = self.context_length * self.per_device_train_batch_size
+        hidden, layers, kept = config.hidden_size, config.num_hidden_layers, self._layer_bytes(config, tokens)
         # The feed-forward's bf16 gradients (three, or two once down_proj's LoRA let go of its input), the residual's.
-        passing = 2 * tokens * (hidden + (2 if "down_proj" in targets else 3) * config.intermediate_size)
-        inputs_kept = min(layers, OFFLOAD_STASH) if self.checkpoint_offload else layers
+        products = 2 if "down_proj" in target_linears(config, self.target_modules) else 3
+        passing = 2 * tokens * (hidden + products * config.intermediate_size)
+        inputs_kept = min(layers, OFFLOAD_STASH) if self.activation_offloading else layers
         # The last norm's fp32 input, and the larger of its backward pass (four fp32 tensors and one in bf16) and the
         # head: a tile of logits, the scored hidden states and their gradient in fp32 and bf16.
-        scored = _logits_tile(tokens) + tokens * hidden * (2 + 4 + 2)
-        terms = resident | {
-            "gradients": resident["adapter"],
-            "optimizer": _optimizer_bytes(self.optim) * resident["adapter"] / 4,
-            "checkpoints": inputs_kept * 2 * tokens * hidden if self.gradient_checkpointing else layers * kept,
-            "recomputation": passing + (kept if self.gradient_checkpointing else 0),
-            "quantization": _dequantized_bytes(config, self.load_in_4bit),
-            "logits": tokens * hidden * 4 + max(tokens * hidden * (4 * 4 + 2), scored),
-            "cuda_context": CUDA_CONTEXT_GIB * GIB,
-        }
-        return _in_gib(terms, self.phases)
-
-    def savings(self) -> Iterator[dict[str, Any]]:
-        """Changes that take less memory, what costs least first."""
-        yield from ({"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}, {"load_in_4bit": True})
-        yield from ({"checkpoint_offload": True}, {"optim": "paged_adamw_8bit"})
-        yield from (*_shorter("context_length", self.context_length), {"lora_r": min(8, self.lora_r)})
+        head = max(tokens * hidden * (4 * 4 + 2), _tile(tokens) + tokens * hidden * (2 + 4 + 2))
+        return self._gib(
+            config,
+            self.phases,
+            gradients=4 * self.trained_parameters(config),
+            optimizer=_optimizer_bytes(self.optim) * self.trained_parameters(config),
+            checkpoints=inputs_kept * 2 * tokens * hidden if self.gradient_checkpointing else layers * kept,
+            recomputation=passing + (kept if self.gradient_checkpointing else 0),
+            logits=tokens * hidden * 4 + head,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validation(_Settings):
-    """The loss of held-out documents, between two training steps."""
+class Validation(Loading):
+    """The loss of held-out documents, which the trainer computes between steps, in the keys of a recipe."""
 
     eval_length: int
     per_device_eval_batch_size: int = 1
     optim: str = "adamw_torch"
 
-    phases = (("activations", "quantization"), ("logits",))
+    def savings(self) -> list[dict[str, Any]]:
+        """Changes that take less memory, what costs least first."""
+        return [{"per_device_eval_batch_size": 1}, *_halved("eval_length", self.eval_length)]
 
     def terms(self, config: PreTrainedConfig) -> Terms:
         """GiB by term. activations, with quantization, is a layer in hand; logits the LM head after the last."""
-        tokens, hidden = self.eval_length * self.per_device_eval_batch_size, config.hidden_size
-        targets = target_linears(config, self.target_modules)
-        terms = _resident(config, targets, self.lora_r, self.load_in_4bit)
-        terms["optimizer"] = _optimizer_bytes(self.optim) * terms["adapter"] / 4
+        tokens = self.eval_length * self.per_device_eval_batch_size
+        hidden, inner, beside = config.hidden_size, config.intermediate_size, _beside(config)
         # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, and beside them the
-        # feed-forward's three products, or a linear's output and its adapter's, twice, for its scaling, and on a
-        # 16-bit base the linear's input in fp32.
-        beside, copied = _beside(config), 0 if self.load_in_4bit else 2
+        # feed-forward's three products, or a linear's output and its adapter's, twice, for its scaling, and on a 16-bit
+        # base the linear's input in fp32.
+        copied, targets = 0 if self.load_in_4bit else 2, target_linears(config, self.target_modules)
         widths = [3 * outs + beside[name] + copied * ins for name, (ins, outs) in targets.items()]
-        terms |= {
-            "activations": 2 * tokens * (3 * hidden + max(hidden + 3 * config.intermediate_size, *widths)),
-            "quantization": _dequantized_bytes(config, self.load_in_4bit),
-            "logits": _logits_tile(tokens) + 2 * tokens * 3 * hidden,
-            "cuda_context": CUDA_CONTEXT_GIB * GIB,
-        }
-        return _in_gib(terms, self.phases)
-
-    def savings(self) -> Iterator[dict[str, Any]]:
-        """Changes that take less memory, what costs least first."""
-        yield from ({"per_device_eval_batch_size": 1}, *_shorter("eval_length", self.eval_length))
+        return self._gib(
+            config,
+            (("activations", "quantization"), ("logits",)),
+            optimizer=_optimizer_bytes(self.optim) * self.trained_parameters(config),
+            activations=2 * tokens * (3 * hidden + max(hidden + 3 * inner, *widths)),
+            logits=_tile(tokens) + 2 * tokens * 3 * hidden,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(_Settings):
-    """A document read into a cache of keys and values, PREFILL_CHUNK tokens at a time, by a model with its adapter in
-    fp32 and no autocast, with the logits of the last token only."""
+class Reading(Loading):
+    """Reading a document of `length` tokens into a cache of keys and values, PREFILL_CHUNK tokens at a time, by a model
+    with its adapter in fp32 and no autocast, with the logits of the last token only."""
 
     length: int
     kv_cache: str = "default"
-    """default (16 bits) or quantized (HQQ, 4 bits)."""
+    phases: ClassVar[Phases] = (("activations", "quantization"), ("attention",))
 
-    phases = (("activations", "quantization"), ("attention",))
+    def savings(self) -> list[dict[str, Any]]:
+        """Changes that take less memory, what costs least first."""
+        return [{"load_in_4bit": True}, {"kv_cache": "quantized"}, *_halved("length", self.length)]
 
     def terms(self, config: PreTrainedConfig) -> Terms:
         """GiB by term. attention is adding to a layer's cache and attending to it, activations, with quantization, a
         linear with its adapter: both over a chunk. On sdpa, which takes a mask there."""
-        targets, hidden = target_linears(config, self.target_modules), config.hidden_size
-        length, tokens, (queries, keys) = self.length, min(PREFILL_CHUNK, self.length), attention_widths(config)
-        layer, layers, is_quantized = 4 * keys * length, config.num_hidden_layers, self.kv_cache == "quantized"
-        # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, a mask of one byte.
+        hidden, inner, length = config.hidden_size, config.intermediate_size, self.length
+        tokens, (queries, keys) = min(PREFILL_CHUNK, length), attention_widths(config)
+        layer, quantized = 4 * keys * length, self.kv_cache == "quantized"
+        # In 16 bits the embeddings, the layer's input and what its norm or attention made of it; a mask of one byte.
         throughout = tokens * (6 * hidden + length)
         # Old and new keys together, or a chunk quantized, then the layer unpacked; then a 16-bit mask, and keys and
         # values repeated for queries that share them.
-        if is_quantized:
-            solved = max(HQQ_WORK_BYTES * tokens * keys, layer + HQQ_UNPACK_BYTES * tokens * keys)
-            adding = 2 * tokens * queries + solved
-        else:
-            adding = 2 * keys * length + tokens * (2 * queries + 4 * keys)
+        adding = 2 * keys * length + tokens * (2 * queries + 4 * keys)
+        if quantized:
+            unpacking = layer + HQQ_UNPACK_BYTES * tokens * keys
+            adding = 2 * tokens * queries + max(HQQ_WORK_BYTES * tokens * keys, unpacking)
         shared = 4 * queries * length if 1 < config.num_key_value_heads < config.num_attention_heads else 0
-        attending = layer * is_quantized + shared + tokens * (2 * length + 4 * queries)
+        attending = quantized * layer + shared + tokens * (2 * length + 4 * queries)
         # The feed-forward's three products in 16 bits; or a linear's output in 16 bits and its adapter's input in fp32,
         # and output, twice, for its scaling.
-        beside = _beside(config)
+        beside, targets = _beside(config), target_linears(config, self.target_modules)
         widths = [4 * ins + 10 * outs + 2 * beside[name] for name, (ins, outs) in targets.items()]
-        terms = _resident(config, targets, self.lora_r, self.load_in_4bit) | {
-            "kv_cache": layers * layer * (HQQ_BYTES / 2 if is_quantized else 1),
-            "attention": throughout + max(adding, attending),
-            "activations": throughout + tokens * max(2 * hidden + 6 * config.intermediate_size, *widths),
-            "quantization": _dequantized_bytes(config, self.load_in_4bit),
-            "logits": 6 * config.vocab_size,
-            "cuda_context": CUDA_CONTEXT_GIB * GIB,
-        }
-        return _in_gib(terms, self.phases)
-
-    def savings(self) -> Iterator[dict[str, Any]]:
-        """Changes that take less memory, what costs least first."""
-        yield from ({"load_in_4bit": True}, {"kv_cache": "quantized"}, *_shorter("length", self.length))
+        return self._gib(
+            config,
+            self.phases,
+            kv_cache=config.num_hidden_layers * layer * (HQQ_BYTES / 2 if quantized else 1),
+            attention=throughout + max(adding, attending),
+            activations=throughout + tokens * max(2 * hidden + 6 * inner, *widths),
+            logits=6 * config.vocab_size,
+        )
 
 
 Settings = Training | Validation | Reading

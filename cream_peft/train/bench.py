@@ -8,8 +8,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..model.base import base_options, load_base, load_tokenizer, lora_config
 from ..model.record import machine, versions
 from ..plan import memory
 from ..plan.advice import training_flops
-from ..plan.gpus import TFLOPS, find_card
+from ..plan.gpus import GPUS, find_gpu
 from ..terminal import table
 from ..tiny import TINY_ID
 from .machine import CPU_PARAMETERS, base_config, memory_explained, memory_settings
@@ -98,7 +97,7 @@ def load_random(recipe: Recipe, config: PreTrainedConfig) -> Any:
     options, run = base_options(recipe.model), recipe.run
     options |= {"target_length": run.target_length, "rope_scaling_type": run.rope_scaling_type}
     weights = random_weights(config, options["dtype"], options["load_in_4bit"])
-    return load_base(recipe.model.model_name_or_path, config=config, state_dict=weights, **options)
+    return load_base(recipe.model.model_name_or_path or "", config=config, state_dict=weights, **options)
 
 
 def random_documents(config: PreTrainedConfig, tokens: int, count: int) -> Dataset:
@@ -139,18 +138,35 @@ def peaks(reset: bool = False) -> dict[str, float | None]:
     return {"peak_allocated_gib": allocated / memory.GIB, "peak_reserved_gib": reserved / memory.GIB}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Steps:
-    """What some steps of training took; peaks in GiB, None without a GPU."""
+    """What some steps of training took: the median step (the first is a warm-up), peaks in GiB (None: no GPU)."""
 
     loss: float
     steps: int
     seconds_per_step: float
-    """The median; the first step is a warm-up."""
     tokens_per_step: int
     tokens_per_second: float
     peak_allocated_gib: float | None
     peak_reserved_gib: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Steps):
+    """What `cream-peft bench --json` writes. Shares are None for a GPU that plan does not know, as on a CPU; so are
+    there expandable_segments and context_gib."""
+
+    model: str | None
+    machine: str
+    versions: dict[str, str]
+    memory_limit_gib: float | None
+    planned_gib: float
+    loading_peak_gib: float | None
+    settings: dict[str, str]
+    model_flop_utilisation: float | None
+    with_recomputation: float | None
+    expandable_segments: bool | None
+    context_gib: float | None
 
 
 def time_steps(trainer: Any, steps: int, tokens: int) -> Steps:
@@ -162,7 +178,8 @@ def time_steps(trainer: Any, steps: int, tokens: int) -> Steps:
     peaks(reset=True)
     loss = trainer.train().training_loss
     seconds = statistics.median(after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False))
-    return Steps(loss, steps, seconds, tokens, tokens / seconds, **peaks())
+    speed = {"seconds_per_step": seconds, "tokens_per_step": tokens, "tokens_per_second": tokens / seconds}
+    return Steps(loss=loss, steps=steps, **speed, **peaks())
 
 
 def utilisation(recipe: Recipe, config: PreTrainedConfig, tokens_per_second: float) -> dict[str, float | None]:
@@ -170,43 +187,44 @@ def utilisation(recipe: Recipe, config: PreTrainedConfig, tokens_per_second: flo
     is the share that plan assumes. None for a GPU that plan does not know."""
     training, _ = memory_settings(recipe)
     shares = {"model_flop_utilisation": False, "with_recomputation": training.gradient_checkpointing}
-    card = find_card(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
-    if card is None:
+    gpu = find_gpu(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+    if gpu is None:
         return dict.fromkeys(shares)
     flops = {again: training_flops(config, replace(training, gradient_checkpointing=again)) for again in (False, True)}
-    peak = TFLOPS[card] * 1e12
-    return {share: sum(flops[again].values()) * tokens_per_second / peak for share, again in shares.items()}
+    reached = tokens_per_second / (GPUS[gpu].tflops * 1e12)
+    return {share: sum(flops[again].values()) * reached for share, again in shares.items()}
 
 
-def bench_recipe(recipe: Recipe, memory_limit: float | None = None) -> dict[str, Any]:
+def bench_recipe(recipe: Recipe, memory_limit: float | None = None) -> Bench:
     """Train `recipe` (of `parse_bench`) on random weights and documents, within `memory_limit` GiB of the GPU.
-
-    Returns:
-        what `cream-peft bench --json` writes: the fields of Steps, and machine, versions, settings, planned_gib,
-        loading_peak_gib and, on a GPU, what its allocator did.
 
     Raises:
         torch.OutOfMemoryError: where it does not fit.
         ValueError: a recipe or a limit that this machine cannot take.
     """
-    config, name = base_config(recipe), recipe.model.model_name_or_path
+    config, name, on_gpu = base_config(recipe), recipe.model.model_name_or_path, torch.cuda.is_available()
     recipe.run.resolve(rope.pretrained_window(config))
     terms = memory_settings(recipe)[0].terms(config)
-    if not torch.cuda.is_available() and memory.parameter_count(config) > CPU_PARAMETERS:
+    if not on_gpu and memory.parameter_count(config) > CPU_PARAMETERS:
         raise RecipeError(f"{name} is too large to try without a CUDA GPU: see cream-peft plan")
     if memory_limit is not None:
         limit_memory(memory_limit)
     with memory_explained(recipe, config):
         loading, steps = _run_steps(recipe, config)
-    settings = {key: str(getattr(getattr(recipe.run, key), "value", getattr(recipe.run, key))) for key in SETTINGS}
-    result = {"model": name, "machine": machine(), "versions": versions(), "memory_limit_gib": memory_limit}
-    result |= {"planned_gib": terms["total"] - terms["cuda_context"], "loading_peak_gib": loading}
-    result |= asdict(steps) | {"settings": settings}
-    if torch.cuda.is_available():
-        segments = torch.cuda.memory_snapshot()
-        result["expandable_segments"] = any(segment.get("is_expandable") for segment in segments)
-        result["context_gib"] = context_gib()
-    return result | utilisation(recipe, config, steps.tokens_per_second)
+    segments = torch.cuda.memory_snapshot() if on_gpu else []
+    return Bench(
+        **vars(steps),
+        **utilisation(recipe, config, steps.tokens_per_second),
+        model=name,
+        machine=machine(),
+        versions=versions(),
+        memory_limit_gib=memory_limit,
+        planned_gib=terms["total"] - terms["cuda_context"],
+        loading_peak_gib=loading,
+        settings={key: str(getattr(getattr(recipe.run, key), "value", getattr(recipe.run, key))) for key in SETTINGS},
+        expandable_segments=any(segment.get("is_expandable") for segment in segments) if on_gpu else None,
+        context_gib=context_gib() if on_gpu else None,
+    )
 
 
 def _run_steps(recipe: Recipe, config: PreTrainedConfig) -> tuple[float | None, Steps]:
@@ -227,20 +245,17 @@ def _run_steps(recipe: Recipe, config: PreTrainedConfig) -> tuple[float | None, 
         return loading, time_steps(trainer, run.max_steps, examples * length)
 
 
-def text_of(result: Mapping[str, Any]) -> str:
+def text_of(result: Bench) -> str:
     """What was measured, as `cream-peft bench` prints it."""
-    on_gpu = result["peak_allocated_gib"] is not None
-    names = ("loading_peak_gib", "peak_allocated_gib", "planned_gib", "peak_reserved_gib")
-    rows = [
-        (name.removesuffix("_gib").replace("_", " "), f"{result[name]:.2f} GiB")
-        for name in names
-        if result[name] is not None
-    ]
-    step = f"{result['seconds_per_step']:.3g} s a step of {result['tokens_per_step']:,} tokens"
+    on_gpu = result.peak_allocated_gib is not None
+    sizes = {"loading peak": result.loading_peak_gib, "peak allocated": result.peak_allocated_gib}
+    sizes |= {"planned": result.planned_gib, "peak reserved": result.peak_reserved_gib}
+    rows = [(name, f"{size:.2f} GiB") for name, size in sizes.items() if size is not None]
     rows += [] if on_gpu else [("peak memory", "not measured, there is no CUDA GPU")]
-    rows += [("tokens/s", f"{result['tokens_per_second']:,.0f} ({step})")]
-    for name in ("model_flop_utilisation", "with_recomputation") if on_gpu else ():
-        share = "unknown GPU" if result[name] is None else f"{result[name]:.0%} of the GPU's 16-bit peak"
-        rows.append((name.replace("_", " "), share))
-    heading = f"{result['model']} on {result['machine']}, random weights, {result['steps']} steps"
+    step = f"{result.seconds_per_step:.3g} s a step of {result.tokens_per_step:,} tokens"
+    rows += [("tokens/s", f"{result.tokens_per_second:,.0f} ({step})")]
+    shares = {"model FLOP utilisation": result.model_flop_utilisation, "with recomputation": result.with_recomputation}
+    for name, share in shares.items() if on_gpu else ():
+        rows.append((name, "unknown GPU" if share is None else f"{share:.0%} of the GPU's 16-bit peak"))
+    heading = f"{result.model} on {result.machine}, random weights, {result.steps} steps"
     return f"{heading}\n\n{table(['measured', ''], rows)}"

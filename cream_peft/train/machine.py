@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.training_args import ParallelMode
@@ -49,16 +50,15 @@ def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
     rope.scaled_config(config, recipe.run.target_length or 0, recipe.run.rope_scaling_type)
     gib = fit.allowed_gib()
     try:
-        parameters, planned = memory.parameter_count(config), memory_settings(recipe)
+        parameters, planned = memory.parameter_count(config), memory_settings(recipe) if gib is not None else ()
         # The context exists by now.
-        short = gib is not None and [
-            one for one in planned if one and one.terms(config)["total"] - memory.CUDA_CONTEXT_GIB > gib
-        ]
+        room = (gib or 0) + memory.CUDA_CONTEXT_GIB
+        short = [settings for settings in planned if settings and settings.terms(config)["total"] > room]
     except ValueError as error:
         logger.warning("memory is not planned: %s", error)
         return
     if short:
-        line = advice.shortage(config, short[0], gib)
+        line = advice.out_of_memory_note(config, short[0], gib)
         raise RecipeError(f"this recipe does not fit: {line}; `cream-peft plan` shows every term")
     if gib is None and parameters > CPU_PARAMETERS and not recipe.run.use_cpu:
         raise RecipeError(
@@ -78,44 +78,35 @@ def refuse_separate_runs(run: CREAMConfig) -> None:
 
 
 def memory_settings(recipe: Recipe) -> tuple[Training, Validation | None]:
-    """What the memory of a training step, and of the held-out loss where the run computes one, depends on."""
+    """What the plan of training depends on, and that of the held-out loss where the run computes one; the recipe's
+    lengths are resolved."""
     run, model = recipe.run, recipe.model
-    optim = str(getattr(run.optim, "value", run.optim))
+    shared: dict[str, Any] = {
+        "load_in_4bit": model.load_in_4bit,
+        "lora_r": model.lora_r,
+        "target_modules": model.lora_target_modules or ATTENTION,
+        "optim": str(getattr(run.optim, "value", run.optim)),
+    }
     training = Training(
-        load_in_4bit=model.load_in_4bit,
-        lora_r=model.lora_r,
-        target_modules=model.lora_target_modules or ATTENTION,
-        optim=optim,
         context_length=run.context_length or 0,
         per_device_train_batch_size=run.per_device_train_batch_size,
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        max_steps=run.max_steps if run.max_steps > 0 else None,
         lora_dropout=model.lora_dropout,
         gradient_checkpointing=bool(run.gradient_checkpointing),
-        checkpoint_offload=bool(run.activation_offloading),
+        activation_offloading=bool(run.activation_offloading),
+        **shared,
     )
     if getattr(run.eval_strategy, "value", run.eval_strategy) == "no":
         return training, None
-    return training, Validation(
-        load_in_4bit=model.load_in_4bit,
-        lora_r=model.lora_r,
-        target_modules=training.target_modules,
-        optim=optim,
-        eval_length=run.eval_length or 0,
-        per_device_eval_batch_size=run.per_device_eval_batch_size,
-    )
+    batch = run.per_device_eval_batch_size
+    return training, Validation(eval_length=run.eval_length or 0, per_device_eval_batch_size=batch, **shared)
 
 
-def plan_recipe(recipe: Recipe, config: PreTrainedConfig, cards: Mapping[str, float] | None = None) -> advice.Plan:
-    """Peak memory and hours of the recipe on this base, see `advice.plan`."""
-    run = recipe.run
-    run.resolve(rope.pretrained_window(config))
-    return advice.plan(
-        config,
-        *memory_settings(recipe),
-        target_length=run.target_length,
-        gradient_accumulation_steps=run.gradient_accumulation_steps,
-        max_steps=run.max_steps if run.max_steps > 0 else None,
-        cards=cards,
-    )
+def plan_recipe(recipe: Recipe, config: PreTrainedConfig, gpus: Mapping[str, float] | None = None) -> advice.Plan:
+    """Peak memory and hours of the recipe on this base, see `advice.plan_gpus`."""
+    recipe.run.resolve(rope.pretrained_window(config))
+    return advice.plan_gpus(config, *memory_settings(recipe), recipe.run.target_length, gpus)
 
 
 def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContextManager[None]:
@@ -126,7 +117,7 @@ def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContex
         training, validation = memory_settings(recipe)
         held_out = validation if "evaluation_loop" in frames else None
         where = " while the loss of held-out documents was computed" if held_out else ""
-        line = advice.shortage(config, held_out or training, fit.allowed_gib())
+        line = advice.out_of_memory_note(config, held_out or training, fit.allowed_gib())
         return f"{where}: {line}; `cream-peft plan` shows every term"
 
     return fit.explained(say)

@@ -71,7 +71,7 @@ CASES = _cases()
 def train_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[str, Any]:
     from cream_peft.train.bench import bench_recipe
 
-    return bench_recipe(recipe, limit)
+    return asdict(bench_recipe(recipe, limit))
 
 
 def profile_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def profile_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict
 
     on_gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-        measured = bench_recipe(recipe, limit)
+        measured = asdict(bench_recipe(recipe, limit))
     clock = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     kernels = sorted(profiler.key_averages(), key=lambda kernel: -getattr(kernel, clock))
     times = [
