@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .terminal import CommandParser, UserError, is_first_process, table, write_json
+from .terminal import CommandParser, UserError, is_first_process, table, typed_lines, write_json
 
 MOST_TEXTS = 1000
 """Rows of a data set whose perplexity is measured."""
@@ -192,22 +190,33 @@ def bench_command(arguments: list[str]) -> None:
 
 
 def plot_command(arguments: list[str]) -> None:
-    """Draw results files over one another: a heat map for needle, else accuracy or perplexity by length and depth."""
+    """Draw results files over one another: a heat map for needle, else accuracy or perplexity by length and depth.
+    With --positions, draw instead which positions each strategy gives to the tokens that are fed."""
     parser = CommandParser(plot_command)
-    parser.add_argument("results", nargs="+", metavar="RESULTS.json")
+    parser.add_argument("results", nargs="*", metavar="RESULTS.json")
     parser.option("output", "picture, .png or .svg", default="runs/accuracy.png")
     parser.option("kind", "default: by task", choices=["accuracy", "depth", "heatmap", "perplexity"])
     parser.option("task", "draw this one; default: every task in the files, a picture each")
     parser.option("title", "what stands above", default="")
+    parser.option("positions", "draw the positions of each strategy, no results", action="store_true")
+    parser.option("context_length", "of --positions: tokens fed", type=int, default=256)
+    parser.option("target_length", "of --positions: the length to reach", type=int, default=2048)
     options = parser.parse_args(arguments)
+    if options.positions == bool(options.results):
+        parser.error("give RESULTS.json or --positions")
+    if Path(options.output).suffix not in (".png", ".svg"):
+        raise UserError(f"--output {options.output}: the ending must be .png or .svg")
+    if options.positions:
+        from .evals.draw_positions import positions_figure
+
+        figure = positions_figure(options.context_length, options.target_length)
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.output)
+        print(f"The picture is {options.output}")
+        return
     from .evals.plots import plot_results
     from .evals.results import Results
 
-    for name in options.results:
-        if not Path(name).is_file():
-            raise UserError(f"no such results file: {name}; `cream-peft evaluate` writes them")
-    if Path(options.output).suffix not in (".png", ".svg"):
-        raise UserError(f"--output {options.output}: the ending must be .png or .svg")
     labelled: dict[str, Results] = {}
     for name in options.results:
         result = Results.read(name)
@@ -281,20 +290,6 @@ def merge_command(arguments: list[str]) -> None:
     print(f"The merged model is in {folder}")
 
 
-def _typed() -> Iterator[str]:
-    """What the user types, or what comes through a pipe, until it ends."""
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            # Meant for the answer that has just ended, perhaps; the document took long to read.
-            if not sys.stdin.isatty():
-                raise
-            print("\n/exit or Ctrl-D leaves")
-
-
 def chat_command(arguments: list[str]) -> None:
     """Talk to an adapter, over a long document if you like. Ctrl-C stops an answer, Ctrl-D or /exit leaves."""
     from .model.kv_cache import KV_CACHES
@@ -311,7 +306,11 @@ def chat_command(arguments: list[str]) -> None:
     document = read_document(options.document) if options.document else ""
     settings = ChatSettings(document, options.system, options.kv_cache, options.max_new_tokens, options.temperature)
     load_options = {"base_model": options.base_model, "revision": options.revision, "load_in_4bit": not options.no_4bit}
-    talk(load_chat(options.adapter, settings, **load_options), _typed(), lambda text: print(text, end="", flush=True))
+    talk(
+        load_chat(options.adapter, settings, **load_options),
+        typed_lines(),
+        lambda text: print(text, end="", flush=True),
+    )
 
 
 COMMANDS = {

@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +132,17 @@ def close_progress_bars() -> None:
     if "tqdm" in sys.modules:
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
+
+
+def typed_lines() -> Iterator[str]:
+    """What the user types, or what comes through a pipe, until it ends."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            # Meant for the answer that has just ended, perhaps; the document took long to read.
+            if not sys.stdin.isatty():
+                raise
+            print("\n/exit or Ctrl-D leaves")
