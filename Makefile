@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
+DEMO_MODELS := --samples 16 --output_dir $(DEMO)/results --compare "untouched base=cream-peft-tiny" \
+	"RoPE scaling alone=cream-peft-tiny+ntk" "plain fine-tune=$(DEMO)/contiguous" "CREAM=$(DEMO)/cream"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint base chat push bench-cpu smollm2 smollm2-compare reproduce tiny-base clean
@@ -19,16 +21,17 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## extend the embedded tiny model on this CPU and show what changed (3 minutes at most)
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	$(BIN)/cream-peft train --position_strategy contiguous --output_dir $(DEMO)/contiguous
-	$(BIN)/cream-peft train --output_dir $(DEMO)/cream
-	$(BIN)/cream-peft evaluate --output_dir $(DEMO)/results --json $(DEMO)/results.json \
-		--tasks recall kv_retrieval needle --samples 16 --depths 0.05 0.25 0.5 0.75 0.95 --compare \
-		"untouched base=cream-peft-tiny" "RoPE scaling alone=cream-peft-tiny+ntk" \
-		"plain fine-tune=$(DEMO)/contiguous" "CREAM=$(DEMO)/cream"
+	@echo "A model with a window of 256 tokens is extended to 2,048 and asked for values that it has read."
+	@echo "1/3  Train adapters on 256 tokens per example: a plain fine-tune, then CREAM"
+	@$(BIN)/cream-peft train --position_strategy contiguous --output_dir $(DEMO)/contiguous > $(DEMO)/train.log
+	@$(BIN)/cream-peft train --output_dir $(DEMO)/cream >> $(DEMO)/train.log
+	@echo "2/3  Ask four models for one value of a document by its key (kv_retrieval)"
+	@$(BIN)/cream-peft evaluate --tasks kv_retrieval --depths 0.05 0.25 0.5 0.75 0.95 $(DEMO_MODELS) > $(DEMO)/kv_retrieval.txt
+	@echo "3/3  Ask them for 16 values of a document by their keys (recall)"
+	@$(BIN)/cream-peft evaluate --tasks recall --json $(DEMO)/results.json $(DEMO_MODELS)
 	@$(BIN)/cream-peft plot --output $(DEMO)/demo.png \
 		--title "A model with a window of 256 tokens, asked at up to 2,048" \
-		$(DEMO)/results/untouched-base.json $(DEMO)/results/RoPE-scaling-alone.json \
-		$(DEMO)/results/plain-fine-tune.json $(DEMO)/results/CREAM.json
+		$(patsubst %,$(DEMO)/results/%.json,untouched-base RoPE-scaling-alone plain-fine-tune CREAM)
 	@echo "The adapter is in $(DEMO)/cream"
 
 test: lint  ## lint, and the fast tests (10 minutes at most on two cores)

@@ -43,7 +43,7 @@ class ChatSettings:
     system: str = ""
     """System message; needs a chat template."""
     kv_cache: str = "default"
-    """default; quantized (4 bits, HQQ); offloaded (in main memory, a layer at a time on the GPU)."""
+    """default (16 bits), or quantized (4 bits, HQQ)."""
     max_new_tokens: int = 512
     """Tokens of an answer at most. So many are kept free."""
     temperature: float = 0.0
@@ -174,7 +174,7 @@ class Chat:
         except KeyboardInterrupt:
             pass  # the tokens that came are the answer
         except (torch.OutOfMemoryError, MemoryError) as error:
-            remedy = "take a shorter document, or --kv_cache quantized or offloaded"
+            remedy = "take a shorter document, or --kv_cache quantized"
             raise ChatError(f"out of memory with {len(ids):,} tokens in the context: {remedy}") from error
         finally:
             signal.signal(signal.SIGINT, handler)

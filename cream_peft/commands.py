@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .terminal import table
+
 MOST_TEXTS = 1000
 """Rows of a data set whose perplexity is measured."""
 GPU_HELP = "its name, such as 'RTX 4090', or its memory; 8GB is the 7.6 GiB that an 8 GB GPU reports, 8GiB is 8 GiB"
@@ -45,9 +47,9 @@ def train(arguments: list[str]) -> None:
     parser.add_argument("--help", "-h", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     if options.help:
-        from .train.recipe import DATACLASSES, TrlParser
+        from .train.recipe import RecipeParser
 
-        TrlParser(DATACLASSES, prog="cream-peft train").print_help()
+        RecipeParser(prog="cream-peft train").print_help()
         return
     from .train.recipe import parse_recipe
     from .train.run import run_recipe
@@ -55,13 +57,15 @@ def train(arguments: list[str]) -> None:
     summary = run_recipe(parse_recipe(rest))
     if not _speaks():
         return
-    print(f"\n{'loss':<16}{summary['loss']:.3f} (mean over the run, {summary['steps']} steps in all)")
-    print(f"{'time':<16}{summary['seconds']:.0f} s")
-    print(f"{'redrawn':<16}{summary['redrawn']} draws held no label, {summary['unlabelled']} examples none at all")
-    if summary["peak_gib"] is not None:
-        print(f"{'peak memory':<16}{summary['peak_gib']:.2f} GiB")
-    _write_json(options.json, summary)
-    print(f"The adapter is in {summary['output_dir']}")
+    peak = "" if summary.peak_gib is None else f", peak memory {summary.peak_gib:.2f} GiB"
+    print(f"\n{summary.steps:,} steps in {summary.seconds:.0f} s, mean loss {summary.loss:.3f}{peak}")
+    if summary.redrawn:
+        print(f"{summary.redrawn:,} draws held no label and were drawn again: raise context_length if these are many")
+    if summary.unlabelled:
+        print(f"{summary.unlabelled:,} examples held no label and taught nothing: leave out documents with few labels")
+    _write_json(options.json, asdict(summary))
+    print(f"The adapter is in {summary.output_dir}")
+    print(f"Next: cream-peft evaluate --compare {summary.output_dir}, cream-peft chat --adapter {summary.output_dir}")
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
@@ -282,7 +286,11 @@ def push(arguments: list[str]) -> None:
 
         # First, so that what cannot be merged is not published in half.
         merge_adapter(folder, merged, base_model=options.base_model)
-    shared = {"private": options.private or None, "revision": options.revision, "license": options.license}
+    shared: dict[str, Any] = {
+        "private": options.private or None,
+        "revision": options.revision,
+        "license": options.license,
+    }
     shared["base_model_id"] = options.base_model_id
     print(f"Published: {push_folder(folder, options.repo, results=options.results, **shared)}")
     if options.with_merged:
@@ -300,11 +308,10 @@ def check(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from .model.check import check_adapter
 
-    rows = check_adapter(options.adapter, base_model=options.base_model, revision=options.revision)
-    for row in rows:
-        print(f"{row['item']:<20}{row['verdict']:<8}{row['found']}")
-    _write_json(options.json, rows)
-    wrong = [row["item"] for row in rows if row["verdict"] == "wrong"]
+    found = check_adapter(options.adapter, base_model=options.base_model, revision=options.revision)
+    print(table(("item", "verdict", "found"), [(one.item, one.verdict, one.found) for one in found]))
+    _write_json(options.json, [asdict(one) for one in found])
+    wrong = [one.item for one in found if one.verdict == "wrong"]
     if wrong:
         raise UserError(f"{options.adapter} is not right: {', '.join(wrong)} (see above)")
 
@@ -332,9 +339,10 @@ def merge(arguments: list[str]) -> None:
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
     )
-    for key, value in summary.items():
-        print(f"{key:<20}{value:,}" if isinstance(value, int | float) else f"{key:<20}{value}")
-    _write_json(options.json, summary)
+    found = asdict(summary).items()
+    head, *rows = [(key, f"{value:,}" if isinstance(value, int | float) else str(value)) for key, value in found]
+    print(table(head, rows))
+    _write_json(options.json, asdict(summary))
     print(f"The merged model is in {options.output}")
 
 
@@ -359,8 +367,8 @@ def chat(arguments: list[str]) -> None:
     parser.add_argument("--document", metavar="FILE", help="text file to talk about (UTF-8)")
     parser.add_argument("--system", default="", metavar="TEXT", help="system message, for a chat template")
     parser.add_argument(
-        "--kv_cache", default="default", choices=["default", "quantized", "offloaded"],
-        help="quantized: 4 bits, needs `pip install hqq`; offloaded: in main memory, needs a CUDA GPU",
+        "--kv_cache", default="default", choices=["default", "quantized"],
+        help="quantized: 4 bits, needs `pip install hqq`",
     )  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most (default: 512)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time")

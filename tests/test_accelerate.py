@@ -133,8 +133,8 @@ def test_two_cpu_processes_train_together_with_use_cpu_and_not_at_all_without(tm
 
 RECORDER = """
 import json, os, sys
-from cream_peft import train
-from cream_peft.recipe import parse_recipe
+from cream_peft.train import run as train
+from cream_peft.train.recipe import parse_recipe
 
 draws = []
 
@@ -144,7 +144,7 @@ class Recorder(train.CREAMTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 train.CREAMTrainer = Recorder
-loss = train.run_recipe(parse_recipe(sys.argv[2:]))["loss"]
+loss = train.run_recipe(parse_recipe(sys.argv[2:])).loss
 with open(sys.argv[1] + os.environ.get("RANK", "0"), "w") as file:
     json.dump({"loss": loss, "draws": draws}, file)
 """

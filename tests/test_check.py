@@ -20,14 +20,14 @@ from cream_peft.train.run import run_recipe
 
 
 def verdicts(folder, **options):
-    return {row["item"]: row["verdict"] for row in check_adapter(folder, **options)}
+    return {row.item: row.verdict for row in check_adapter(folder, **options)}
 
 
 def test_a_plain_peft_load_is_a_trap_and_check_says_what_it_gives(adapter):
-    rows = {row["item"]: row for row in check_adapter(adapter)}
-    assert {row["verdict"] for item, row in rows.items() if item != "plain PEFT load"} == {"ok"}
+    rows = {row.item: row for row in check_adapter(adapter)}
+    assert {row.verdict for item, row in rows.items() if item != "plain PEFT load"} == {"ok"}
     trap = rows["plain PEFT load"]
-    assert trap["verdict"] == "trap" and "UNSCALED" in trap["found"] and "load_adapter" in trap["found"]
+    assert trap.verdict == "trap" and "UNSCALED" in trap.found and "load_adapter" in trap.found
     # Control: it is what PEFT really gives, without a word, and another model on long inputs.
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder()), str(adapter)).eval()
     with pytest.raises(rope.RopeError, match="inv_freq is not the one"):
@@ -58,8 +58,8 @@ def test_an_adapter_that_never_trained_or_is_damaged_is_found(adapter):
             if "lora_B" in name:
                 weights[name].fill_(value)
         save_file(weights, adapter / "adapter_model.safetensors")
-        row = next(row for row in check_adapter(adapter) if row["item"] == "adapter weights")
-        assert row["verdict"] == "wrong" and said in row["found"]
+        row = next(row for row in check_adapter(adapter) if row.item == "adapter weights")
+        assert row.verdict == "wrong" and said in row.found
 
 
 def test_files_that_hold_tokens_are_found_and_the_command_fails(adapter, capsys):

@@ -430,17 +430,37 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
     arguments += ["--logging_steps", "1", "--output_dir", str(run), "--json", str(tmp_path / "summary.json")]
     done = run_command(["train", *arguments], environment, folder)
     assert done.returncode == 0, done.stderr
-    assert [line.split("  ")[0] for line in done.stdout.splitlines()] == [
-        "", "loss", "time", "redrawn",
+    blank, what, *rest = done.stdout.splitlines()
+    assert blank == "" and re.fullmatch(r"2 steps in \d+ s, mean loss \d\.\d{3}(, peak memory \d+\.\d\d GiB)?", what)
+    assert rest == [
         f"The same as JSON: {tmp_path / 'summary.json'}",
         f"The adapter is in {run}",
-    ]  # fmt: skip
-    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+        f"Next: cream-peft evaluate --compare {run}, cream-peft chat --adapter {run}",
+    ]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == ["output_dir", "steps", "loss", "seconds", "peak_gib", "redrawn", "unlabelled"]
+    assert (summary["steps"], summary["redrawn"], summary["unlabelled"]) == (2, 0, 0)
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "o/tiny"
     assert json.loads((run / "cream.json").read_text())["base_model"] == "o/tiny"
     assert any("/o/tiny/resolve/" in request and request.endswith("/model.safetensors") for request in hub.requests)
     said = [line for line in re.split(r"[\r\n]+", done.stderr) if line and "%|" not in line]
-    assert said == ["cream positions, 256 tokens per example for a context of 2,048, RoPE scaling ntk"]
+    assert said == [
+        "training o/tiny for 2 steps on 2,500 documents: cream positions, 256 tokens per example for a context of "
+        "2,048, RoPE scaling ntk"
+    ]
+
+
+@pytest.mark.parametrize("redrawn, unlabelled, lines", [(0, 0, 0), (3, 0, 1), (16, 1, 2)])
+def test_draws_without_labels_are_told_with_their_remedy_where_there_are_any(
+    monkeypatch, capsys, redrawn, unlabelled, lines
+):
+    summary = train.RunSummary("run", 2, 1.0, 3.0, None, redrawn, unlabelled)
+    monkeypatch.setattr(train, "run_recipe", lambda recipe: summary)
+    assert cli.main(["train"]) == 0
+    said = capsys.readouterr().out
+    assert ("3 draws held no label" in said) == (redrawn == 3)
+    assert ("1 examples held no label" in said) == (unlabelled == 1)
+    assert len(re.findall("held no label", said)) == lines == said.count("raise context") + said.count("leave out")
 
 
 def test_seven_billion_parameters_without_a_gpu_are_refused_before_the_network_is_asked(hub, environment, folder):

@@ -120,7 +120,11 @@ def test_a_model_reads_in_chunks_what_it_reads_at_once():
 def test_a_cache_that_this_machine_cannot_have_is_refused_with_a_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(kv_cache, "is_hqq_available", lambda: False)
-    for kind, line in [("quantized", "pip install hqq"), ("offloaded", "leave it out"), ("8bit", "use one of default")]:
+    for kind, line in [
+        ("quantized", "pip install hqq"),
+        ("offloaded", "use one of default, quantized$"),
+        ("8bit", "use one of default"),
+    ]:
         with pytest.raises(ValueError, match=line):
             new_cache(CONFIG, kind)
     monkeypatch.undo()

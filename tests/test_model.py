@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from cream_peft import CREAMTrainer, load_adapter, rope
 from cream_peft.model.base import load_base, load_tokenizer, lora_config
-from cream_peft.model.record import AdapterError
+from cream_peft.model.record import AdapterError, Record
 from cream_peft.tiny import TINY_ID
 from cream_peft.train.recipe import parse_recipe
 
@@ -112,6 +113,61 @@ def test_the_folder_holds_what_the_card_says_and_survives_a_move(adapter, tmp_pa
     # transformers 4 knows no TokenizersBackend, which is what 5 writes.
     settings = json.loads((tmp_path / "moved" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+# A cream.json of before it had a format, shortened.
+FORMAT_1 = {
+    "base_model": TINY_ID, "base_is_local": False, "base_revision": None, "base_fingerprint": [0.5, -0.25],
+    "pretrained_window": 256, "target_length": 2048, "rope_scaling_type": "ntk", "load_in_4bit": True,
+    "positions": {
+        "strategy": "cream", "context_length": 256, "factor": 8.0, "sigma": 3.0, "seed": 0, "short_documents": "shrink",
+        "redrawn": 1, "unlabelled": 0,
+    },
+    "license": None, "steps": 2, "first_step": 0, "seconds": 1.5, "peak_gib": None, "machine": "CPU", "seed": 0,
+    "versions": {"cream_peft": "0.1.0"}, "recipe": {"dataset_name": "owner/documents"},
+}  # fmt: skip
+
+
+def test_a_cream_json_of_before_it_had_a_format_is_read(adapter):
+    folder, _ = adapter
+    written = json.loads((folder / "cream.json").read_text())
+    assert written["format"] == 2 and written.keys() >= FORMAT_1.keys()
+    (folder / "cream.json").write_text(json.dumps(FORMAT_1))
+    record = Record.read(folder, "run")
+    found = asdict(record)
+    # A null takes the field's default.
+    assert {key: found[key] for key in FORMAT_1} == FORMAT_1 and record.positions.redrawn == 1
+    assert (record.merged, record.dtype, record.adapter_sha256, record.format) == (False, None, None, 2)
+    record.write(folder)
+    assert Record.read(folder, "run") == record
+    # A merged model of before.
+    (folder / "cream.json").write_text(json.dumps(FORMAT_1 | {"merged": True, "dtype": "float32", "unknown": 1}))
+    assert Record.read(folder, "run").merged
+
+
+def test_a_cream_json_that_cannot_be_read_rightly_is_refused(adapter):
+    folder, _ = adapter
+    for content, said in (
+        ({**FORMAT_1, "format": 3}, "format 3: upgrade cream-peft"),
+        ({key: value for key, value in FORMAT_1.items() if key != "target_length"}, "does not say target_length"),
+    ):
+        (folder / "cream.json").write_text(json.dumps(content))
+        with pytest.raises(AdapterError, match=said):
+            load_adapter(folder)
+
+
+def test_what_is_published_holds_no_token_and_no_local_path(tmp_path, monkeypatch):
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "hub_token": "hf_x", "model_init_kwargs": {"token": "hf_x", "eos_token": "</s>"}, "dataset_name": "data/mine",
+        "paths": [str(tmp_path / "a"), "~/b", "./c"], "text": "/not\na path", "model_name_or_path": "owner/base",
+    }  # fmt: skip
+    Record(TINY_ID, 256, 2048, None, recipe=given).write(tmp_path)
+    assert json.loads((tmp_path / "cream.json").read_text())["recipe"] == {
+        "model_init_kwargs": {"eos_token": "</s>"}, "dataset_name": "mine", "paths": ["a", "b", "c"],
+        "text": "/not\na path", "model_name_or_path": "owner/base",
+    }  # fmt: skip
 
 
 def test_the_scaled_base_is_checked_after_loading(monkeypatch):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hub_server import Hub, Repository
 from huggingface_hub import ModelCard, constants
 
 from cream_peft import cli
-from cream_peft.model.record import AdapterError, adapter_sha256, read_description
+from cream_peft.model.record import AdapterError, Record, adapter_sha256
 from cream_peft.publish.card import vllm_command
 from cream_peft.publish.merge import merge_adapter
 from cream_peft.publish.push import PushError, push_folder
@@ -45,6 +46,11 @@ def hub(monkeypatch):
 def files(hub, repo=REPO, branch="main"):
     repository = hub.repositories.get(f"models/{repo}")
     return dict(repository.at(branch).files) if repository else {}
+
+
+def change(folder, **changes):
+    """Change what cream.json says."""
+    replace(Record.read(folder, ""), **changes).write(folder)
 
 
 def results_of(folder, sha256, label="CREAM", value=0.75):
@@ -128,16 +134,14 @@ def test_a_branch_is_created_and_main_stays(hub, adapter):
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, adapter):
     push_folder(adapter, REPO)
-    (adapter / "cream.json").write_text(json.dumps(read_description(adapter, "") | {"seed": 99}))
+    change(adapter, seed=99)
     with pytest.raises(PushError, match="exists and is public"):
         push_folder(adapter, REPO, private=True)
     assert b'"seed": 99' not in files(hub)["cream.json"]
 
 
 def test_the_base_of_a_local_folder_must_be_named_by_its_hub_id(hub, adapter):
-    (adapter / "cream.json").write_text(
-        json.dumps(read_description(adapter, "") | {"base_model": "my-base", "base_is_local": True})
-    )
+    change(adapter, base_model="my-base", base_is_local=True)
     with pytest.raises(PushError, match="trained on a local base, the folder 'my-base'"):
         push_folder(adapter, REPO)
     before = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
@@ -176,11 +180,11 @@ def test_the_card_has_what_was_measured_and_says_where_nothing_was(hub, adapter,
 
 @pytest.mark.parametrize("field, value", [("modules_to_save", ["norm"]), ("use_dora", True)])
 def test_what_vllm_does_not_take_as_an_adapter_is_served_merged(adapter, field, value):
-    description = {"base_model": "owner/base", "target_length": 2048}
-    assert "--enable-lora --max-lora-rank" in vllm_command(adapter, description, REPO)
+    record = Record("owner/base", pretrained_window=256, target_length=2048, rope_scaling_type="linear")
+    assert "--enable-lora --max-lora-rank" in vllm_command(adapter, record, REPO)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    told = vllm_command(adapter, description, REPO)
+    told = vllm_command(adapter, record, REPO)
     assert f"no adapter with {field}" in told and told.endswith("vllm serve merged --max-model-len 2048")
 
 
@@ -240,13 +244,13 @@ def test_the_command_prints_the_line_that_names_the_repository_and_the_remedy(hu
 def test_the_card_takes_licence_base_and_data_from_the_recipe(hub, adapter):
     recipe = {"dataset_name": "owner/documents"}
     changes = {"base_model": "meta-llama/Llama-2-7b-hf", "license": "llama2", "recipe": recipe}
-    (adapter / "cream.json").write_text(json.dumps(read_description(adapter, "") | changes))
+    change(adapter, **changes)
     push_folder(adapter, REPO)
     data = ModelCard(files(hub)["README.md"].decode()).data
     assert (data.base_model, data.license, data.datasets) == ("meta-llama/Llama-2-7b-hf", "llama2", ["owner/documents"])
     # Without one in the recipe it is the base's own, read from its card.
     push_folder(adapter, "meta-llama/Llama-2-7b-hf")
-    (adapter / "cream.json").write_text(json.dumps(read_description(adapter, "") | changes | {"license": None}))
+    change(adapter, **changes | {"license": None})
     push_folder(adapter, "someone/other")
     assert ModelCard(files(hub, "someone/other")["README.md"].decode()).data.license == "llama2"
 

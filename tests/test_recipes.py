@@ -249,8 +249,8 @@ def trained(request, tmp_path_factory):
 
 
 def test_a_run_trains_evaluates_and_saves(trained):
-    assert trained.summary["steps"] == 2
-    assert trained.summary["unlabelled"] == 0
+    assert trained.summary.steps == 2
+    assert trained.summary.unlabelled == 0
     logged = trained.trainer.state.log_history
     evaluated = [row["eval_loss"] for row in logged if "eval_loss" in row]
     assert len(evaluated) == 2

@@ -1,4 +1,4 @@
-"""Killed runs, several ranks, and results files: what is left is gone on with, and nothing else changes."""
+"""Killed runs, several ranks, and results files: they resume from what is left, and nothing else changes."""
 
 import json
 import os

@@ -77,12 +77,12 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(make_trainer,
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(gradients, gradients_checkpointed, strict=True))
 
 
-# The proof before the first step
+# The check before the first step
 
 
 def test_training_is_refused_when_the_mask_is_missing(make_trainer):
     trainer = make_trainer()
-    trainer.prove_positions()  # control: as built, the proof passes
+    trainer.check_positions()  # control: as built, it passes
     collate = trainer.data_collator
     trainer.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "attention_mask"}
     # TRL's loss needs one of both to count tokens; position_ids are there, so it does not notice.
@@ -103,17 +103,17 @@ def test_training_is_refused_when_positions_are_dropped_or_replaced(make_trainer
         trainer.train()
 
 
-def test_the_proof_leaves_no_trace(make_trainer):
-    def train(prove):
+def test_the_check_leaves_no_trace(make_trainer):
+    def train(checked):
         trainer = make_trainer(peft_config="default", seed=5)
-        if not prove:
-            trainer.prove_positions = lambda: None
+        if not checked:
+            trainer.check_positions = lambda: None
         state = torch.get_rng_state()
         trainer.train()
         return state, {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
-    (_, with_proof), (_, without) = train(True), train(False)
-    assert all(torch.equal(with_proof[name], without[name]) for name in without)
+    (_, with_check), (_, without) = train(True), train(False)
+    assert all(torch.equal(with_check[name], without[name]) for name in without)
 
 
 # TRL
@@ -183,7 +183,7 @@ def test_draws_are_a_function_of_seed_epoch_and_row_through_the_trainer(make_tra
     def positions(**changes):
         trainer = make_trainer(max_steps=12, **changes)
         seen = record_positions(trainer.model)
-        trainer.prove_positions = lambda: None
+        trainer.check_positions = lambda: None
         trainer.train()
         return torch.cat(seen)
 
@@ -408,7 +408,7 @@ def test_the_training_set_handed_over_for_evaluation_is_evaluated_at_plain_posit
 def test_a_streamed_set_gets_new_draws_in_every_pass_and_refuses_workers(make_trainer, make_documents):
     def positions(**changes):
         trainer = make_trainer(documents=make_documents(8).to_iterable_dataset(), max_steps=4, **changes)
-        trainer.prove_positions = lambda: None
+        trainer.check_positions = lambda: None
         seen = record_positions(trainer.model)
         trainer.train()
         return torch.cat(seen)

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -93,7 +93,7 @@ def keep_4bit_trainable_on_cpu(model: nn.Module) -> None:
     """Switch off the packed AVX512-BF16 product of bitsandbytes: after one evaluation it has no gradient."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # ty: ignore[invalid-assignment] - no tensor, no module
 
 
 def keep_adapter_in_fp32(model: nn.Module, given: dict[str, torch.Tensor]) -> None:
@@ -150,19 +150,18 @@ def load_base(
     with about(name):
         unscaled = config if config is not None else AutoConfig.from_pretrained(source, **hub_kwargs)
     scaled = rope.scaled_config(unscaled, target_length or rope.pretrained_window(unscaled), rope_scaling_type)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype or default_dtype()
+    dtype = cast(torch.dtype, getattr(torch, str(dtype), dtype) or default_dtype())
     if load_in_4bit:
         kwargs.setdefault("quantization_config", quantization_config(dtype))
     # ZeRO-3 places the shards itself.
     if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
-    loader: Any = AutoModelForCausalLM
-    if "state_dict" in kwargs:
-        # The auto class takes no weights without a name.
-        loader, source = MODEL_FOR_CAUSAL_LM_MAPPING[type(scaled)], None
+    # The auto class takes no weights without a name.
+    is_given = "state_dict" in kwargs
+    loader = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(scaled)] if is_given else AutoModelForCausalLM)
     with about(name):
         model = loader.from_pretrained(
-            source,
+            None if is_given else source,
             config=scaled,
             dtype=dtype,
             attn_implementation=attn_implementation or default_attention(dtype),
@@ -177,13 +176,22 @@ def load_base(
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. A missing pad token becomes the end token: masks are made from lengths, never from ids,
-    and the embeddings are never resized (PEFT would then save whole embedding matrices)."""
+    """The base's tokenizer, with a pad token."""
     with about(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_base(name), **kwargs)
+        return with_pad_token(AutoTokenizer.from_pretrained(resolve_base(name), **kwargs))
+
+
+def with_pad_token(tokenizer: Any) -> Any:
+    """The tokenizer; a missing pad token becomes the end token. Masks are made from lengths, never from ids, and the
+    embeddings are never resized (PEFT would then save whole embedding matrices)."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     return tokenizer
+
+
+def embeddings_of(model: Any) -> torch.Tensor:
+    """The weight of the input embeddings."""
+    return model.get_input_embeddings().weight
 
 
 def make_tokenizer_readable(folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""The cache of keys and values that a long document is read into: 16-bit, in 4 bits, or offloaded."""
+"""The cache of keys and values that a long document is read into: in 16 bits, or in 4."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
@@ -33,7 +33,8 @@ class AppendingHQQLayer(HQQQuantizedLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         older = list(self._pieces)
-        keys, values = torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        before = cast(tuple[torch.Tensor, torch.Tensor], (self.keys, self.values))
+        keys, values = (torch.cat(pair, dim=-2) for pair in zip(before, (key_states, value_states), strict=True))
         self.cumulative_length += key_states.shape[-2]
         quantized = keys.shape[-2] // self.residual_length * self.residual_length
         self.keys, self.values = keys, values
@@ -61,12 +62,12 @@ class AppendingHQQLayer(HQQQuantizedLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; as in transformers, their number is given as a negative one."""
         kept = self.get_seq_length() + min(tokens_to_remove, 0)
+        recent = cast(tuple[torch.Tensor, torch.Tensor], (self.keys, self.values))
         while self._pieces and sum(piece[0] for piece in self._pieces) > kept:
-            _, keys, values = self._pieces.pop()
-            self.keys = torch.cat([self._dequantize(keys), self.keys], dim=-2)
-            self.values = torch.cat([self._dequantize(values), self.values], dim=-2)
+            pairs = zip(self._pieces.pop()[1:], recent, strict=True)
+            recent = tuple(torch.cat([self._dequantize(piece), part], dim=-2) for piece, part in pairs)
         left = kept - sum(piece[0] for piece in self._pieces)
-        self.keys, self.values = self.keys[..., :left, :].clone(), self.values[..., :left, :].clone()
+        self.keys, self.values = (part[..., :left, :].clone() for part in recent)
         self.cumulative_length = kept
 
     def reset(self) -> None:
@@ -79,20 +80,18 @@ def refuse_unusable(kv_cache: str) -> None:
     if kv_cache not in KV_CACHES:
         raise ValueError(f"unknown kv_cache {kv_cache!r}: use one of {', '.join(KV_CACHES)}")
     if kv_cache == "quantized" and not is_hqq_available():
-        raise ValueError("kv_cache quantized needs HQQ: run `pip install hqq`, or take offloaded")
-    if kv_cache == "offloaded" and not torch.cuda.is_available():
-        raise ValueError("kv_cache offloaded takes the cache off a CUDA GPU, and there is none: leave it out")
+        raise ValueError("kv_cache quantized needs HQQ: run `pip install hqq`")
 
 
 def new_cache(config: PreTrainedConfig, kv_cache: str = "default") -> Cache:
-    """An empty cache: on the model's device in 16 bits or in 4, or offloaded to the CPU layer by layer.
+    """An empty cache: in the model's dtype, or in 4 bits.
 
     Raises:
         ValueError: see `refuse_unusable`.
     """
     refuse_unusable(kv_cache)
     if kv_cache != "quantized":
-        return DynamicCache(config=config, offloading=kv_cache == "offloaded")
+        return DynamicCache(config=config)
     cache = QuantizedCache("hqq", config)  # which refuses sliding windows
     cache.layers = [AppendingHQQLayer() for _ in cache.layers]
     return cache

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
 
 from .. import __version__
 
@@ -109,17 +108,25 @@ class Record:
             raise AdapterError(f"{FILE} of {name} does not say {', '.join(missing)}: get the adapter again")
         if content.get("format", 1) > FORMAT:
             raise AdapterError(f"{FILE} of {name} has format {content['format']}: upgrade cream-peft to read it")
-        # What an earlier or a patched version wrote beside these is left aside.
-        positions = _known(Positions, content.get("positions") or {})
-        return cls(**_known(cls, content) | {"positions": Positions(**positions), "format": FORMAT})
+        positions = Positions(**_known(Positions, content.get("positions") or {}))
+        known: dict[str, Any] = _known(cls, content) | {"positions": positions, "format": FORMAT}
+        return cls(**known)
 
     def write(self, folder: Path) -> None:
         """Write it to <folder>/cream.json, without tokens and local paths."""
         write_json(folder / FILE, asdict(replace(self, recipe=without_secrets(self.recipe))))
 
+    def name_base_in(self, folder: Path) -> None:
+        """Put the base's public name into <folder>/adapter_config.json, if there is one."""
+        file = folder / "adapter_config.json"
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": self.base_model}
+            write_json(file, dict(sorted(content.items())))
 
-def _known(kind: type, content: dict[str, Any]) -> dict[str, Any]:
-    """Of a JSON object the fields that the dataclass has; what is null takes its default."""
+
+def _known(kind: type[Record | Positions], content: dict[str, Any]) -> dict[str, Any]:
+    """Of a JSON object the fields that the dataclass has; other versions may write more. What is null takes its
+    default."""
     names = {known.name for known in fields(kind)}
     return {key: value for key, value in content.items() if key in names and (value is not None or key in NEEDED)}
 
@@ -131,7 +138,9 @@ def write_json(file: Path, content: Any) -> None:
 
 def public_name(text: str) -> str:
     """`text` as it may be published: of a local path the last part, everything else as it is."""
-    is_path = text.startswith(("/", "./", "../", "~")) or ("/" in text and os.path.exists(text))
+    # One part after the root, as in "/no_think", says nothing of a machine.
+    is_absolute = text.startswith("/") and "/" in text[1:]
+    is_path = is_absolute or text.startswith(("./", "../", "~")) or ("/" in text[1:] and os.path.exists(text))
     return Path(text).name if is_path and "\n" not in text else text
 
 
@@ -150,14 +159,21 @@ def _is_secret(key: Any) -> bool:
     return str(key) == "token" or (str(key).endswith("_token") and not str(key).startswith(("eos", "pad", "bos")))
 
 
+def holds_secrets(file: str, content: bytes, token: str | None, folder: Path) -> bool:
+    """Whether a text file holds the token, or a path of this machine: that of `folder` or the user's home."""
+    # A vocabulary may well hold "/root/".
+    paths = [] if file.startswith(("tokenizer", "vocab", "merges")) else [str(folder.resolve()), f"{Path.home()}/"]
+    return any(secret.encode() in content for secret in (token, *paths) if secret)
+
+
 def is_adapter(repo_or_dir: str | Path) -> bool:
     """Whether a local folder holds an adapter."""
     return (Path(repo_or_dir) / "adapter_config.json").is_file()
 
 
-def fingerprint(model: PreTrainedModel) -> list[float]:
+def fingerprint(embeddings: torch.Tensor) -> list[float]:
     """Some values of the input embeddings, which quantization leaves alone: they tell bases of one shape apart."""
-    weight = model.get_input_embeddings().weight.detach().flatten()
+    weight = embeddings.detach().flatten()
     if not weight.is_floating_point() or weight.is_meta or len(weight) < FINGERPRINT_VALUES:
         return []
     places = torch.linspace(0, len(weight) - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
@@ -205,9 +221,3 @@ def machine() -> str:
 def peak_gib() -> float | None:
     """The most that this process had allocated on the GPU, in GiB; None without one."""
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-
-
-def read_description(folder: Path, name: str) -> dict[str, Any]:
-    """What cream.json says, as a dictionary, once all files are there (see `Record.read`)."""
-    Record.read(folder, name)
-    return json.loads((folder / FILE).read_text(encoding="utf-8"))

@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import rope
 from ..errors import about
-from ..model.adapter import Adapter, open_adapter, refuse_other_weights
+from ..model.adapter import Adapter, open_adapter
 from ..model.base import GIB, load_tokenizer, make_tokenizer_readable, resolve_base
-from ..model.record import adapter_sha256
+from ..model.record import FILE, adapter_sha256, write_json
 from .card import write_card
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, PREFIX, MAGNITUDE = "adapter_model.safetensors", "base_model.model.", "lora_magnitude_vector"
 GENERATION = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 """transformers 5 does not save it, and without it llama.cpp's converter makes tokens that cut the text otherwise."""
 DTYPES = ("bfloat16", "float16", "float32")
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """The values of PEFT's init_lora_weights that leave the base's weights alone."""
-UNSCALED = "rotary_emb.inv_freq"  # in the files of older Llamas; every runtime computes it from the config instead
+UNDERSTOOD = re.compile(
+    "peft_type|task_type|peft_version|auto_mapping|base_model_name_or_path|revision|inference_mode|runtime_config|r|"
+    "lora_alpha|rank_pattern|alpha_pattern|use_rslora|use_dora|lora_dropout|eva_config|megatron_config|megatron_core|"
+    "target_modules|target_parameters|exclude_modules|layers_to_transform|layers_pattern|modules_to_save|"
+    "fan_in_fan_out|ensure_weight_tying|bias|lora_bias|trainable_token_indices"
+)
+"""The fields of LoraConfig that are followed here, have no effect on a merge, or train tensors that are refused by name
+(the last three). Any other must have its default."""
+PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", MAGNITUDE)
+LEFT_OUT = ("rotary_emb.inv_freq", ".base_layer.weight")
+"""Of older Llamas, where every runtime computes it from the config; and what PEFT saves beside a LoRA on embeddings."""
 
 
 class MergeError(ValueError):
@@ -51,7 +64,7 @@ class Weights:
         for file in files:
             try:
                 with safe_open(file, framework="pt") as opened:
-                    names = [name for name in opened.keys() if not name.endswith(UNSCALED)]  # noqa: SIM118
+                    names = [name for name in opened.keys() if not name.endswith(LEFT_OUT)]  # noqa: SIM118
                     self.like |= {name: torch.empty_like(opened.get_tensor(name), device="meta") for name in names}
             except (SafetensorError, FileNotFoundError) as error:
                 raise MergeError(f"{file.name} is missing or damaged ({error}): get the model again") from error
@@ -70,10 +83,9 @@ def _base_folder(adapter: Adapter) -> Path:
         return source
     options = {key: value for key, value in adapter.base_options.items() if key != "trust_remote_code"}
     # Some repositories hold their weights a second time, in a folder or in a consolidated file.
-    options["allow_patterns"] = ["*.safetensors", INDEX, GENERATION, SENTENCEPIECE]
-    options["ignore_patterns"] = ["*/*", "consolidated*"]
+    options |= {"allow_patterns": ["*.safetensors", INDEX, GENERATION, SENTENCEPIECE]}
     with about(adapter.base_name):
-        return Path(snapshot_download(adapter.base_name, **options))
+        return Path(snapshot_download(adapter.base_name, ignore_patterns=["*/*", "consolidated*"], **options))
 
 
 def _base_weights(folder: Path, name: str) -> Weights:
@@ -85,91 +97,89 @@ def _base_weights(folder: Path, name: str) -> Weights:
     return Weights([folder / file for file in sorted(set(files))])
 
 
-def _fill(wrapped: PeftModel, file: Path) -> None:
-    """Put the adapter's tensors into its layers, or name the one that is missing or left over in a MergeError."""
-    state = wrapped.state_dict(keep_vars=True)
-    names = {id(parameter): name for name, parameter in state.items()}
-    expected = get_peft_model_state_dict(wrapped, state, save_embedding_layers=False)
-    # PEFT saves the base's own embeddings beside a LoRA on them.
-    try:
-        saved = {key: tensor for key, tensor in load_file(file).items() if not key.endswith(".base_layer.weight")}
-    except SafetensorError as error:  # only the header was looked at before
-        raise MergeError(f"{file.name} is damaged ({error}): get the adapter again") from error
-    for key in sorted(saved.keys() | expected.keys()):
-        if key not in saved or key not in expected or saved[key].shape != expected[key].shape:
-            trouble = "has no place in the base, or another shape" if key in saved else "is missing"
-            raise MergeError(f"{key} of adapter_model.safetensors {trouble}: it does not fit adapter_config.json")
-    tensors = {names[id(parameter)]: saved[key] for key, parameter in expected.items()}
-    wrapped.load_state_dict(tensors, strict=False, assign=True)
+@dataclass(frozen=True)
+class Change:
+    """What the adapter makes of one tensor of the base: W + scale B A, or a replacement (modules_to_save)."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of the adapter's tensors, by name: A, B and, for DoRA, the magnitudes; or the replacement."""
+    scale: float | None = None
+    transposed: bool = False
+    """Embeddings are: they have a column for each output."""
 
 
-def _wrap(adapter: Adapter, base: Weights) -> PeftModel:
-    """The model and the adapter; only the adapter's tensors have data, and theirs is read on use."""
-    config = PeftConfig.from_pretrained(str(adapter.folder))
-    if getattr(config, "init_lora_weights", None) not in PLAIN_INITS or config.layer_replication:
-        kind = f"{config.peft_type.value}, init_lora_weights {getattr(config, 'init_lora_weights', None)!r}"
-        raise MergeError(f"the adapter is not LoRA alone ({kind}, or layer_replication): use load_adapter")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(adapter.scaled_config), trust_remote_code="trust_remote_code" in adapter.base_options
-        )
-    embeddings = model.get_input_embeddings()
-    name = next(f"{path}.weight" for path, module in model.named_modules() if module is embeddings)
-    if name in base.like:
-        embeddings.weight = nn.Parameter(base.read(name), requires_grad=False)
-        refuse_other_weights(model, adapter)
-        model.to("meta")
-    wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
-    _fill(wrapped, adapter.folder / "adapter_model.safetensors")
-    return wrapped
+def _lora(module: nn.Linear | nn.Embedding, path: str, config: LoraConfig) -> Change:
+    """The change that LoRA makes of `module`, by PEFT's rules."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key([*ranks], path), config.r)
+    alpha = alphas.get(get_pattern_key([*alphas], path), config.lora_alpha)
+    transposed = isinstance(module, nn.Embedding)
+    outputs, inputs = reversed(module.weight.shape) if transposed else module.weight.shape
+    first, second = PARTS[2:4] if transposed else PARTS[:2]
+    start = f"{PREFIX}{path}."
+    shapes: dict[str, tuple[int, ...]] = {start + first: (rank, inputs), start + second: (outputs, rank)}
+    if config.use_dora:
+        shapes[start + MAGNITUDE] = (outputs,)
+    return Change(shapes, alpha / (math.sqrt(rank) if config.use_rslora else rank), transposed)
 
 
-def _changes(wrapped: PeftModel, base: Weights) -> dict[str, LoraLayer | nn.Parameter]:
-    """For every tensor of the base that changes the layer that computes it, or what takes its place (modules_to_save).
-    A MergeError names a tensor of the adapter that is neither, or one of the base that cannot change."""
-    model, changes, known = wrapped.get_base_model(), {}, set()
+def _read_config(folder: Path) -> LoraConfig:
+    config, default = PeftConfig.from_pretrained(str(folder)), LoraConfig()
+    for name, value in vars(config).items():
+        known = value in PLAIN_INITS if name == "init_lora_weights" else UNDERSTOOD.fullmatch(name)
+        if config.peft_type != default.peft_type or not (known or value == getattr(default, name)):
+            raise MergeError(f"the adapter is not LoRA alone ({config.peft_type}, {name} {value!r}): use load_adapter")
+    return cast(LoraConfig, config)
+
+
+def _changes(config: LoraConfig, model: PreTrainedModel, base: Weights, given: Weights) -> dict[str, Change]:
+    """The base's tensors that the adapter changes. A MergeError names one that cannot change, or one that the adapter's
+    file lacks or has in surplus."""
+    changes: dict[str, Change] = {}
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear | nn.Embedding):
-            changes[f"{path}.weight"] = module
-            known |= {id(parameter) for name, parameter in module.named_parameters() if not name.endswith("bias")}
-        elif isinstance(module, ModulesToSaveWrapper):
-            parameters = dict(module.modules_to_save[module.active_adapters[0]].named_parameters())
-            changes |= {f"{path}.{name}": parameter for name, parameter in parameters.items()}
-            known |= {id(parameter) for parameter in parameters.values()}
-    for name, parameter in wrapped.named_parameters():
-        if not parameter.is_meta and id(parameter) not in known:
-            raise MergeError(f"{name} is of a kind that cannot be merged: use load_adapter")
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(path.endswith(name) for name in config.modules_to_save or ()):
+            for name, tensor in module.state_dict().items():
+                changes[f"{path}.{name}"] = Change({f"{PREFIX}{path}.{name}": tuple(tensor.shape)})
+        elif isinstance(module, nn.Linear | nn.Embedding) and (
+            check_target_module_exists(config, path)
+            or any(f".{path}.weight".endswith(f".{name}") for name in config.target_parameters or ())
+        ):
+            changes[f"{path}.weight"] = _lora(module, path, config)
+    expected = {key: shape for change in changes.values() for key, shape in change.shapes.items()}
+    for key in sorted(given.like.keys() | expected.keys()):
+        if key not in expected and not key.endswith(PARTS):
+            raise MergeError(f"{key} is of a kind that cannot be merged: use load_adapter")
+        if key not in given.like or expected.get(key) != tuple(given.like[key].shape):
+            trouble = "has no place in the base, or another shape" if key in given.like else "is missing"
+            raise MergeError(f"{key} of {ADAPTER} {trouble}: it does not fit adapter_config.json")
+    ends, whole = (model.get_input_embeddings(), model.get_output_embeddings()), model.state_dict()
     tied = {f"{path}.weight" for path, module in model.named_modules() if module in ends}
     for name in changes:
         if name in tied and model.config.tie_word_embeddings:
             raise MergeError(f"{name} is adapted, but the base ties its embeddings and its head: use load_adapter")
-        if name not in base.like:
+        if name not in base.like or base.like[name].shape != whole[name].shape:
             raise MergeError(f"{name} is adapted, but not in the base's files: write base_model with save_pretrained")
     return changes
 
 
-@torch.no_grad()
-def _changed(name: str, change: LoraLayer | nn.Parameter, base: Weights) -> torch.Tensor:
-    """The base's tensor `name` as the adapter changes it: merged by PEFT in fp32."""
-    if isinstance(change, nn.Parameter):
-        return change.data
-    layer = change.get_base_layer()
-    layer.weight = nn.Parameter(base.read(name), requires_grad=False)
-    try:
-        change.float().merge(safe_merge=True)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise MergeError(f"{name} cannot be merged: {' '.join(str(error).split())}") from error
-    return layer.weight.data
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _changed(name: str, change: Change, base: Weights, given: Weights) -> torch.Tensor:
+    """The base's tensor `name` as the adapter changes it, in fp32, by PEFT's steps and so equal to its merge."""
+    if change.scale is None:
+        return given.read(*change.shapes)
+    a, b, *magnitude = (given.read(key).float() for key in change.shapes)
+    weight = base.read(name).float()
+    merged = (weight.T if change.transposed else weight) + b @ a * change.scale
+    if magnitude:
+        # DoRA: each output's weights get the length that was learnt.
+        merged = (magnitude[0] / torch.linalg.norm(merged, dim=1)).view(-1, 1) * merged
+    if not torch.isfinite(merged).all():
+        raise MergeError(f"{name} cannot be merged: NaNs or infinities come out, the adapter seems to be broken")
+    return merged.T if change.transposed else merged
 
 
 def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: str, dtype: str) -> None:
     """Write everything but the weights; config.json last, because nothing loads without it."""
-    target, window = adapter.description["target_length"], adapter.description["pretrained_window"]
+    target, window = adapter.record.target_length, adapter.record.pretrained_window
     tokenizer = load_tokenizer(str(adapter.folder))
     # Below the target it is the base's window, and 1e30 is none; another one is somebody's choice.
     if not target <= tokenizer.model_max_length < 1e20:
@@ -183,23 +193,21 @@ def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: s
         # Llama-2's ends generation at the base's window.
         if generation.get("max_length") == window:
             generation["max_length"] = target
-        _write_json(folder / GENERATION, generation)
-    made_of = {"merged": True, "dtype": dtype, "adapter_sha256": adapter_sha256(adapter.folder)}
-    description = adapter.description | made_of
-    _write_json(folder / "cream.json", description)
-    write_card(folder, description)
+        write_json(folder / GENERATION, generation)
+    record = replace(adapter.record, merged=True, dtype=dtype, adapter_sha256=adapter_sha256(adapter.folder))
+    record.write(folder)
+    write_card(folder, record)
     own = {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
-    _write_json(folder / "config.json", rope.published_config(adapter.scaled_config) | own)
+    write_json(folder / "config.json", rope.published_config(adapter.scaled_config) | own)
 
 
 def _refuse_output(output: Path, base_folder: Path) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
     if output.is_file():
         raise MergeError(f"{output} is a file: name a folder for the merged model")
-    note = output / "cream.json"
-    merged = note.is_file() and json.loads(note.read_text(encoding="utf-8")).get("merged")
-    if not merged or output.samefile(base_folder):
+    if not output.exists() or not any(output.iterdir()):
+        return
+    is_merge = (output / FILE).is_file() and json.loads((output / FILE).read_text(encoding="utf-8")).get("merged")
+    if not is_merge or output.samefile(base_folder):
         raise MergeError(f"{output} is neither empty nor an earlier merge: choose another output_dir (--output)")
 
 
@@ -210,11 +218,27 @@ def _peak_memory() -> float | None:
     return round(int(found[1]) * 1024 / GIB, 2) if found else None
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What a merge left: `bytes` of weights, merged_layers and replaced_tensors (together all that the adapter holds),
+    dtype of the largest tensor, peak_memory_gib (see `_peak_memory`)."""
+
+    output_dir: str
+    parameters: int
+    bytes: int
+    shards: int
+    merged_layers: int
+    replaced_tensors: int
+    dtype: str
+    seconds: float
+    peak_memory_gib: float | None
+
+
 def _write_weights(
-    folder: Path, base: Weights, changes: dict[str, LoraLayer | nn.Parameter], max_shard_size: int | str
-) -> dict[str, Any]:
-    """Write the tensors of `base`, in the dtypes of base.like and changed by the adapter, a shard at a time."""
-    replaced = [isinstance(change, nn.Parameter) for change in changes.values()]
+    folder: Path, base: Weights, given: Weights, changes: dict[str, Change], max_shard_size: int | str
+) -> tuple[int, int]:
+    """Write the tensors of `base`, in the dtypes of base.like and changed by the adapter, a shard at a time; their
+    bytes, and the number of files."""
     split = split_torch_state_dict_into_shards(base.like, max_shard_size=max_shard_size)
     free, needed = shutil.disk_usage(folder).free, split.metadata["total_size"]
     if free < needed:
@@ -224,24 +248,16 @@ def _write_weights(
             bar.set_postfix_str(file)
             shard: dict[str, torch.Tensor] = {}
             for name in names:
-                # Popped and deleted, so that the layer goes with all that it keeps, and so does the tensor in fp32.
-                tensor = _changed(name, changes.pop(name), base) if name in changes else base.read(name)
+                tensor = _changed(name, changes[name], base, given) if name in changes else base.read(name)
                 shard[name] = tensor.to(base.like[name].dtype).contiguous()
-                del tensor
+                del tensor  # in fp32
                 if shard[name].dtype == torch.float16 and not torch.isfinite(shard[name]).all():
                     raise MergeError(f"{name} holds values beyond float16: use dtype bfloat16 or float32")
                 bar.update()
             save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
-        _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-    return {
-        "parameters": sum(like.numel() for like in base.like.values()),
-        "bytes": needed,
-        "shards": len(split.filename_to_tensors),
-        "merged_layers": len(replaced) - sum(replaced),
-        "replaced_tensors": sum(replaced),
-        "dtype": str(max(base.like.values(), key=torch.numel).dtype).removeprefix("torch."),
-    }
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    return needed, len(split.filename_to_tensors)
 
 
 def merge_adapter(
@@ -253,22 +269,16 @@ def merge_adapter(
     max_shard_size: int | str = "1GB",
     revision: str | None = None,
     **hub_kwargs: Any,
-) -> dict[str, Any]:
+) -> Merged:
     """Merge a LoRA adapter into its unquantized base: a model that any runtime loads with its RoPE scaled.
 
-    PEFT merges each layer in fp32; one output file is in memory at a time, never the model.
+    Each tensor is merged in fp32; one output file is in memory at a time, never the model.
 
     Args:
-        repo_or_dir: Hub id or local folder of the adapter.
+        repo_or_dir, base_model, revision, hub_kwargs: see `open_adapter`.
         output_dir: where the model goes; made in a folder beside it, then renamed. An earlier merge is replaced.
-        base_model: Hub id or folder to take the base from, instead of the one that the adapter names.
         dtype: bfloat16, float16 or float32 for all weights. None keeps what the base's files have, float32 included.
         max_shard_size: of one output file, in bytes or as "1GB" (10**9). Peak memory grows with it.
-        revision, hub_kwargs: of the adapter's repository; token, cache_dir, trust_remote_code.
-
-    Returns:
-        output_dir, parameters, bytes (of weights), shards, merged_layers and replaced_tensors (together all that the
-        adapter holds), dtype (of the largest tensor), seconds, peak_memory_gib (see `_peak_memory`).
 
     Raises:
         AdapterError: as `open_adapter`, or if the base's weights are not those trained on.
@@ -284,22 +294,37 @@ def merge_adapter(
         raise MergeError(f"{adapter.base_name} is quantized: pass the 16-bit model it was made from as base_model")
     output, base_folder = Path(output_dir).absolute(), _base_folder(adapter)
     _refuse_output(output, base_folder)
-    base = _base_weights(base_folder, adapter.base_name)
-    wrapped = _wrap(adapter, base)
-    changes, architecture = _changes(wrapped, base), type(wrapped.get_base_model()).__name__
-    del wrapped
+    base, given = _base_weights(base_folder, adapter.base_name), Weights([adapter.folder / ADAPTER])
+    config, remote = _read_config(adapter.folder), "trust_remote_code" in adapter.base_options
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(adapter.scaled_config), trust_remote_code=remote)
+    embeddings = next(f"{path}.weight" for path, part in model.named_modules() if part is model.get_input_embeddings())
+    if embeddings in base.like:
+        adapter.refuse_other_weights(base.read(embeddings))
+    changes = _changes(config, model, base, given)
     if dtype:
-        floating = {name: like for name, like in base.like.items() if like.is_floating_point()}
-        base.like |= {name: like.to(getattr(torch, dtype)) for name, like in floating.items()}
+        wanted = getattr(torch, dtype)
+        base.like = {name: like.to(wanted) if like.is_floating_point() else like for name, like in base.like.items()}
+    main_dtype = str(max(base.like.values(), key=torch.numel).dtype).removeprefix("torch.")
     scratch = output.with_name(f".{output.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        summary = _write_weights(scratch, base, changes, max_shard_size)
-        _describe(scratch, adapter, base_folder, architecture, summary["dtype"])
+        size, shards = _write_weights(scratch, base, given, changes, max_shard_size)
+        _describe(scratch, adapter, base_folder, type(model).__name__, main_dtype)
         shutil.rmtree(output, ignore_errors=True)
         scratch.rename(output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    seconds = round(time.perf_counter() - start, 1)
-    return {"output_dir": str(output_dir), **summary, "seconds": seconds, "peak_memory_gib": _peak_memory()}
+    replaced = sum(change.scale is None for change in changes.values())
+    return Merged(
+        output_dir=str(output_dir),
+        parameters=sum(like.numel() for like in base.like.values()),
+        bytes=size,
+        shards=shards,
+        merged_layers=len(changes) - replaced,
+        replaced_tensors=replaced,
+        dtype=main_dtype,
+        seconds=round(time.perf_counter() - start, 1),
+        peak_memory_gib=_peak_memory(),
+    )

@@ -8,18 +8,18 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
 
-from ..evals.runner import file_name, read_results
-from ..evals.table import tasks_in
-from ..model.record import read_description
+from ..evals.results import Results, file_name, tasks_in
+from ..model.record import Record, holds_secrets, without_secrets
 from .card import is_own, write_card
 
 logger = logging.getLogger(__name__)
@@ -139,18 +139,18 @@ def create_repository(repo: str, *, private: bool | None = None, token: str | No
     return repo
 
 
-def _read_results(files: Iterable[str | Path], folder: Path, description: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _read_results(files: Iterable[str | Path], folder: Path, record: Record) -> dict[str, Results]:
     """Label -> results; at least one of them must have been measured on this adapter as it is now."""
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, Results] = {}
     for file in files:
         if not Path(file).is_file():
             raise PushError(f"no such results file: {file}; `cream-peft evaluate` writes them")
-        result = read_results(file)
-        label = str(result["settings"].get("label") or Path(file).stem)
+        result = Results.read(file)
+        label = result.settings.label or Path(file).stem
         if label in results:
             raise PushError(f"two results have the label {label!r}: measure one of them again as --compare LABEL=MODEL")
         results[label] = result
-    if results and not any(result["cells"] and is_own(result, folder, description) for result in results.values()):
+    if results and not any(result.cells and is_own(result, folder, record) for result in results.values()):
         raise PushError(
             f"none of the results was measured on the adapter in {folder} as it is now: run `cream-peft evaluate "
             f"--compare {folder}` again"
@@ -158,35 +158,33 @@ def _read_results(files: Iterable[str | Path], folder: Path, description: dict[s
     return results
 
 
-def _stage_results(results: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Write results and a picture a task to <folder>/results."""
-    from ..evals.plots import plot_results
-
-    (folder / "results").mkdir()
-    for label, result in results.items():
-        (folder / "results" / file_name(label)).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for task in tasks_in(results):
-        plot_results(results, folder / "results" / f"{task}.png", task=task)
-
-
-def _name_base(folder: Path, description: dict[str, Any], base_model_id: str | None, api: HfApi) -> dict[str, Any]:
-    """The description with the base's Hub id in it; for an adapter of a local folder it must be given."""
-    if not description.get("base_is_local"):
-        if base_model_id and base_model_id != description["base_model"]:
-            raise PushError(f"{folder} was trained on {description['base_model']}: leave out --base_model_id")
-        return description
+def _with_base(folder: Path, record: Record, base_model_id: str | None, api: HfApi) -> Record:
+    """The record with the base's Hub id in it; for an adapter of a local folder it must be given."""
+    if not record.base_is_local:
+        if base_model_id and base_model_id != record.base_model:
+            raise PushError(f"{folder} was trained on {record.base_model}: leave out --base_model_id")
+        return record
     if not base_model_id:
         raise PushError(
-            f"{folder} was trained on a local base, the folder {description['base_model']!r}, which nobody else has: "
+            f"{folder} was trained on a local base, the folder {record.base_model!r}, which nobody else has: "
             "say its Hub id with base_model_id (--base_model_id)"
         )
     _hub_call(lambda: api.model_info(base_model_id), base_model_id)
-    return description | {"base_model": base_model_id, "base_is_local": False}
+    return replace(record, base_model=base_model_id, base_is_local=False)
 
 
-def _put(file: Path, **changes: Any) -> None:
-    content = json.loads(file.read_text(encoding="utf-8")) | changes
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _with_licence(record: Record, license: str | None, api: HfApi) -> Record:
+    """The record with a licence: the one given, the recorded one, or that of the base's own card."""
+    found = license or record.license
+    if not found:
+        try:
+            data = api.model_info(record.base_model).card_data
+            found = data.license if data and isinstance(data.license, str) else None
+        except Exception as error:
+            logger.debug("the licence of %s is not known: %s", record.base_model, error)
+    if not found:
+        logger.warning("the licence of the base is not known: say it with license (--license llama2, apache-2.0, ...)")
+    return replace(record, license=found)
 
 
 def _published_files(folder: Path) -> list[Path]:
@@ -194,7 +192,31 @@ def _published_files(folder: Path) -> list[Path]:
     return [path for path in files if any(fnmatch(path.relative_to(folder).as_posix(), p) for p in PUBLISHED)]
 
 
-def _additions(folder: Path, files: list[Path], below: str, secrets: list[str]) -> list[CommitOperationAdd]:
+def _stage(folder: Path, staged: Path, record: Record, repo: str, results: Mapping[str, Results]) -> None:
+    """Make in `staged` what is published of `folder`, with the card and a picture of each task."""
+    for path in _published_files(folder):
+        target = staged / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        if path.suffix == ".safetensors":
+            target.symlink_to(path.resolve())
+        else:
+            shutil.copy(path, target)
+    record.write(staged)
+    record.name_base_in(staged)
+    write_card(staged, record, repo, results)
+    if results:
+        from ..evals.plots import plot_results
+
+        (staged / "results").mkdir(exist_ok=True)
+        for label, result in results.items():
+            result.write(staged / "results" / file_name(label))
+        for task in tasks_in(results):
+            plot_results(results, staged / "results" / f"{task}.png", task=task)
+
+
+def _additions(
+    folder: Path, files: list[Path], below: str, token: str | None, origin: Path
+) -> list[CommitOperationAdd]:
     """The files as a commit takes them, small ones searched for what must not become public."""
     additions = []
     for path in files:
@@ -202,30 +224,11 @@ def _additions(folder: Path, files: list[Path], below: str, secrets: list[str]) 
         if path.suffix not in (".safetensors", ".pt", ".bin"):
             content = path.read_bytes()
             if path.name == "trainer_state.json":
-                content = _without_paths(content)
-            # A vocabulary may well hold "/root/".
-            private = secrets[:1] if path.name.startswith(("tokenizer", "vocab", "merges")) else secrets
-            if any(secret and secret.encode() in content for secret in private):
+                content = json.dumps(without_secrets(json.loads(content)), indent=2).encode()
+            if holds_secrets(path.name, content, token, origin):
                 raise PushError(f"{path.name} holds your token or a path of this machine: remove it, then push again")
         additions.append(CommitOperationAdd(below + path.relative_to(folder).as_posix(), content))
     return additions
-
-
-def _without_paths(trainer_state: bytes) -> bytes:
-    state = json.loads(trainer_state)
-    if state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-    return json.dumps(state, indent=2).encode()
-
-
-def _licence_of(base: str, api: HfApi) -> str | None:
-    """The base's licence as its own card says, None where that cannot be read."""
-    try:
-        data = api.model_info(base).card_data
-    except Exception as error:
-        logger.debug("the licence of %s is not known: %s", base, error)
-        return None
-    return data.license if data and isinstance(data.license, str) else None
 
 
 def push_folder(
@@ -249,47 +252,29 @@ def push_folder(
         revision: branch to publish to; created if it does not exist.
         base_model_id: the base's Hub id, for an adapter that was trained on a local folder.
         results: files that `cream-peft evaluate` wrote, for the card.
-        checkpoint_in_repo: also publish everything that training goes on from, in this folder of the repository.
+        checkpoint_in_repo: also publish everything that training resumes from, in this folder of the repository.
 
     Raises:
         AdapterError: if the folder is not complete.
         PushError: if the Hub refuses; nothing is published then.
     """
-    folder, api = Path(folder), HfApi(token=token)
+    folder, api, token = Path(folder), HfApi(token=token), token or get_token()
     if "/" not in repo:
         raise PushError(f"repo {repo!r} is not a Hub id: write user/name")
-    description = _name_base(folder, read_description(folder, str(folder)), base_model_id, api)
-    read = _read_results(results, folder, description)
-    description["license"] = license or description.get("license") or _licence_of(description["base_model"], api)
-    if not description["license"]:
-        logger.warning("the licence of the base is not known: say it with license (--license llama2, apache-2.0, ...)")
+    record = _with_base(folder, Record.read(folder, str(folder)), base_model_id, api)
+    read = _read_results(results, folder, record)
+    record = _with_licence(record, license, api)
     # In a copy: what is published is made here, and what was trained stays as it is.
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch)
-        for path in _published_files(folder):
-            target = staged / path.relative_to(folder)
-            target.parent.mkdir(exist_ok=True)
-            if path.suffix == ".safetensors":
-                target.symlink_to(path.resolve())
-            else:
-                shutil.copy(path, target)
-        _put(staged / "cream.json", **description)
-        if (staged / "adapter_config.json").exists():
-            _put(staged / "adapter_config.json", base_model_name_or_path=description["base_model"])
-        if read:
-            _stage_results(read, staged)
-        write_card(staged, description, repo, read)
-        secrets = [token or get_token() or "", str(folder.resolve()), str(Path.home()) + "/"]
-        additions = _additions(staged, _published_files(staged), "", secrets)
+        _stage(folder, staged, record, repo, read)
+        additions = _additions(staged, _published_files(staged), "", token, folder)
         if checkpoint_in_repo:
             files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NEVER_PUBLISHED]
-            additions += _additions(folder, files, f"{checkpoint_in_repo}/", secrets)
+            additions += _additions(folder, files, f"{checkpoint_in_repo}/", token, folder)
         repo = create_repository(repo, private=private, token=token)
-        return _commit(api, repo, additions, message or _message(description), revision)
-
-
-def _message(description: dict[str, Any]) -> str:
-    return f"{description['base_model']} to {description['target_length']} tokens with cream-peft"
+        message = message or f"{record.base_model} to {record.target_length} tokens with cream-peft"
+        return _commit(api, repo, additions, message, revision)
 
 
 def _commit(api: HfApi, repo: str, additions: list[CommitOperationAdd], message: str, revision: str | None) -> str:
@@ -297,10 +282,8 @@ def _commit(api: HfApi, repo: str, additions: list[CommitOperationAdd], message:
         _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
     before = _hub_call(lambda: api.model_info(repo, revision=revision), repo)
     there = {sibling.rfilename for sibling in before.siblings or []}
-    mine = {addition.path_in_repo for addition in additions}
-    if ("adapter_config.json" in mine and "config.json" in there) or (
-        "config.json" in mine and "adapter_config.json" in there
-    ):
+    kinds = {"config.json", "adapter_config.json"}
+    if kinds <= there & kinds | {addition.path_in_repo for addition in additions}:
         raise PushError(f"{repo} holds the other kind, an adapter or a merged model: give each a repository of its own")
 
     def commit() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.training_args import OptimizerNames
@@ -30,6 +30,18 @@ def _refuse_below(least: int, arguments: Any, *names: str) -> None:
             raise ValueError(f"{name}={value} must be at least {least}")
 
 
+class Lengths(NamedTuple):
+    """The lengths of a run in tokens, see CREAMConfig."""
+
+    context_length: int
+    target_length: int
+    eval_length: int
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class CREAMConfig(SFTConfig):
     """SFTConfig with the fields of context extension. Every other field means what it means in TRL.
@@ -42,74 +54,52 @@ class CREAMConfig(SFTConfig):
             undo the positions (packing, padding_free, skip_prepare_dataset).
     """
 
-    context_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens fed per training example. None: the base's max_position_embeddings."},
+    context_length: int | None = _option(
+        None, "Tokens fed per training example. None: the base's max_position_embeddings."
     )
-    target_length: int | None = field(
-        default=None,
-        metadata={"help": "Context length to reach, in tokens. None: 8 times the base's max_position_embeddings."},
+    target_length: int | None = _option(
+        None, "Context length to reach, in tokens. None: 8 times the base's max_position_embeddings."
     )
-    position_strategy: str = field(
-        default="cream", metadata={"help": f"How positions are drawn: {', '.join(POSITION_STRATEGIES)}."}
+    position_strategy: str = _option("cream", f"How positions are drawn: {', '.join(POSITION_STRATEGIES)}.")
+    sigma: float | None = _option(
+        None,
+        "Standard deviation of the middle segment's Gaussian, in half-windows (cream only). "
+        "None: 3/8 of target_length / context_length, which is the paper's 3 at a factor of 8.",
     )
-    sigma: float | None = field(
-        default=None,
-        metadata={
-            "help": "Standard deviation of the middle segment's Gaussian, in half-windows (cream only). "
-            "None: 3/8 of target_length / context_length, which is the paper's 3 at a factor of 8."
-        },
+    rope_scaling_type: str | None = _option("yarn", f"RoPE scaling of the base: none, {', '.join(ROPE_SCALING_TYPES)}.")
+    short_documents: str = _option(
+        "shrink",
+        "Documents shorter than context_length: shrink the segments, skip the document, or join it "
+        "with its successors until context_length is reached.",
     )
-    rope_scaling_type: str | None = field(
-        default="yarn", metadata={"help": f"RoPE scaling of the base: none, {', '.join(ROPE_SCALING_TYPES)}."}
+    eval_length: int | None = _option(
+        None, "Tokens per evaluation document, at plain positions 0..n-1. None: context_length."
     )
-    short_documents: str = field(
-        default="shrink",
-        metadata={
-            "help": "Documents shorter than context_length: shrink the segments, skip the document, or join it "
-            "with its successors until context_length is reached."
-        },
+    base_model_id: str | None = _option(
+        None, "Hub id that the adapter names as its base when the base was loaded from a local folder."
     )
-    eval_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens per evaluation document, at plain positions 0..n-1. None: context_length."},
+    license: str | None = _option(
+        None, "Licence on the model card, as the Hub names it. None: the one on the base's card."
     )
-    base_model_id: str | None = field(
-        default=None,
-        metadata={"help": "Hub id that the adapter names as its base when the base was loaded from a local folder."},
+    memory: str = _option(
+        "default",
+        "low: an 8-bit paged optimizer, layer checkpoints kept in main memory, and a CUDA allocator that "
+        "grows its segments. Each of optim and activation_offloading that you set yourself stays as you set it.",
     )
-    license: str | None = field(
-        default=None,
-        metadata={"help": "Licence on the model card, as the Hub names it. None: the one on the base's card."},
+    optim: OptimizerNames | None = field(  # ty: ignore[incompatible-attribute-override] None until __post_init__
+        default=None, metadata={"help": f"Optimizer. None: {SFTConfig.optim}, or paged_adamw_8bit with memory=low."}
     )
-    memory: str = field(
-        default="default",
-        metadata={
-            "help": "low: an 8-bit paged optimizer, layer checkpoints kept in main memory, and a CUDA allocator that "
-            "grows its segments. Each of optim and activation_offloading that you set yourself stays as you set it."
-        },
+    activation_offloading: bool | None = _option(  # ty: ignore[incompatible-attribute-override] as optim
+        None,
+        "Keep what the forward pass leaves for the backward pass (with gradient checkpointing each "
+        "layer's input) in main memory. None: true with memory=low, else false. Without a GPU it does nothing.",
     )
-    optim: OptimizerNames | None = field(
-        default=None,
-        metadata={"help": f"Optimizer. None: {SFTConfig.optim}, or paged_adamw_8bit with memory=low."},
+    ddp_find_unused_parameters: bool | None = _option(
+        False, "Whether DDP looks for parameters without a gradient in every step. An adapter has none."
     )
-    activation_offloading: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Keep what the forward pass leaves for the backward pass (with gradient checkpointing each "
-            "layer's input) in main memory. None: true with memory=low, else false. Without a GPU it does nothing."
-        },
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Whether DDP looks for parameters without a gradient in every step. An adapter has none."},
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Set by the trainer to target_length; not to be set by hand."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bfloat16 mixed precision. None: true on a GPU that has it; an older GPU gets fp16."},
+    max_length: int | None = _option(None, "Set by the trainer to target_length; not to be set by hand.")
+    bf16: bool | None = _option(
+        None, "bfloat16 mixed precision. None: true on a GPU that has it; an older GPU gets fp16."
     )
 
     def __post_init__(self):
@@ -123,8 +113,8 @@ class CREAMConfig(SFTConfig):
         if self.sigma is not None and self.sigma <= 0:
             raise ValueError(f"sigma={self.sigma} must be above 0 (half-windows)")
         _one_of("memory", self.memory, MEMORY_SETTINGS)
-        _refuse_below(1, self, "per_device_train_batch_size", "per_device_eval_batch_size")
-        _refuse_below(1, self, "gradient_accumulation_steps")
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        _refuse_below(1, self, *sizes)
         self._check_lengths()
         self._refuse_packing()
         self._choose_memory()
@@ -145,9 +135,7 @@ class CREAMConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1 token")
-        for name in ("context_length", "eval_length"):
-            value = getattr(self, name)
-            if value is not None and self.target_length is not None and value > self.target_length:
+            if value is not None and value > (self.target_length or value):
                 raise ValueError(
                     f"{name}={value} is longer than target_length={self.target_length}: lower it, or raise the other"
                 )
@@ -161,7 +149,7 @@ class CREAMConfig(SFTConfig):
         """What `memory` decides, where it was left open. Chunked logits and 16-bit embeddings are for every setting."""
         low = self.memory == "low"
         if self.optim is None:
-            self.optim = OptimizerNames.PAGED_ADAMW_8BIT if low else SFTConfig.optim
+            self.optim = OptimizerNames.PAGED_ADAMW_8BIT if low else OptimizerNames(SFTConfig.optim)
         if self.activation_offloading is None:
             self.activation_offloading = low
         if low and not self.use_cpu:
@@ -175,11 +163,11 @@ class CREAMConfig(SFTConfig):
                     "Use short_documents=join to fill the window"
                 )
 
-    def resolve(self, pretrained_window: int) -> None:
-        """Fill the lengths left open from the base's pretrained window (tokens).
+    def resolve(self, pretrained_window: int) -> Lengths:
+        """Fill the lengths left open from the base's pretrained window (tokens). Once they are set, nothing changes.
 
         Raises:
-            ValueError: if target_length lies below the window while RoPE is to be scaled, or lengths contradict.
+            ValueError: if lengths contradict one another.
         """
         if self.target_length is None:
             self.target_length = DEFAULT_FACTOR * pretrained_window
@@ -189,33 +177,25 @@ class CREAMConfig(SFTConfig):
             self.eval_length = self.context_length
         self.max_length = self.target_length
         self._check_lengths()
-
-    def strategy_options(self) -> dict[str, Any]:
-        """Options that the position strategy takes beyond its contract."""
-        return {"sigma": self.sigma} if self.position_strategy == "cream" else {}
+        return Lengths(self.context_length, self.target_length, self.eval_length)
 
 
 @dataclass
 class CREAMModelArguments(ModelConfig):
     """TRL's ModelConfig with QLoRA on the attention layers as the default."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base model: a Hub id or a local folder, or cream-peft-tiny, the embedded one."}
+    model_name_or_path: str | None = _option(
+        None, "Base model: a Hub id or a local folder, or cream-peft-tiny, the embedded one."
     )
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "Precision of what is not quantized. None: bfloat16 on a GPU, float32 on a CPU."},
-    )
-    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; full fine-tuning is not offered."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    dtype: str | None = _option(None, "Precision of what is not quantized. None: bfloat16 on a GPU, float32 on a CPU.")
+    use_peft: bool = _option(True, "Train a LoRA adapter; full fine-tuning is not offered.")
+    lora_dropout: float = _option(0.0, "LoRA dropout.")
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
         metadata={"help": "Modules that get a LoRA adapter."},
     )
-    load_in_4bit: bool = field(default=True, metadata={"help": "Quantize the base to 4 bits when loading."})
-    use_bnb_nested_quant: bool = field(
-        default=True, metadata={"help": "Quantize the quantization constants too (double quantization)."}
-    )
+    load_in_4bit: bool = _option(True, "Quantize the base to 4 bits when loading.")
+    use_bnb_nested_quant: bool = _option(True, "Quantize the quantization constants too (double quantization).")
 
     def __post_init__(self):
         if not self.use_peft:
@@ -231,21 +211,17 @@ class CREAMModelArguments(ModelConfig):
 class CREAMDataArguments(ScriptArguments):
     """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, folder, or .jsonl, .json, .parquet, .txt file; cream-peft-tiny is the embedded one"},
+    dataset_name: str | None = _option(
+        None, "Hub id, folder, or .jsonl, .json, .parquet, .txt file; cream-peft-tiny is the embedded one"
     )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the data set."})
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split for evaluation. None: the documents held out by held_out_documents."}
+    dataset_revision: str | None = _option(None, "Commit, tag or branch of the data set.")
+    dataset_test_split: str | None = _option(  # ty: ignore[incompatible-attribute-override] None: no such split
+        None, "Split for evaluation. None: the documents held out by held_out_documents."
     )
-    held_out_documents: int = field(
-        default=0,
-        metadata={"help": "Documents taken off the training split for evaluation when dataset_test_split is None."},
+    held_out_documents: int = _option(
+        0, "Documents taken off the training split for evaluation when dataset_test_split is None."
     )
-    max_documents: int | None = field(
-        default=None, metadata={"help": "Use only the first so many documents. None: all of them."}
-    )
+    max_documents: int | None = _option(None, "Use only the first so many documents. None: all of them.")
 
     def __post_init__(self):
         _refuse_below(0, self, "held_out_documents")

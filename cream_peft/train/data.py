@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
@@ -19,16 +18,8 @@ from ..tiny import TINY_ID
 logger = logging.getLogger(__name__)
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
+ROLES = {"system": "system"} | dict.fromkeys(("human", "user"), "user")
+ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant")
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 PROBE = [
     {"role": "system", "content": "Be brief."},
@@ -63,18 +54,7 @@ def _load(name: str, split: str, kwargs: dict[str, Any]) -> Dataset | IterableDa
     if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
         return _split_of(load_from_disk(str(path)), name, split)
     if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise DataError(f"{name}: unknown file type {path.suffix!r}; use one of {', '.join(FILE_FORMATS)}")
-        _refuse_other_split(name, split)
-        options = {"sample_by": "document"} if path.suffix == ".txt" else {}
-        kwargs = {key: value for key, value in kwargs.items() if key == "streaming"}
-        if not path.stat().st_size:
-            raise DataError(f"{name} is empty: it must hold documents, a row each")
-        try:
-            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train", **options, **kwargs)
-        except (ValueError, DatasetGenerationError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise DataError(f"{name} cannot be read as {path.suffix[1:]}: {reason}") from error
+        return _load_file(path, name, split, streaming=bool(kwargs.get("streaming")))
     if not path.is_dir() and (path.suffix in FILE_FORMATS or path.is_absolute() or name.startswith((".", "~"))):
         raise DataError(f"no such file or folder: {name}")
     try:
@@ -83,6 +63,21 @@ def _load(name: str, split: str, kwargs: dict[str, Any]) -> Dataset | IterableDa
         if "split" in str(error):
             raise DataError(f"{name}: {error}") from error
         raise
+
+
+def _load_file(path: Path, name: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    if path.suffix not in FILE_FORMATS:
+        raise DataError(f"{name}: unknown file type {path.suffix!r}; use one of {', '.join(FILE_FORMATS)}")
+    _refuse_other_split(name, split)
+    if not path.stat().st_size:
+        raise DataError(f"{name} is empty: it must hold documents, a row each")
+    kind = FILE_FORMATS[path.suffix]
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    try:
+        return load_dataset(kind, data_files=str(path), split="train", streaming=streaming, **options)
+    except (ValueError, DatasetGenerationError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{name} cannot be read as {path.suffix[1:]}: {reason}") from error
 
 
 def _refuse_other_split(name: str, split: str) -> None:
@@ -98,7 +93,7 @@ def _split_of(loaded: Dataset | DatasetDict, name: str, split: str) -> Dataset:
         _refuse_other_split(name, split)
         return loaded
     if split not in loaded:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(loaded)}")
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(map(str, loaded))}")
     return loaded[split]
 
 
@@ -150,7 +145,7 @@ def _check_types(dataset: Dataset | IterableDataset, name: str, text_field: str)
         found = feature.dtype if isinstance(feature, Value) else "a list or a mapping"
         if column in ("input_ids", "messages", "conversations") and isinstance(feature, Value):
             raise DataError(f"{name}: the column {column} must hold a list in each row, it holds {found}")
-        if column == text_field and "input_ids" not in dataset.features and not is_text:
+        if column == text_field and "input_ids" not in (dataset.features or {}) and not is_text:
             raise DataError(f"{name}: the column {column} must hold text in each row, it holds {found}")
 
 
@@ -240,13 +235,11 @@ def fit_short_documents(dataset: Any, mode: str, context_length: int) -> Any:
 
 def _join(batch: dict[str, list], context_length: int) -> dict[str, list]:
     joined: dict[str, list] = {column: [] for column in batch}
-    group: dict[str, list] = {column: [] for column in batch}
-    last = len(batch["input_ids"]) - 1
-    for index in range(last + 1):
-        for column in batch:
-            group[column].append(np.asarray(batch[column][index]))
-        if sum(map(len, group["input_ids"])) >= context_length or index == last:
-            for column in batch:
-                joined[column].append(np.concatenate(group[column]))
-                group[column] = []
+    length = context_length
+    for index in range(len(batch["input_ids"])):
+        for column, rows in joined.items():
+            if length >= context_length:
+                rows.append([])
+            rows[-1].extend(batch[column][index])
+        length = len(joined["input_ids"][-1])
     return joined

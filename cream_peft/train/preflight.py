@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from peft import PeftModel
-from trl import SFTTrainer
 
 from .collator import ROW_COLUMN
 
 logger = logging.getLogger(__name__)
 
-PROOF_TOKENS = 64
+CHECKED_TOKENS = 64
 
 
 class PositionError(RuntimeError):
     """The model does not see what the position sampler drew."""
 
 
-def prove_positions(trainer: SFTTrainer) -> None:
-    """Show on this trainer's model, through its own loss, that positions arrive and attention crosses segments.
+def check_positions(trainer: Any) -> None:
+    """Check on this trainer's model, through its own loss, that positions arrive and attention crosses the segments.
 
-    Feeds the first tokens of one training document twice, the second time with other tokens in the head segment.
-    The rotary embedding must be given the drawn positions, and what the model makes of the last token must change.
+    Feeds the start of one training document to the CREAMTrainer's model twice, the second time with other tokens in
+    the head segment. The rotary embedding must get the drawn positions, and the last token's hidden state must change.
 
     Raises:
         PositionError: if either fails.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        logger.warning("positions are not proved before training: the model is not on one device yet")
+        logger.warning("positions are not checked before training: the model is not on one device yet")
         return
     row = next(iter(trainer.train_dataset))
-    input_ids = row["input_ids"][:PROOF_TOKENS]
+    input_ids = row["input_ids"][:CHECKED_TOKENS]
     example = {"input_ids": input_ids, "labels": input_ids, ROW_COLUMN: row.get(ROW_COLUMN, 0)}
     batch = trainer.data_collator([example])
     if "position_ids" not in batch:
@@ -59,7 +59,7 @@ def prove_positions(trainer: SFTTrainer) -> None:
         )
 
 
-def _observe(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _observe(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions [tokens] that the rotary embedding got, and the last token's hidden state, both on the CPU."""
     seen: dict[str, torch.Tensor] = {}
 

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import enum
 import json
+import os
 import re
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
 from trl import TrlParser
 
+from ..model.record import without_secrets
 from ..tiny import base_folder
 from .config import CREAMConfig, CREAMDataArguments, CREAMModelArguments
 
 EMBEDDED_RECIPE = base_folder().parent / "recipe.yaml"
 DATACLASSES = (CREAMDataArguments, CREAMConfig, CREAMModelArguments)
-# Where a run happened and with whose token is nobody's business but the user's.
-PRIVATE = {"hub_token", "push_to_hub_token", "output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "env"}
-KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
-KINDS |= {str: "text", list: "a list", dict: "a mapping"}
-REWORDED = (
-    (r"invalid int value: (?P<value>'.*')", "{key}={value} must be a whole number"),
-    (r"invalid float value: (?P<value>'.*')", "{key}={value} must be a number"),
-    (r"Truthy value expected: got (?P<value>.*?) but .*", "{key}='{value}' must be true or false"),
-    (r"expected .*argument", "--{key} needs a value"),
-)
-"""What argparse says of an argument, and what we say."""
+PRIVATE = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint"}
+"""Keys that say where a run happened; those of tokens are left out by `without_secrets`."""
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
 SHOWN_CHOICES = 12
 OTHER_NAMES = {
     "lora_rank": "lora_r",
@@ -43,6 +44,18 @@ OTHER_NAMES = {
     "dataset": "dataset_name",
 }
 """What other tools call a key that is spelt too differently here to be guessed."""
+REWORDED = (
+    (r"argument --config: expected .*", "--config needs a file: --config recipe.yaml"),
+    (r"argument --(?P<key>\w+)\S*: expected .*argument", "--{key} needs a value"),
+    (r"argument --(?P<key>\w+)\S*: invalid int value: (?P<value>'.*')", "{key}={value} must be a whole number"),
+    (r"argument --(?P<key>\w+)\S*: invalid float value: (?P<value>'.*')", "{key}={value} must be a number"),
+    (r"argument --(?P<key>\w+)\S*: Truthy value .* got (?P<value>.*) but .*", "{key}='{value}' must be true or false"),
+    (r"argument (?P<key>--\w+)\S*: (?P<text>.*)", "{key}: {text}"),
+    (r".* not used by .*\['(?P<word>[^']*\.ya?ml)'.*", "unexpected argument '{word}': did you mean --config {word}?"),
+    (r".* not used by .*\['(?P<word>.*?)'.*", "unexpected argument '{word}': write --key value"),
+    (r".*support bf16.*", "bf16=true needs a GPU that has it: leave bf16 out, it is then set as the machine can"),
+)
+"""What the parser and the dataclasses say, and what we say."""
 
 
 class RecipeError(ValueError):
@@ -62,53 +75,42 @@ class Recipe:
         """The settings that were written down, without tokens and paths: what cream.json and the card show."""
         parts = (self.data, self.run, self.model)
         found = {key: next(getattr(p, key) for p in parts if hasattr(p, key)) for key in self.keys}
-        return {key: _plain(value) for key, value in found.items() if key not in PRIVATE}
+        return without_secrets({key: value for key, value in found.items() if key not in PRIVATE})
 
 
-def _plain(value: Any) -> Any:
-    """A value for JSON and YAML: an enum's value, a path's last part."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items() if "token" not in str(key)}
-    is_path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or ("/" in value and Path(value).exists()))
-    return Path(value).name if is_path else value
+class RecipeParser(TrlParser):
+    """TrlParser of the three dataclasses, whose errors are exceptions: argparse prints 300 lines of usage first."""
 
+    def __init__(self, **kwargs: Any):
+        super().__init__(DATACLASSES, allow_abbrev=False, **kwargs)  # ty: ignore[invalid-argument-type] any iterable
+        self.add_argument("--config", metavar="FILE", help="Recipe; default: that of the embedded model.")
 
-class _Parser(TrlParser):
     def error(self, message: str):
-        # argparse would print some 300 lines of usage first, and names every option twice.
-        about = re.match(r"argument --(\w+)\S*: (.*)", message, re.DOTALL)
-        if about:
-            key, message = about.groups()
-            for pattern, line in REWORDED:
-                found = re.fullmatch(pattern, message)
-                if found:
-                    raise RecipeError(line.format(key=key, **found.groupdict()))
-            choice = re.match(r"invalid choice: '(.*)' \(choose from", message)
-            if choice:
-                raise _unknown_choice(key, choice[1], self._option_string_actions[f"--{key}"].choices)
-            message = f"--{key}: {message}"
-        raise RecipeError(message)
+        choice = re.match(r"argument --(\w+)\S*: invalid choice: '(.*)' \(choose from", message)
+        if not choice:
+            raise RecipeError(message)
+        key, value = choice.groups()
+        choices = [str(choice) for choice in self._option_string_actions[f"--{key}"].choices or ()]
+        remedy = f"use one of {', '.join(choices)}"
+        if len(choices) > SHOWN_CHOICES:
+            near = [other for other in choices if value in other] or difflib.get_close_matches(value, choices)
+            hint = f"did you mean {' or '.join(near[:2])}? " if near else ""
+            remedy = f"{hint}`cream-peft train --help` lists what there is"
+        raise RecipeError(f"{key}={value!r} is unknown: {remedy}")
 
 
-def _unknown_choice(key: str, value: Any, choices: Any) -> RecipeError:
-    choices = [str(choice) for choice in choices]
-    if len(choices) <= SHOWN_CHOICES:
-        return RecipeError(f"{key}={value!r} is unknown: use one of {', '.join(choices)}")
-    close = [choice for choice in choices if str(value) in choice] or difflib.get_close_matches(str(value), choices)
-    hint = f"did you mean {' or '.join(close[:2])}? " if close else ""
-    return RecipeError(f"{key}={value!r} is unknown: {hint}`cream-peft train --help` lists what there is")
-
-
-def _unknown(names: list[str], known: list[str], what: str) -> RecipeError:
+def _refuse_unknown(names: list[str], known: Collection[str], what: str) -> None:
     hints = []
-    for name in names:
-        meant = OTHER_NAMES.get(name.removeprefix("--"))
-        close = [name.replace(name.removeprefix("--"), meant)] if meant else difflib.get_close_matches(name, known, n=1)
-        hints.append(repr(name) + (f" (did you mean {close[0]!r}?)" if close else ""))
-    remedy = "" if all(hint.endswith("?)") for hint in hints) else "; `cream-peft train --help` lists what there is"
-    return RecipeError(f"unknown {what} {', '.join(hints)}{remedy}")
+    for name in (name for name in names if name not in known):
+        word = name.removeprefix("--")
+        # Each option is there with hyphens too.
+        shown = [other for other in known if "-" not in other.removeprefix("--")]
+        near = [name.replace(word, OTHER_NAMES[word])] if word in OTHER_NAMES else []
+        near = near or difflib.get_close_matches(name, shown, n=1)
+        hints.append(f"{name!r}{f' (did you mean {near[0]!r}?)' if near else ''}")
+    if hints:
+        remedy = "" if all(hint.endswith("?)") for hint in hints) else "; `cream-peft train --help` lists what there is"
+        raise RecipeError(f"unknown {what} {', '.join(hints)}{remedy}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -130,77 +132,47 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_keys_and_types(content: dict[str, Any], parser: TrlParser) -> None:
-    """Refuse what argparse lets pass in a file: unknown keys, values of another type, choices that do not exist."""
-    hints = {key: hint for dataclass in DATACLASSES for key, hint in typing.get_type_hints(dataclass).items()}
-    known = [field.name for dataclass in DATACLASSES for field in dataclasses.fields(dataclass)]
-    unknown = [str(key) for key in content if key not in known and key != "env"]
-    if unknown:
-        raise _unknown(unknown, known, "key")
-    choices = {action.dest: action.choices for action in parser._actions if action.choices}
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """Refuse a number, list or mapping of YAML where the field `key` takes another type; text is argparse's to read."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = {typing.get_origin(part) or part for part in (typing.get_args(hint) if is_union else (hint,))}
+    kinds |= {bool} if typing.Literal in kinds else set()
+    if type(value) in kinds or (type(value) is int and float in kinds):
+        return
+    # Lists and mappings may be written as text too, but nobody should have to.
+    shown = [words for kind, words in KINDS.items() if kind in kinds and not (kind is str and kinds & {list, dict})]
+    quotes = ": put it in quotes" if isinstance(value, bool | int | float) and shown == ["text"] else ""
+    raise RecipeError(f"{key}={value!r} must be {' or '.join(shown or ['text'])}{quotes}")
+
+
+def _as_options(content: dict[str, Any], parser: RecipeParser) -> list[str]:
+    """The recipe as a command line: text as options, and what YAML has typed already as the parser's new defaults."""
+    hints: dict[str, Any] = {"env": dict}
+    for dataclass in DATACLASSES:
+        found = typing.get_type_hints(dataclass)
+        hints |= {field.name: found[field.name] for field in dataclasses.fields(dataclass)}
+    _refuse_unknown([str(key) for key in content], hints, "key")
     for key, value in content.items():
-        if key in choices and isinstance(value, str) and value not in choices[key]:
-            raise _unknown_choice(key, value, choices[key])
-        # argparse converts text itself, and says where it cannot.
-        if key == "env" or isinstance(value, str):
-            continue
-        hint = hints[key]
-        parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        kinds = {typing.get_origin(part) or part for part in parts}
-        kinds |= {bool} if typing.Literal in kinds else set()
-        if type(value) not in kinds and not (type(value) is int and float in kinds):
-            # Lists and mappings may be written as text too, but nobody should have to.
-            kinds -= {str} if kinds & {list, dict} else set()
-            allowed = " or ".join(words for kind, words in KINDS.items() if kind in kinds)
-            quotes = ": put it in quotes" if isinstance(value, bool | int | float) and str in kinds else ""
-            raise RecipeError(f"{key}={value!r} must be {allowed}{quotes}")
+        if not isinstance(value, str) or key == "env":
+            _check_type(key, value, hints[key])
+    os.environ.update({key: str(value) for key, value in content.pop("env", {}).items()})
+    parser.set_defaults(**{key: value for key, value in content.items() if not isinstance(value, str)})
+    return [f"--{key}={value}" for key, value in content.items() if isinstance(value, str)]
 
 
-def _check_flags(arguments: list[str], parser: TrlParser) -> list[str]:
-    """The keys that the command line sets; options that do not exist and values that belong to none are refused."""
-    options = parser._option_string_actions
-    flags = [word.split("=")[0] for word in arguments if word.startswith("--")]
-    unknown = [flag for flag in flags if flag not in options]
-    if unknown:
-        known = [option for option in options if "-" not in option.removeprefix("--")]
-        raise _unknown(unknown, known, "option")
-    for word in arguments:
-        if word.startswith("{"):
-            try:
-                json.loads(word)
-            except json.JSONDecodeError as error:
-                raise RecipeError(f"{word} is not valid JSON: {error}") from error
-    return [options[flag].dest for flag in flags]
-
-
-def _split_config(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """The file that --config names, and the other arguments."""
-    path, rest = None, []
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != "--config":
-            rest.append(word)
-            continue
-        value = value if equals else next(words, "")
-        if not value or value.startswith("--"):
-            raise RecipeError("--config needs a file: --config recipe.yaml")
-        path = Path(value)
-    return path, rest
-
-
-def _in_plain_words(error: Exception, path: Path | None, flags: list[str]) -> RecipeError:
-    """`error` of the parser or of a dataclass, with the recipe's name before it unless it is about a flag."""
+def _in_plain_words(error: Exception, recipe: str, flags: list[str]) -> RecipeError:
+    """`error` of the parser or of a dataclass, after the recipe's name unless it is about a flag."""
+    if isinstance(error, json.JSONDecodeError):
+        return RecipeError(f"{error.doc} is not valid JSON: {error}")
     line = " ".join(str(error).split())
-    left_over = re.search(r"not used by the HfArgumentParser: \['(.*?)'", line)
-    if left_over:
-        word = left_over[1]
-        hint = f"did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else "write --key value"
-        return RecipeError(f"unexpected argument {word!r}: {hint}")
-    if "support bf16" in line:
-        line = "bf16=true needs a GPU that has it: leave bf16 out, it is then set as the machine can"
+    for pattern, reworded in REWORDED:
+        found = re.fullmatch(pattern, line)
+        if found:
+            line = reworded.format(**found.groupdict())
+            break
     about = re.match(r"(?:--)?(\w+)", line)
-    return RecipeError(line if path is None or (about and about[1] in flags) else f"{path}: {line}")
+    is_of_flags = line.startswith("unexpected argument") or (about and about[1] in flags)
+    return RecipeError(line if is_of_flags or not recipe else f"{recipe}: {line}")
 
 
 def parse_recipe(arguments: list[str]) -> Recipe:
@@ -209,13 +181,19 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     Raises:
         RecipeError: on an unreadable file, an unknown key, a value of the wrong type, or values that exclude others.
     """
-    path, arguments = _split_config(list(arguments))
-    content = _read_yaml(path or EMBEDDED_RECIPE)
-    parser = _Parser(DATACLASSES, allow_abbrev=False)
-    flags = _check_flags(arguments, parser)
+    parser, recipe = RecipeParser(), ""
+    options = parser._option_string_actions
+    given = [word.split("=")[0] for word in arguments if word.startswith("--")]
+    _refuse_unknown(given, options, "option")
+    flags = [options[option].dest for option in given]
     try:
-        _check_keys_and_types(content, parser)
-        data, run, model = parser.parse_args_and_config(["--config", str(path or EMBEDDED_RECIPE), *arguments])
+        path = parser.parse_known_args(arguments)[0].config
+        content = _read_yaml(EMBEDDED_RECIPE if path is None else Path(path))
+        # Only now: before, the message names the file itself.
+        recipe = path or ""
+        keys = [key for key in dict.fromkeys([*content, *flags]) if key not in ("env", "config")]
+        words = [*_as_options(content, parser), *arguments]
+        data, run, model, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except (ValueError, TypeError, KeyError) as error:
-        raise _in_plain_words(error, path, flags) from error
-    return Recipe(data, run, model, [key for key in dict.fromkeys([*content, *flags]) if key != "env"])
+        raise _in_plain_words(error, recipe, flags) from error
+    return Recipe(data, run, model, keys)  # ty: ignore[invalid-argument-type] TRL names a protocol, not the classes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from transformers import PrinterCallback, ProgressCallback
 from ..model.base import base_options, load_base, load_tokenizer, lora_config
 from ..model.record import peak_gib
 from ..publish.push import PushError
+from ..rope import pretrained_window
+from .config import Lengths
 from .data import DataError, load_documents, prepare_columns
 from .machine import base_config, check_machine, memory_explained, refuse_separate_runs
 from .recipe import Recipe, RecipeError
@@ -23,32 +25,45 @@ from .trainer import CREAMTrainer
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class RunSummary:
+    """What came of a training run."""
+
+    output_dir: str
+    steps: int
+    loss: float
+    """Mean over the run, in nats per token."""
+    seconds: float
+    peak_gib: float | None
+    """None without a GPU."""
+    redrawn: int
+    """Draws thrown away because they held no label."""
+    unlabelled: int
+    """Examples that went out without any label."""
+
+
 class _ProgressBar(ProgressCallback):
     """The progress bar with the loss in it, instead of a dictionary printed over it."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
-            # Shown from the start, unlike the libraries' bars (cli._quiet): the first step of a 7B takes a while.
+            # Shown from the start, unlike the libraries' bars: the first step of a 7B takes a while.
             self.training_bar.delay = 0
             self.training_bar.refresh()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate") if key in logs}
+            formats = {"loss": ".3f", "eval_loss": ".3f", "learning_rate": ".2e"}
             self.training_bar.set_postfix(
-                {key: f"{float(value):.2e}" if key == "learning_rate" else f"{float(value):.3f}"
-                 for key, value in shown.items()}
-            )  # fmt: skip
+                {key: format(float(logs[key]), style) for key, style in formats.items() if key in logs}
+            )
 
 
-def _load_tokenizer(recipe: Recipe) -> Any:
-    tokenizer = load_tokenizer(
-        recipe.model.model_name_or_path,
-        revision=recipe.model.model_revision,
-        trust_remote_code=recipe.run.trust_remote_code,
-    )
-    template = recipe.run.chat_template_path
+def _load_tokenizer(recipe: Recipe, name: str) -> Any:
+    run, template = recipe.run, recipe.run.chat_template_path
+    revision = recipe.model.model_revision
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=run.trust_remote_code)
     if template:
         # TRL also takes a model's name here, and then resizes the embeddings.
         if not Path(template).is_file() or Path(template).suffix not in (".jinja", ".j2"):
@@ -59,22 +74,22 @@ def _load_tokenizer(recipe: Recipe) -> Any:
 
 def load_data(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
     """(training documents, evaluation documents or None), with the columns of their format only."""
-    data, run = recipe.data, recipe.run
-    if data.dataset_name is None:
+    data, run, name = recipe.data, recipe.run, recipe.data.dataset_name
+    if name is None:
         raise RecipeError("dataset_name is missing: a Hub id, a local folder or a file")
     options = {"streaming": data.dataset_streaming, "name": data.dataset_config, "revision": data.dataset_revision}
     options = {key: value for key, value in options.items() if value}
 
     def load(split: str) -> Any:
-        documents = load_documents(data.dataset_name, split, **options)
+        documents = load_documents(name, split, **options)
         if data.max_documents:
             documents = documents.take(data.max_documents)
-        documents = prepare_columns(documents, data.dataset_name, tokenizer, run.dataset_text_field)
+        documents = prepare_columns(documents, name, tokenizer, run.dataset_text_field)
         is_text = not {"input_ids", "messages"} & set(documents.column_names or ())
         if is_text and not (tokenizer.eos_token or run.eos_token):
             raise DataError(
-                f"{data.dataset_name} holds text and the tokenizer has no end token to close it with: set eos_token to "
-                "one of its tokens, or give token ids in an input_ids column"
+                f"{name} holds text and the tokenizer has no end token to close it with: set eos_token to one of its "
+                "tokens, or give token ids in an input_ids column"
             )
         return documents
 
@@ -92,43 +107,30 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
     return documents.select(range(last)), documents.select(range(last, len(documents)))
 
 
-def _load_model(recipe: Recipe) -> Any:
-    return load_base(
-        recipe.model.model_name_or_path,
-        target_length=recipe.run.target_length,
-        rope_scaling_type=recipe.run.rope_scaling_type,
-        trust_remote_code=recipe.run.trust_remote_code,
-        revision=recipe.model.model_revision,
-        **base_options(recipe.model),
-    )
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint-N in `folder` that was written to its end; trainer_state.json comes last.
+    """The newest complete checkpoint-N in `folder`; trainer_state.json is written last.
 
-    By time, as transformers deletes them: a run that was begun afresh is not gone on with at the one before it.
+    By time, as transformers deletes them: a checkpoint of an earlier run in this folder may have a higher number.
     """
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
-            logger.warning("%s was cut off while it was written: left aside", path)
+            logger.warning("%s is incomplete: it is not used", path)
             continue
         return path
     return None
 
 
-def _checkpoint(recipe: Recipe) -> str | None:
-    """The checkpoint to go on from: `resume_from_checkpoint` names a folder, or is true for the newest."""
-    wanted = recipe.run.resume_from_checkpoint
+def _checkpoint(wanted: str | None, folder: Path) -> str | None:
+    """The checkpoint to resume from: `resume_from_checkpoint` names a folder, or is true for the newest in `folder`."""
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
-        found = newest_checkpoint(Path(recipe.run.output_dir))
-        afresh = f"no checkpoint in {recipe.run.output_dir} yet: starting afresh"
-        logger.info(f"resuming from {found}" if found else afresh)
-        return found and str(found)
+        found = newest_checkpoint(folder)
+        logger.info(f"resuming from {found}" if found else f"no checkpoint in {folder} yet: starting from step 0")
+        return str(found) if found else None
     if not Path(wanted).is_dir():
         raise RecipeError(f"resume_from_checkpoint={wanted}: no such folder")
     return str(wanted)
@@ -137,7 +139,9 @@ def _checkpoint(recipe: Recipe) -> str | None:
 def _make_output_dir(folder: Path, resuming: bool) -> None:
     """Before anything is downloaded or trained, find out whether the adapter can be written."""
     if not resuming and (newest_checkpoint(folder) or (folder / "cream.json").exists()):
-        logger.warning("%s holds an earlier run, which is overwritten; --resume_from_checkpoint true goes on", folder)
+        logger.warning(
+            "%s holds an earlier run, which is overwritten; --resume_from_checkpoint true resumes it", folder
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -146,26 +150,35 @@ def _make_output_dir(folder: Path, resuming: bool) -> None:
         raise RecipeError(f"output_dir={folder} cannot be written to: choose another")
 
 
-def run_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Train the recipe's adapter, save it complete in output_dir, and return a summary of the run."""
+def run_recipe(recipe: Recipe) -> RunSummary:
+    """Train the recipe's adapter and save it complete in output_dir."""
     if recipe.run.model_init_kwargs:
         raise RecipeError("model_init_kwargs is for Python: a recipe has dtype, attn_implementation, model_revision")
-    config = base_config(recipe)
+    config, folder = base_config(recipe), Path(str(recipe.run.output_dir))
+    lengths = recipe.run.resolve(pretrained_window(config))
     check_machine(recipe, config)
     refuse_separate_runs(recipe.run)
-    checkpoint = _checkpoint(recipe)
-    _make_output_dir(Path(recipe.run.output_dir), checkpoint is not None)
+    checkpoint = _checkpoint(recipe.run.resume_from_checkpoint, folder)
+    _make_output_dir(folder, checkpoint is not None)
     with memory_explained(recipe, config):
-        return _train(recipe, checkpoint)
+        trainer = _make_trainer(recipe, lengths)
+        return _train_and_save(trainer, checkpoint)
 
 
-def _train(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
-    """What `run_recipe` does once the recipe is checked."""
-    tokenizer = _load_tokenizer(recipe)
+def _make_trainer(recipe: Recipe, lengths: Lengths) -> CREAMTrainer:
+    run, name = recipe.run, str(recipe.model.model_name_or_path)
+    tokenizer = _load_tokenizer(recipe, name)
     documents, held_out = load_data(recipe, tokenizer)
-    run = recipe.run
+    model = load_base(
+        name,
+        target_length=lengths.target_length,
+        rope_scaling_type=run.rope_scaling_type,
+        trust_remote_code=run.trust_remote_code,
+        revision=recipe.model.model_revision,
+        **base_options(recipe.model),
+    )
     trainer = CREAMTrainer(
-        model=_load_model(recipe),
+        model=model,
         args=run,
         train_dataset=documents,
         eval_dataset=held_out if run.eval_strategy != "no" else None,
@@ -173,32 +186,38 @@ def _train(recipe: Recipe, checkpoint: str | None) -> dict[str, Any]:
         peft_config=lora_config(recipe.model),
     )
     trainer.recipe = recipe.settings()
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
     trainer.add_callback(_ProgressBar)
+    count = f"{len(documents):,} documents" if isinstance(documents, Dataset) else "a stream of documents"
+    length = f"{run.max_steps:,} steps" if run.max_steps > 0 else f"{run.num_train_epochs:g} epochs"
     logger.info(
-        "%s positions, %s tokens per example for a context of %s, RoPE scaling %s",
-        run.position_strategy, f"{run.context_length:,}", f"{run.target_length:,}", run.rope_scaling_type or "none",
-    )  # fmt: skip
-    start = time.perf_counter()
+        f"training {trainer.base_model_name()} for {length} on {count}: {run.position_strategy} positions, "
+        f"{lengths.context_length:,} tokens per example for a context of {lengths.target_length:,}, "
+        f"RoPE scaling {run.rope_scaling_type or 'none'}"
+    )
+    return trainer
+
+
+def _train_and_save(trainer: CREAMTrainer, checkpoint: str | None) -> RunSummary:
+    output_dir = str(trainer.args.output_dir)
     output = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
     try:
         trainer.save_model()
     except PushError as error:
         raise PushError(
-            f"the adapter is saved in {run.output_dir}, but not published: {error}. "
-            f"`cream-peft push --adapter {run.output_dir} --repo {trainer.hub_model_id}` publishes it"
+            f"the adapter is saved in {output_dir}, but not published: {error}. "
+            f"`cream-peft push --adapter {output_dir} --repo {trainer.hub_model_id}` publishes it"
         ) from error
     if trainer.base_is_local():
         logger.warning("the base is a local folder: before sharing the adapter set base_model_id, its Hub id")
-    counts = trainer.describe()["positions"]
-    return {
-        "output_dir": run.output_dir,
-        "steps": output.global_step,
-        "loss": output.training_loss,
-        "seconds": seconds,
-        "peak_gib": peak_gib(),
-        "redrawn": counts["redrawn"],
-        "unlabelled": counts["unlabelled"],
-    }
+    collator: Any = trainer.data_collator
+    return RunSummary(
+        output_dir=output_dir,
+        steps=output.global_step,
+        loss=output.training_loss,
+        seconds=trainer.seconds or 0.0,
+        peak_gib=peak_gib(),
+        redrawn=collator.redrawn(),
+        unlabelled=collator.unlabelled(),
+    )

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
-from torch import nn
-from transformers import TrainerCallback
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
 from .. import rope
 from ..model.base import (
     check_module_names,
+    embeddings_of,
     keep_4bit_trainable_on_cpu,
     keep_adapter_in_fp32,
     load_base,
     load_tokenizer,
     make_tokenizer_readable,
+    with_pad_token,
 )
-from ..model.record import fingerprint, machine, peak_gib, versions
+from ..model.record import Positions, Record, fingerprint, machine, peak_gib, public_name, versions
 from ..positions import SIGMA_PER_FACTOR
 from ..publish import push as hub
 from ..publish.card import write_card
@@ -35,7 +36,7 @@ from ..tiny import TINY_ID, base_folder
 from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
-from .preflight import prove_positions
+from .preflight import check_positions
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ class _SetEpoch(TrainerCallback):
 class CREAMTrainer(SFTTrainer):
     """SFTTrainer whose training examples are draws of CREAM positions (arXiv 2406.07138) from whole documents.
 
-    It takes SFTTrainer's arguments, with a CREAMConfig. What it changes: the base's RoPE is scaled to
-    `args.target_length`, the data collator is a CREAMDataCollator, adapters stay in fp32, and what it saves says how
-    the base was scaled. Evaluation runs at plain positions. The loss is TRL's own.
+    It takes SFTTrainer's arguments (`kwargs` are passed on), with a CREAMConfig. What it changes: the base's RoPE is
+    scaled to `args.target_length`, the data collator is a CREAMDataCollator, adapters stay in fp32, and what it saves
+    says how the base was scaled. Evaluation runs at plain positions. The loss is TRL's own.
 
     Raises:
         PositionError: from `train`, before the first step, if the drawn positions do not reach the model or attention
@@ -69,7 +70,23 @@ class CREAMTrainer(SFTTrainer):
     _tag_names = ["trl", "sft", "cream", "long-context"]
     _name = "CREAM"
 
-    def __init__(self, model, args: CREAMConfig | None = None, data_collator=None, train_dataset=None, **kwargs: Any):
+    args: CREAMConfig
+    model: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: CREAMConfig | None = None,
+        data_collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        callbacks: list[TrainerCallback] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
         args = args if args is not None else CREAMConfig()
         if not isinstance(args, CREAMConfig):
             raise TypeError(f"args must be a CREAMConfig, got {type(args).__name__}")
@@ -78,19 +95,15 @@ class CREAMTrainer(SFTTrainer):
             args.activation_offloading = False
         self.recipe: dict[str, Any] = {}
         self.seconds: float | None = None
-        model = self._scaled_model(model, args, kwargs.pop("quantization_config", None))
-        if kwargs.get("processing_class") is None:
-            kwargs["processing_class"] = load_tokenizer(model.config._name_or_path)
-        tokenizer = kwargs["processing_class"]
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+        base = self._scaled_model(model, args, quantization_config)
+        tokenizer = with_pad_token(processing_class or load_tokenizer(base.config._name_or_path))
         if isinstance(train_dataset, IterableDataset) and args.dataloader_num_workers:
             raise ValueError(
                 f"dataloader_num_workers={args.dataloader_num_workers} cannot go with a streamed data set: each worker "
                 "would number the documents anew. Set it to 0, or do not stream"
             )
         self._training_documents = train_dataset
-        handed_over = model.named_parameters() if isinstance(model, PeftModel) else ()
+        handed_over = base.named_parameters() if isinstance(base, PeftModel) else ()
         given = {name: p.detach().clone() for name, p in handed_over if p.requires_grad}
 
         served_template, template = tokenizer.chat_template, None
@@ -99,10 +112,14 @@ class CREAMTrainer(SFTTrainer):
             tokenizer.chat_template = template or served_template
         try:
             super().__init__(
-                model=model,
+                model=base,
                 args=args,
                 data_collator=data_collator or self._collator(args, tokenizer),
                 train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+                peft_config=peft_config,
                 **kwargs,
             )
         finally:
@@ -130,33 +147,30 @@ class CREAMTrainer(SFTTrainer):
                 "precision: set bf16 or fp16 to true on a GPU, dtype to float32 on a CPU, or leave it out"
             )
 
-    def _scaled_model(self, model: Any, args: CREAMConfig, quantization_config: Any) -> nn.Module:
+    def _scaled_model(self, model: Any, args: CREAMConfig, quantization_config: BitsAndBytesConfig | None) -> Any:
         if isinstance(model, str):
-            options = dict(args.model_init_kwargs or {})
+            options: dict[str, Any] = dict(args.model_init_kwargs or {})  # ty: ignore[no-matching-overload] no text by now
             if quantization_config is not None:
                 options["quantization_config"] = quantization_config
             model = load_base(model, load_in_4bit=False, **options)
             args.model_init_kwargs = None
-        unscaled = getattr(model, "unscaled_config", None) or copy.deepcopy(model.config)
-        args.resolve(rope.pretrained_window(unscaled))
+        unscaled: Any = getattr(model, "unscaled_config", None) or copy.deepcopy(model.config)
         self.pretrained_window = rope.pretrained_window(unscaled)
-        self.scaled_config = rope.scaled_config(unscaled, args.target_length, args.rope_scaling_type)
+        self.lengths = args.resolve(self.pretrained_window)
+        self.scaled_config = rope.scaled_config(unscaled, self.lengths.target_length, args.rope_scaling_type)
         rope.apply_scaling(model, self.scaled_config)
         model.unscaled_config = unscaled
-        self.base_fingerprint = fingerprint(model)
+        self.base_fingerprint = fingerprint(embeddings_of(model))
         return model
 
-    @staticmethod
-    def _collator(args: CREAMConfig, tokenizer: Any) -> CREAMDataCollator:
+    def _collator(self, args: CREAMConfig, tokenizer: Any) -> CREAMDataCollator:
         return CREAMDataCollator(
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-            context_length=args.context_length,
-            target_length=args.target_length,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            **self.lengths._asdict(),
             position_strategy=args.position_strategy,
-            strategy_options=args.strategy_options(),
+            strategy_options={"sigma": args.sigma} if args.position_strategy == "cream" else {},
             seed=args.data_seed if args.data_seed is not None else args.seed,
-            eval_length=args.eval_length,
-            pad_to_multiple_of=args.pad_to_multiple_of,
+            pad_to_multiple_of=args.pad_to_multiple_of,  # ty: ignore[invalid-argument-type] TRL has made it a number
         )
 
     # TRL prepares training and evaluation sets here; an evaluation set may be called "train", so the name says nothing.
@@ -178,11 +192,11 @@ class CREAMTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if ROW_COLUMN not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, ROW_COLUMN]
+        columns = self._signature_columns or []
+        self._signature_columns = columns if ROW_COLUMN in columns else [*columns, ROW_COLUMN]
 
     def train(self, *args: Any, **kwargs: Any):
-        self.prove_positions()
+        self.check_positions()
         start = time.perf_counter()
         output = super().train(*args, **kwargs)
         self.seconds = time.perf_counter() - start
@@ -190,80 +204,74 @@ class CREAMTrainer(SFTTrainer):
         losses = gather_object([output.training_loss])
         return output._replace(training_loss=sum(losses) / len(losses))
 
-    def prove_positions(self) -> None:
-        """Show that positions arrive and attention crosses the segments, see `proof.prove_positions`."""
-        prove_positions(self)
+    def check_positions(self) -> None:
+        """Check that positions reach the model and attention crosses the segments, see `preflight.check_positions`."""
+        check_positions(self)
 
     def base_model_name(self) -> str:
         """The base's public name: `base_model_id`, its Hub id, or a local folder's last part. Never a path."""
         name = self.args.base_model_id or self.unwrapped_config()._name_or_path
-        if name == str(base_folder()):
-            return TINY_ID
-        return Path(name).name if Path(name).exists() else name
+        return TINY_ID if name == str(base_folder()) else public_name(name)
 
     def base_is_local(self) -> bool:
-        """Whether the name above is a folder's, which says nobody where to find the base."""
+        """Whether that name is only the name of a folder, which says nobody where to find the base."""
         name = self.unwrapped_config()._name_or_path
         return self.args.base_model_id is None and name not in (TINY_ID, str(base_folder())) and Path(name).exists()
 
     def unwrapped_config(self):
         return self.accelerator.unwrap_model(self.model).config
 
-    def describe(self) -> dict[str, Any]:
-        """What cream.json says: how to scale the base, how positions were drawn, with which versions and seed."""
+    def describe(self) -> Record:
+        """The content of cream.json: how the base was scaled, how positions were drawn, what the run took."""
         args, collator = self.args, self.data_collator
-        positions: dict[str, Any] = {"strategy": type(collator).__name__}
+        positions = Positions(type(collator).__name__)
         if isinstance(collator, CREAMDataCollator):
             factor = collator.target_length / collator.context_length
             sigma = collator.strategy_options.get("sigma") or SIGMA_PER_FACTOR * factor
-            positions = {
-                "strategy": collator.position_strategy,
-                "context_length": collator.context_length,
-                "factor": factor,
-                "sigma": sigma if collator.position_strategy == "cream" else None,
-                "seed": collator.seed,
-                "short_documents": args.short_documents,
-                "redrawn": collator.redrawn(),
-                "unlabelled": collator.unlabelled(),
-            }
-        return {
-            "base_model": self.base_model_name(),
-            "base_is_local": self.base_is_local(),
-            "base_revision": getattr(self.unwrapped_config(), "_commit_hash", None),
-            "base_fingerprint": self.base_fingerprint,
-            "pretrained_window": self.pretrained_window,
-            "target_length": args.target_length,
-            "rope_scaling_type": args.rope_scaling_type,
-            "positions": positions,
-            "load_in_4bit": bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
-            "license": args.license,
-            "steps": self.state.global_step,
-            "first_step": getattr(getattr(self, "_set_epoch", None), "first_step", 0),
-            "seconds": self.seconds and round(self.seconds, 1),
-            "peak_gib": peak_gib(),
-            "machine": machine(),
-            "seed": args.seed,
-            "versions": versions(),
-            "recipe": self.recipe,
-        }
+            positions = Positions(
+                strategy=collator.position_strategy,
+                context_length=collator.context_length,
+                factor=factor,
+                sigma=sigma if collator.position_strategy == "cream" else None,
+                seed=collator.seed,
+                short_documents=args.short_documents,
+                redrawn=collator.redrawn(),
+                unlabelled=collator.unlabelled(),
+            )
+        return Record(
+            base_model=self.base_model_name(),
+            base_is_local=self.base_is_local(),
+            base_revision=getattr(self.unwrapped_config(), "_commit_hash", None),
+            base_fingerprint=self.base_fingerprint,
+            pretrained_window=self.pretrained_window,
+            target_length=args.target_length,
+            rope_scaling_type=args.rope_scaling_type,
+            positions=positions,
+            load_in_4bit=bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
+            license=args.license,
+            steps=self.state.global_step,
+            first_step=getattr(getattr(self, "_set_epoch", None), "first_step", 0),
+            seconds=self.seconds and round(self.seconds, 1),
+            peak_gib=peak_gib(),
+            machine=machine(),
+            seed=args.seed,
+            versions=versions(),
+            recipe=self.recipe,
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
         (folder / "training_args.bin").unlink(missing_ok=True)
         make_tokenizer_readable(folder)
         rope.save_base_config(self.scaled_config, folder)
-        adapter_config = folder / "adapter_config.json"
-        if adapter_config.is_file():
-            content = json.loads(adapter_config.read_text(encoding="utf-8"))
-            content["base_model_name_or_path"] = self.base_model_name()
-            adapter_config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        description = self.describe()
-        (folder / "cream.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        write_card(folder, description, self._public_name())
+        record = self.describe()
+        record.name_base_in(folder)
+        record.write(folder)
+        write_card(folder, record, self._public_name())
 
     def _public_name(self) -> str | None:
         return self.hub_model_id if self.args.push_to_hub else None
@@ -279,11 +287,11 @@ class CREAMTrainer(SFTTrainer):
                 "others find it"
             )
         if self.is_world_process_zero():
-            repo = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            repo = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
             private = self.args.hub_private_repo if private is None else private
             self.hub_model_id = hub.create_repository(repo, private=private, token=token or self.args.hub_token)
 
-    def push_to_hub(
+    def push_to_hub(  # ty: ignore[incompatible-method-override] its URL, where transformers returns a CommitInfo
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -293,7 +301,7 @@ class CREAMTrainer(SFTTrainer):
     ) -> str | None:
         """Publish the adapter in one commit, see `hub.push_folder`; returns the commit's URL. It always blocks."""
         self.save_model(_internal_call=True)
-        return self._push(self.args.output_dir, commit_message, token=token, revision=revision)
+        return self._push(str(self.args.output_dir), commit_message, token=token, revision=revision)
 
     def _push(self, folder: str, message: str | None, **options: Any) -> str | None:
         if self.hub_model_id is None:
@@ -303,7 +311,7 @@ class CREAMTrainer(SFTTrainer):
         options["token"] = options.get("token") or self.args.hub_token
         options["revision"] = options.get("revision") or self.args.hub_revision
         return hub.push_folder(
-            folder, self.hub_model_id, private=self.args.hub_private_repo, message=message, **options
+            folder, str(self.hub_model_id), private=self.args.hub_private_repo, message=message, **options
         )
 
     # transformers would write training_args.bin, with the token, once more, publish the root without base_config, and
