@@ -10,7 +10,7 @@ DEMO_MODELS := --samples 16 --output_dir $(DEMO)/results --compare "untouched ba
 .PHONY: help demo test test-slow lint base chat push bench-cpu smollm2 smollm2-compare reproduce tiny-base clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@ /{print "\n" substr($$0, 5)} /^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The constraints pin torch; for a user with a GPU the same pin brings the CUDA build.
 $(READY): pyproject.toml constraints.txt
@@ -18,6 +18,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+##@ try and use
 
 demo: $(READY)  ## extend the embedded tiny model on this CPU and show what changed (3 minutes at most)
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
@@ -34,16 +36,11 @@ demo: $(READY)  ## extend the embedded tiny model on this CPU and show what chan
 		$(patsubst %,$(DEMO)/results/%.json,untouched-base RoPE-scaling-alone plain-fine-tune CREAM)
 	@echo "The adapter is in $(DEMO)/cream"
 
-test: lint  ## lint, and the fast tests (10 minutes at most on two cores)
-	$(BIN)/python -m pytest -q
+push: $(READY)  ## publish an adapter: make push ADAPTER=DIR REPO=user/name RESULTS="FILE ..."
+	@test -n "$(ADAPTER)" -a -n "$(REPO)" || { echo 'error: make push ADAPTER=DIR REPO=user/name [RESULTS="FILE ..."]'; exit 2; }
+	$(BIN)/cream-peft push --adapter "$(ADAPTER)" --repo "$(REPO)" $(if $(RESULTS),--results $(RESULTS))
 
-test-slow: $(READY)  ## the tests that take longer
-	$(BIN)/python -m pytest -q -m slow
-
-lint: $(READY)  ## ruff (rules and format) and the type checker
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/ty check --python $(VENV)
+##@ recipes
 
 base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GPU)
 	$(BIN)/cream-peft train --config recipes/llama-2-7b/cream-4k-32k-qlora.yaml
@@ -55,22 +52,31 @@ smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (without a GPU
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
 	$(BIN)/python recipes/smollm2-135m-instruct/compare.py --first
 
-smollm2-compare: $(READY)  ## the same with other position strategies and RoPE scalings (hours, goes on where it stopped)
+smollm2-compare: $(READY)  ## the same with other position strategies and RoPE scalings (hours, resumes where it stopped)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
 	$(BIN)/python recipes/smollm2-135m-instruct/compare.py
 
-push: $(READY)  ## publish an adapter: make push ADAPTER=DIR REPO=user/name RESULTS="FILE ..."
-	@test -n "$(ADAPTER)" -a -n "$(REPO)" || { echo 'error: make push ADAPTER=DIR REPO=user/name [RESULTS="FILE ..."]'; exit 2; }
-	$(BIN)/cream-peft push --adapter "$(ADAPTER)" --repo "$(REPO)" $(if $(RESULTS),--results $(RESULTS))
-
-bench-cpu: $(READY)  ## time CREAMTrainer against SFTTrainer (AUTHORS=checkout of wutong4012/CREAM adds the sampler)
-	$(BIN)/python tests/bench_cpu.py --output runs/bench-cpu.json $(if $(AUTHORS),--authors $(AUTHORS))
-
-reproduce: $(READY)  ## every strategy and RoPE scaling on the tiny task (over an hour, goes on where it stopped)
+reproduce: $(READY)  ## every strategy and RoPE scaling on the tiny task (over an hour, resumes where it stopped)
 	$(BIN)/python recipes/cream-peft-tiny/reproduce.py --output runs/reproduce
 
 tiny-base: $(READY)  ## pretrain the embedded tiny model again (under 5 minutes)
 	$(BIN)/python recipes/cream-peft-tiny/make_base.py --output runs/tiny-base
+
+##@ developing
+
+test: lint  ## lint, and the fast tests (10 minutes at most on two cores)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)  ## the tests that take longer
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)  ## ruff (rules and format) and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV)
+
+bench-cpu: $(READY)  ## time CREAMTrainer against SFTTrainer (AUTHORS=checkout of wutong4012/CREAM adds the sampler)
+	$(BIN)/python tests/bench_cpu.py --output runs/bench-cpu.json $(if $(AUTHORS),--authors $(AUTHORS))
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs build *.egg-info

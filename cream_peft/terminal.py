@@ -1,14 +1,18 @@
-"""What a person reads: one style of table, libraries that keep quiet, progress bars that end before an error."""
+"""What a person types and reads: options, one style of table, libraries that keep quiet, progress bars that end."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import os
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 NOISE = {
     # A faster kernel that is looked for on the Hub; what is installed does.
@@ -27,6 +31,55 @@ NOISE = {
 }
 """Logger -> pattern of the lines that say nothing to a user."""
 NUMBER = r"[-+~]?[\d,.]+( ?(%|s|GiB|±.*))?|-|"
+
+
+COMMON: dict[str, dict[str, Any]] = {
+    "adapter": {"required": True, "metavar": "ID_OR_DIR", "help": "Hub id or folder of the adapter"},
+    "base_model": {"help": "folder or Hub id to take the base from, instead of the one that the adapter names"},
+    "config": {"metavar": "FILE", "help": "recipe, such as those under recipes/ (default: the embedded one)"},
+    "json": {"metavar": "FILE", "help": "write the same as JSON"},
+    "no_4bit": {"action": "store_true", "help": "load the base unquantized"},
+    "revision": {"help": "branch, tag or commit of the adapter's repository"},
+}
+"""Options that several commands have."""
+
+
+class UserError(ValueError):
+    """Something the user can mend; its message is the one line that is printed."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The options of a command, a function NAME_command whose docstring is the help, with those of COMMON named."""
+
+    def __init__(self, command: Any, *common: str, **settings: Any) -> None:
+        name = command.__name__.removesuffix("_command").replace("_", "-")
+        super().__init__(prog=f"cream-peft {name}", description=command.__doc__, allow_abbrev=False, **settings)
+        for option in common:
+            self.add_argument(f"--{option}", **COMMON[option])
+
+    def option(self, name: str, help: str, **settings: Any) -> None:
+        """Add --name, its default told in the help."""
+        if settings.get("default"):
+            shown = settings["default"] if settings.get("nargs") is None else " ".join(settings["default"])
+            help = f"{help} (default: {shown})"
+        names = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
+        self.add_argument(*names, help=help, **settings)
+
+    def error(self, message: str):
+        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def write_json(path: str | None, content: Any) -> None:
+    """Write what --json asks for, in the first process, and say so."""
+    if path and is_first_process():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"The same as JSON: {path}")
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], indent: int = 0) -> str:
@@ -79,3 +132,17 @@ def close_progress_bars() -> None:
     if "tqdm" in sys.modules:
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
+
+
+def typed_lines() -> Iterator[str]:
+    """What the user types, or what comes through a pipe, until it ends."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            # Meant for the answer that has just ended, perhaps; the document took long to read.
+            if not sys.stdin.isatty():
+                raise
+            print("\n/exit or Ctrl-D leaves")

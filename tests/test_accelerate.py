@@ -103,10 +103,10 @@ def test_a_base_that_zero_3_shares_out_is_not_put_on_one_gpu(monkeypatch, sharde
     assert asked.get("device_map") == (None if sharded else {"": 1})
 
 
-def test_the_config_for_ddp_and_readme_say_what_cpus_need():
+def test_the_config_for_ddp_and_its_page_say_what_cpus_need():
     ddp = (ROOT / "recipes" / "accelerate" / "ddp.yaml").read_text()
     assert "`--use_cpu true`" in ddp
-    assert "On CPUs add `--use_cpu true`" in (ROOT / "README.md").read_text()
+    assert "On CPUs add `--use_cpu true`" in (ROOT / "recipes" / "README.md").read_text()
 
 
 def test_processes_that_would_train_apart_are_refused_before_anything_is_written(monkeypatch, tmp_path, capsys):

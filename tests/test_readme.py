@@ -1,4 +1,4 @@
-"""What README says can be found: files, targets, keys, and figures in the JSON they link to."""
+"""What the pages say can be found: files, targets, commands, keys, and figures in the JSON that they link to."""
 
 import dataclasses
 import importlib.util
@@ -8,43 +8,123 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cream_peft.cli import COMMANDS
 from cream_peft.evals.results import Results, mean_by
 from cream_peft.train.recipe import DATACLASSES, EMBEDDED_RECIPE
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY, SMOLLM2 = ROOT / "recipes/cream-peft-tiny", ROOT / "recipes/smollm2-135m-instruct"
+PAGES = {
+    str(path.parent.relative_to(ROOT)): path
+    for folder in ("", "recipes", "cream_peft", "tests")
+    for path in sorted((ROOT / folder).rglob("README.md") if folder else ROOT.glob("README.md"))
+}
+"""Folder -> page."""
+README = PAGES["."].read_text(encoding="utf-8")
 
 
-def test_every_local_link_and_recipe_in_readme_exists():
-    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if not target.startswith("http")]
-    linked += re.findall(r"recipes/[\w./-]+\.yaml", README)
-    assert linked and [target for target in linked if not (ROOT / target).exists()] == []
+def page(folder):
+    return PAGES[folder].read_text(encoding="utf-8")
 
 
-def test_every_make_target_in_readme_exists():
-    targets = set(re.findall(r"`make ([a-z0-9-]+)", README)) | set(
-        re.findall(r"^make ([a-z0-9-]+)", README, re.MULTILINE)
-    )
+def without_code(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text):
+    """What a heading is called in a link: lower case, hyphens for spaces, nothing else."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_pages_are_all_there_and_readme_is_a_front_page():
+    wanted = {"recipes", "recipes/cream-peft-tiny", "recipes/smollm2-135m-instruct", "recipes/llama-2-7b"}
+    assert {".", "cream_peft/evals", "cream_peft/publish", "tests"} | wanted <= set(PAGES)
+    assert len(README.splitlines()) <= 170
+    linked = {target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", README)}
+    assert {f"{folder}/README.md" for folder in PAGES} - {"./README.md"} <= linked, "README leads to every page"
+
+
+@pytest.mark.parametrize("folder", PAGES)
+def test_every_local_link_of_a_page_exists(folder):
+    text = page(folder)
+    linked = [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("http")]
+    assert linked
+    for target in linked:
+        name, _, anchor = target.partition("#")
+        found = (ROOT / folder / name).resolve() if name else PAGES[folder]
+        assert found.exists() and found.is_relative_to(ROOT), f"{folder}: {target}"
+        assert not anchor or anchor in anchors(found.read_text(encoding="utf-8")), f"{folder}: {target}"
+    # In commands paths are those from a clone's root.
+    for path in re.findall(r"(?:recipes|tests)/[\w./-]+\.(?:yaml|py|json)", re.sub(r"\]\([^)]+\)", "", text)):
+        assert (ROOT / path).exists(), f"{folder}: {path}"
+
+
+@pytest.mark.parametrize("folder", PAGES)
+def test_every_make_target_and_every_command_of_a_page_exists(folder):
+    text = page(folder)
+    targets = set(re.findall(r"(?:`|^|&& )make ([a-z0-9-]+)", text, re.MULTILINE))
     defined = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"demo", "test"} <= targets <= defined
+    assert targets <= defined
+    commands = set(re.findall(r"(?:`|^)cream-peft ([a-z-]+)", text, re.MULTILINE))
+    assert commands <= set(COMMANDS)
+    if folder == ".":
+        assert {"demo", "test", "base", "chat"} <= targets and commands == set(COMMANDS)
+
+
+def test_the_recipes_table_says_what_the_recipes_say():
+    rows = re.findall(r"^\| \[[\w.-]+\]\((recipes/\S+\.yaml)\) \| (.*) \|$", README, re.MULTILINE)
+    every = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*-qlora.yaml")} - {
+        "recipes/accelerate/fsdp-qlora.yaml"
+    }
+    short = "recipes/smollm2-135m-instruct/cream-8k-32k-qlora.yaml"
+    assert {path for path, _ in rows} == every - {short} and len(rows) == 7
+    for path, cells in rows:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        recipe = yaml.safe_load(text)
+        base, lengths, scaling, peak = cells.split(" | ")
+        assert recipe["model_name_or_path"].endswith(base) and scaling == recipe["rope_scaling_type"]
+        assert lengths.endswith(f" to {recipe['target_length']:,}")
+        window = int(lengths.split(" to ")[0].replace(",", ""))
+        assert f"from {window:,} to {recipe['target_length']:,} tokens" in " ".join(text.replace("#", " ").split())
+        assert f"{peak} planned by cream-peft plan" in text
+
+
+def test_the_yaml_of_readme_is_a_recipe_of_ten_lines():
+    fields = {field.name for dataclass in DATACLASSES for field in dataclasses.fields(dataclass)}
+    lines = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    assert len(lines) <= 10 and set(yaml.safe_load("\n".join(lines))) <= fields
 
 
 def test_every_key_in_the_table_is_a_field_with_the_default_it_says():
     fields = {field.name: field for dataclass in DATACLASSES for field in dataclasses.fields(dataclass)}
-    recipe = README[README.index("A recipe is YAML") : README.index("Any key is also a flag")]
-    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| [^|]+ \| ([^|]+) \|$", recipe, re.MULTILINE)
-    assert len(rows) >= 9
+    text = page("recipes")
+    rows = re.findall(r"^\| (`[a-z0-9_`, ]+`) \| [^|]+ \| ([^|]+) \|$", text[: text.index("## Data")], re.MULTILINE)
+    told = {name for names, _ in rows for name in re.findall(r"`([a-z0-9_]+)`", names)}
+    ours = {name for dataclass in DATACLASSES for name in vars(dataclass).get("__annotations__", {})}
+    assert told >= ours - {"max_length", "use_peft"} and len(rows) >= 20
+    assert all(f"`{name}" in text for name in ours)
     for names, default in rows:
-        for name in re.findall(r"`([a-z_]+)`", names):
-            assert name in fields
-            if default.strip().startswith("`") and "max_position" not in default and "context_length" not in default:
-                assert fields[name].default == default.strip(" `")
+        for name in re.findall(r"`([a-z0-9_]+)`", names):
+            found = fields[name].default
+            if default == "`context_length`":
+                assert found is None
+            elif default.startswith("`"):
+                found = ", ".join(fields[name].default_factory()) if found is dataclasses.MISSING else found
+                assert (str(found).lower() if isinstance(found, bool) else str(found)) == default.strip("`"), name
+            else:
+                assert found is None or name == "dataset_revision", name
 
 
-@pytest.mark.parametrize("path", [EMBEDDED_RECIPE, *sorted((ROOT / "recipes").rglob("*.yaml"))], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [EMBEDDED_RECIPE, ROOT / "Makefile", *PAGES.values(), *sorted((ROOT / "recipes").rglob("*.yaml"))],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_no_file_names_a_path_of_a_machine(path):
-    assert not re.search(r"(^|[^A-Za-z0-9_.])/(home|root|work|tmp)/", path.read_text())
+    assert not re.search(r"(^|[^A-Za-z0-9_.])/(home|root|work|tmp)/", path.read_text(encoding="utf-8"))
 
 
 def printed(value):
@@ -53,13 +133,14 @@ def printed(value):
 
 
 def test_the_tables_of_the_reproduction_equal_its_json():
-    content = json.loads((ROOT / "recipes/cream-peft-tiny/results/reproduce.json").read_text())
+    text, content = page("recipes/cream-peft-tiny"), json.loads((TINY / "results/reproduce.json").read_text())
+    assert f"{content['planned_runs']} runs" in text and f"[{content['planned_runs']} runs]" in README
     assert content["finished_runs"] == content["planned_runs"] == len(content["runs"])
     seconds = sum(run["train_seconds"] + run["evaluation_seconds"] for run in content["runs"])
-    assert f"add up to {seconds / 2 / 60:.0f} minutes on two workers" in " ".join(README.split())
+    assert f"add up to {seconds / 2 / 60:.0f} minutes on two workers" in " ".join(text.split())
     rows = {(row["scaling"], row["strategy"], row["documents"]): row for row in content["summary"]["rows"]}
     pairs = {(row["scaling"], row["documents"], row["against"]): row for row in content["summary"]["cream_minus"]}
-    table, differences, crops = (README.split(head)[1].split("\n\n")[0] for head in (
+    table, differences, crops = (text.split(head)[1].split("\n\n")[0] for head in (
         "| RoPE scaling | untuned |", "| CREAM minus |", "| RoPE scaling | PoSE | CREAM |"))  # fmt: skip
     kinds = [("untuned", None), *((name, "window") for name in ("contiguous", "randpos", "pose", "cream")),
              ("full", "target")]  # fmt: skip
@@ -79,9 +160,6 @@ def test_the_tables_of_the_reproduction_equal_its_json():
         assert [cell.strip() for cell in cells[2]] == [printed(value) for value in found]
 
 
-SMOLLM2 = ROOT / "recipes/smollm2-135m-instruct"
-
-
 def test_the_figures_of_smollm2_equal_their_json():
     shown = {
         "`multikey_needle`, 5 cities": "ability/multikey_needle-5",
@@ -96,8 +174,7 @@ def test_the_figures_of_smollm2_equal_their_json():
     for start, name in shown.items():
         task = re.search(r"`(\w+)`", start)[1]
         means = mean_by(Results.read(SMOLLM2 / "results" / f"{name}.json").of_task(task), "length")
-        section = README[README.index("## A real chat model") :]
-        row = next(line for line in section.splitlines() if line.startswith(f"| {start}"))
+        row = next(line for line in page("recipes/smollm2-135m-instruct").splitlines() if line.startswith(f"| {start}"))
         told = re.findall(r"(\d[\d,]*): ([\d.]+)", row)
         told = {int(length.replace(",", "")): float(value) for length, value in told}
         assert set(means) == set(told)
@@ -110,10 +187,13 @@ def test_the_comparison_of_smollm2_is_what_its_script_makes_of_the_json(name):
     compare = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = compare
     spec.loader.exec_module(compare)
-    lines = compare.table(json.loads((SMOLLM2 / f"results/{name}.json").read_text()))
-    assert len(lines) > 4 and all(line in README for line in lines if line.startswith("|"))
+    text, lines = (
+        page("recipes/smollm2-135m-instruct"),
+        compare.table(json.loads((SMOLLM2 / f"results/{name}.json").read_text())),
+    )
+    assert len(lines) > 4 and all(line in text for line in lines if line.startswith("|"))
     if name == "cpu":
-        quoted = re.findall(r"^\w+, [\d,]+ tokens, .*: CREAM minus .*$", README, re.MULTILINE)
+        quoted = re.findall(r"^\w+, [\d,]+ tokens, .*: CREAM minus .*$", text, re.MULTILINE)
         assert quoted and set(quoted) <= set(lines)
 
 
@@ -125,31 +205,71 @@ def test_the_planned_figures_equal_what_plan_wrote():
         return terms["total"] - terms["cuda_context"]
 
     rows = {
-        "| default | 8 GB": "7b-default",
-        "| `memory: low` | 8 GB": "7b-low",
+        "| 7B, default | 8 GB": "7b-default",
+        "| 7B, `memory: low` | 8 GB": "7b-low",
         "| 13B, default | 16 GB": "13b-default",
         "| 13B, `memory: low` | 12 GB": "13b-low",
     }
+    text = page("recipes/llama-2-7b")
     for row, name in rows.items():
-        assert f"{row} | {without_context(name, 'terms'):.2f} GiB |" in README
+        assert f"{row} | {without_context(name, 'terms'):.2f} GiB |" in text
     for cache, row in (("default", "16-bit cache | 24 GB"), ("quantized", "4-bit cache | 12 GB")):
-        assert f"{row} | {without_context('7b-default', 'evaluation', 'terms', cache):.1f} GiB" in README
+        assert f"{row} | {without_context('7b-default', 'evaluation', 'terms', cache):.1f} GiB |" in text
 
 
-DEMO_TASKS = ("recall", "kv_retrieval", "needle")
+DEMO_TASKS = ("recall", "kv_retrieval")
 
 
-def test_the_figures_of_demo_and_bench_equal_their_json():
-    demo = json.loads((ROOT / "recipes/cream-peft-tiny/results/demo.json").read_text())
+def test_the_figures_of_the_demo_equal_their_json():
+    demo = json.loads((TINY / "results/demo.json").read_text())
+    assert len(demo["results"]) == 4
     for label, result in demo["results"].items():
         of_task = {task: mean_by(Results.parse(result).of_task(task), "length") for task in DEMO_TASKS}
-        means = [*of_task["recall"].values(), *(of_task[task][2048] for task in DEMO_TASKS[1:])]
-        assert f"| {label} | {' | '.join(f'{value:.2f}' for value in means)} |" in README
-    clone = json.loads((ROOT / "recipes/cream-peft-tiny/results/fresh-clone.json").read_text())
+        recall = [f"{value:.2f}" for value in of_task["recall"].values()]
+        one_key = f"{of_task['kv_retrieval'][2048]:.2f}"
+        assert f"| {label} | {' | '.join(recall)} |\n" in README
+        assert f"| {label} | {' | '.join([*recall, one_key])} |\n" in page("recipes/cream-peft-tiny")
+    clone = json.loads((TINY / "results/fresh-clone.json").read_text())
     seconds = [round(clone[name]) for name in ("setup_seconds", "demo_seconds", "test_seconds")]
-    assert "set-up took {} s, the demo {} s and the tests {} s".format(*seconds) in README
-    bench = json.loads((ROOT / "recipes/cream-peft-tiny/results/bench-cpu.json").read_text())
-    assert f"takes {bench['trainer']['ratio_of_medians']:.2f} times as long" in README
-    assert f"{bench['sampler']['median_times_faster']:.0f} times faster than the authors'" in README
-    one, batch = (bench["answers"][name]["median_times_faster"] for name in ("one document", "a batch"))
-    assert f"2,048 tokens {one:.1f} times as fast" in README and f"eight documents is {batch:.1f} times" in README
+    told = "set-up took {} s, the demo {} s and `make test` {} s".format(*seconds)
+    assert told in " ".join(README.split())
+
+
+def test_the_figures_of_speed_equal_their_json():
+    text, bench = page("recipes/cream-peft-tiny"), json.loads((TINY / "results/bench-cpu.json").read_text())
+    ratio, times = bench["trainer"]["ratio_of_medians"], bench["answers"]["one document"]["median_times_faster"]
+    assert f"takes {ratio:.2f} times as long" in text and f"takes {ratio:.2f} times as long" in README
+    first = [bench["trainer"][f"ratio_when_{name}_trainer_goes_first"] for name in ("cream", "sft")]
+    assert "({:.2f} and {:.2f}, ".format(*first) in text and f"median of {bench['trainer']['steps']} steps" in text
+    assert f"{bench['sampler']['median_times_faster']:.0f} times faster than the authors'" in text
+    assert f"2,048 tokens {times:.1f} times as fast" in text
+
+
+def test_the_figures_of_merging_and_of_llama_cpp_equal_their_json():
+    text = page("cream_peft/publish")
+    plain, small = json.loads((ROOT / "tests/measured/merge.json").read_text())["runs"]
+    rows = {"`cream-peft merge`": plain["merge_adapter"], "PEFT's `merge_and_unload`": plain["merge_and_unload"]}
+    rows["`cream-peft merge --max_shard_size 250MB`"] = small["merge_adapter"]
+    for label, run in rows.items():
+        told = re.search(rf"^\| {re.escape(label)} \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE).groups()
+        assert [float(value) for value in told] == pytest.approx(
+            [run["peak_gib"], run["peak_anonymous_gib"]], abs=0.0051
+        )
+    assert f"a model of {plain['model_gib']:.2f} GiB" in text
+    assert f"anonymous memory {plain['merge_adapter']['start_anonymous_gib']:.2f} GiB are the imports" in text
+    gguf = json.loads((ROOT / "tests/measured/gguf.json").read_text())
+    # Those with a note are files of fewer bits, and controls.
+    runs = [run for run in gguf["runs"].values() if "note" not in run]
+    assert len(runs) >= 6
+    pairs = [(run["llama_cpp_beyond_window"]["mean"], run["control_beyond_window"]["mean"]) for run in runs]
+    largest = max(ours for ours, _ in pairs)
+    assert largest <= float(re.search(r"within ([\d.]+) nats", text)[1]) <= largest + 1e-5
+    assert min(control / ours for ours, control in pairs) > 4000 and "over 4,000 times nearer" in text
+    assert gguf["versions"]["llama.cpp"].split()[0] in text
+
+
+def test_the_time_and_the_adapter_of_smollm2_equal_their_json():
+    text, clone = page("recipes/smollm2-135m-instruct"), json.loads((SMOLLM2 / "results/fresh-clone.json").read_text())
+    assert f"took {clone['seconds'] / 60:.0f} minutes on a fresh clone" in text
+    earlier = clone["adapter_model_sha256_of_an_earlier_training_in_another_checkout"]
+    assert "bit for bit" in text and clone["adapter_model_sha256"] == earlier

@@ -79,8 +79,10 @@ class Results:
         """One results file.
 
         Raises:
-            ValueError: if the file is not one.
+            ValueError: if it is not there, or no results file.
         """
+        if not Path(path).is_file():
+            raise ValueError(f"no such results file: {path}; `cream-peft evaluate` writes them")
         lost = f"{path} is not a results file of `cream-peft evaluate`, as they lie in its --output_dir"
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))

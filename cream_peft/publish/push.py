@@ -143,8 +143,6 @@ def _read_results(files: Iterable[str | Path], folder: Path, record: Record) -> 
     """Label -> results; at least one of them must have been measured on this adapter as it is now."""
     results: dict[str, Results] = {}
     for file in files:
-        if not Path(file).is_file():
-            raise PushError(f"no such results file: {file}; `cream-peft evaluate` writes them")
         result = Results.read(file)
         label = result.settings.label or Path(file).stem
         if label in results:
