@@ -387,8 +387,7 @@ def test_where_the_plan_says_it_fits_the_change_saves_a_tenth():
     for gib in (None, 23.6):
         line = plan.out_of_memory_note(config, Training(**SETTINGS), gib)
         keys = dict(change.split(": ") for change in line.rpartition("set ")[2].split(", "))
-        named = {"activation_offloading": "activation_offloading"}
-        changes = {named.get(key, key): value == "true" or value for key, value in keys.items()}
+        changes = {key: value == "true" or value for key, value in keys.items()}
         whole, less = (estimate(config, **SETTINGS | change)["total"] - 0.75 for change in ({}, changes))
         assert changes and less <= 0.9 * whole and ("by plan it fits" in line) == (gib is not None)
 

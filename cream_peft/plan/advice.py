@@ -102,7 +102,8 @@ def out_of_memory_note(config: PreTrainedConfig, settings: Settings, gib: float 
     """What the settings need against the `gib` GiB that this process may have (None: not known), CUDA's context not
     counted in either, and what to change: where the plan says it fits, so that a tenth is saved."""
     terms = settings.terms(config)
-    context, needed = terms.pop("cuda_context"), terms.pop("total") - terms["cuda_context"]
+    context = terms.pop("cuda_context")
+    needed = terms.pop("total") - context
     largest = max(terms, key=lambda name: terms[name])
     there = "" if gib is None else f", and the GPU has {gib:.1f} GiB for it"
     changes = advise(config, min(0.9 * needed, needed if gib is None else gib) + context, settings)
