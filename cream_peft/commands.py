@@ -65,8 +65,8 @@ def train(arguments: list[str]) -> None:
 
 def evaluate_parser() -> argparse.ArgumentParser:
     """The options of `cream-peft evaluate`."""
-    from .evals import TASKS
     from .evals.prompts import STYLES
+    from .evals.tasks import TASKS
 
     parser = _Parser(prog="cream-peft evaluate", description=evaluate.__doc__, allow_abbrev=False)
     parser.add_argument(

@@ -32,9 +32,9 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from cream_peft import CREAMConfig, CREAMDataCollator, CREAMTrainer
-from cream_peft.evals import embedded
-from cream_peft.evals.answers import answers, scored_answers
-from cream_peft.evals.prompts import Writer
+from cream_peft.evals.answers import scored_answers
+from cream_peft.evals.prompts import Case, Writer
+from cream_peft.evals.recall import embedded_kv_prompt
 from cream_peft.model.base import load_base, load_tokenizer
 from cream_peft.model.record import machine, versions
 from cream_peft.tiny import TINY_ID
@@ -183,29 +183,24 @@ def plain_answers(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[
 
 
 def bench_answers(rounds: int) -> dict[str, Any]:
-    """Tokens of prompts per second: five keys of one document of 2,048 tokens, and eight needles, one document each."""
+    """Tokens of prompts per second: five keys of one document of 2,048 tokens."""
     tokenizer = load_tokenizer(TINY_ID)
     model = load_base(TINY_ID, target_length=TARGET, rope_scaling_type="ntk", load_in_4bit=False).eval()
     writer = Writer(tokenizer, "plain")
-    keys = [embedded.kv_prompt(writer, TARGET, depth, 0, 0) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    needles = [embedded.needle_prompt(writer, TARGET, 0.5, index, 0) for index in range(8)]
-    found = {}
-    for name, asked in (("one document", keys), ("a batch", needles)):
-        seconds: dict[str, list[float]] = {"evaluate": [], "generate": []}
-        prompts, expected = [prompt.tokens for prompt in asked], [prompt.reply for prompt in asked]
-        for _ in range(rounds):
-            start = time.perf_counter()
-            if asked is keys:
-                ours = [reply for reply, _ in scored_answers(model, tokenizer, prompts, expected, answer_tokens=1)]
-            else:
-                ours = answers(model, tokenizer, prompts, answer_tokens=1)
-            middle = time.perf_counter()
-            theirs = plain_answers(model, tokenizer, prompts)
-            seconds["evaluate"].append(middle - start)
-            seconds["generate"].append(time.perf_counter() - middle)
-            assert ours == theirs
-        tokens, ratios = sum(map(len, prompts)), [b / a for a, b in zip(*seconds.values(), strict=True)]
-        found[name] = {
+    asked = [embedded_kv_prompt(writer, Case(TARGET, depth, 0, 0, 1)) for depth in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    prompts = [prompt.tokens for prompt in asked]
+    seconds: dict[str, list[float]] = {"evaluate": [], "generate": []}
+    for _ in range(rounds):
+        start = time.perf_counter()
+        ours = [reply for reply, _ in scored_answers(model, tokenizer, asked, answer_tokens=1)]
+        middle = time.perf_counter()
+        theirs = plain_answers(model, tokenizer, prompts)
+        seconds["evaluate"].append(middle - start)
+        seconds["generate"].append(time.perf_counter() - middle)
+        assert ours == theirs
+    tokens, ratios = sum(map(len, prompts)), [b / a for a, b in zip(*seconds.values(), strict=True)]
+    return {
+        "one document": {
             "prompts": len(prompts),
             "tokens": tokens,
             "tokens_per_second_evaluate": tokens / statistics.median(seconds["evaluate"]),
@@ -213,7 +208,7 @@ def bench_answers(rounds: int) -> dict[str, Any]:
             "times_faster": ratios,
             "median_times_faster": statistics.median(ratios),
         }
-    return found
+    }
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,23 +18,26 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.utils import is_hqq_available
 
 from cream_peft.evals import answers as generation
-from cream_peft.evals.kv_retrieval import PAPER_POSITIONS, kv_prompt, kv_retrieval
-from cream_peft.evals.longchat_lines import ADJECTIVES, NOUNS, PAPER_LENGTHS, _lines, lines_prompt, longchat_lines
-from cream_peft.evals.multikey_needle import multikey_needle, multikey_prompt
-from cream_peft.evals.needle import NEEDLE, SENTENCES, needle, needle_prompt, split_sentences
-from cream_peft.evals.passkey import passkey, passkey_prompt
+from cream_peft.evals.kv_retrieval import PAPER_POSITIONS
+from cream_peft.evals.longchat_lines import drawn_lines
+from cream_peft.evals.needle import NEEDLE, split_sentences
 from cream_peft.evals.perplexity import perplexity, windows
-from cream_peft.evals.prompts import TaskError, Writer, dump_prompts, first_integer, generator
+from cream_peft.evals.prompts import WORDS, Case, Prompt, TaskError, Writer, dump_prompts, first_integer, prompt_rng
+from cream_peft.evals.tasks import TASKS as ALL_TASKS
+from cream_peft.evals.tasks import Task
 from cream_peft.model.base import load_base
+from cream_peft.model.kv_cache import new_cache
 from cream_peft.tiny import TINY_ID
 
 CHAT = (
     "<s>{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% if enable_thinking is not false %} <think>{% endif %}{% endif %}"
 )
-TASKS = {"kv_retrieval": kv_retrieval, "longchat_lines": longchat_lines, "needle": needle, "passkey": passkey}
-PROMPTS = dict(zip(TASKS, (kv_prompt, lines_prompt, needle_prompt, passkey_prompt), strict=True))
-TASKS["multikey_needle"] = multikey_needle
+TASKS = {name: task for name, task in ALL_TASKS.items() if isinstance(task, Task)}
+PROMPTS = ("kv_retrieval", "longchat_lines", "needle", "passkey")
+kv_retrieval, needle, passkey = TASKS["kv_retrieval"], TASKS["needle"], TASKS["passkey"]
+ENDS = re.compile(r"(?:Corresponding value:|REGISTER_CONTENT> is|\nAnswer:|The pass key is)(.*)", re.DOTALL)
+"""How the prompts end: what follows is a reply."""
 QUESTIONS = {
     "kv_retrieval": (r'Key: "(.*)"', r'"{}": "(.*?)"'),
     "longchat_lines": (r"in line (\S+)\?", r"line {}: REGISTER_CONTENT is <(\d+)>"),
@@ -56,31 +60,37 @@ def bytes_tokenizer(chat_template=None):
     return tokenizer
 
 
+def prompt_of(task, writer, length, depth, index=0, seed=0, *, answer_tokens=None, depths=(), **options):
+    room = answer_tokens or TASKS[task].answer_tokens
+    return TASKS[task].prompt(writer, Case(length, depth, index, seed, room, depths), **options)
+
+
 class Reader:
     """A model whose answers are known: right where `knows` says so of the answer's place in the prompt."""
 
     def __init__(self, tokenizer, task, knows=lambda place: True, reply=" {}\nand on it goes"):
         self.tokenizer, self.question, self.knows, self.reply = tokenizer, QUESTIONS[task], knows, reply
-        self.device, self.config, self.fed = "cpu", None, []
-        self.generation_config = type("Settings", (), {"eos_token_id": None})
+        self.device, self.config, self.fed, self.read = "cpu", None, [], []
+        self.generation_config = SimpleNamespace(eos_token_id=None)
 
-    def __call__(self, input_ids, past_key_values, logits_to_keep, **others):
+    def __call__(self, input_ids, attention_mask, past_key_values, logits_to_keep, **others):
+        self.read[past_key_values.get_seq_length() :] = input_ids[0].tolist()
+        assert attention_mask.shape == (1, len(self.read)) and attention_mask.all()
         past_key_values.update(*torch.zeros(2, 1, 1, input_ids.shape[1], 1), 0)
-        return SimpleNamespace(logits=torch.zeros(1, logits_to_keep, len(self.tokenizer)))
-
-    def generate(self, input_ids, attention_mask, generation_config, **others):
-        rows = []
-        for ids, mask in zip(input_ids, attention_mask, strict=True):
-            self.fed.append(int(mask.sum()))
-            text = self.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
-            asked = re.findall(self.question[0], text)[-1]
-            found = re.search(self.question[1].format(re.escape(asked)), text)
-            answer = found.group(1) if self.knows(found.start() / len(text)) else "7"
+        logits = torch.zeros(1, logits_to_keep, len(self.tokenizer))
+        text = self.tokenizer.decode(self.read, skip_special_tokens=True)
+        asked = list(re.finditer(self.question[0], text))
+        end = ENDS.search(text, asked[-1].end()) if asked else None
+        if end:
+            answered = len(self.tokenizer(end.group(1), add_special_tokens=False)["input_ids"])
+            if not answered:
+                self.fed.append(len(self.read))
+            found = re.search(self.question[1].format(re.escape(asked[-1].group(1))), text)
+            answer = found.group(1) if self.knows(found.start() / end.start(1)) else "7"
             reply = self.tokenizer(self.reply.format(answer), add_special_tokens=False)["input_ids"]
-            rows.append(reply[: generation_config.max_new_tokens])
-        width = max(map(len, rows))
-        rows = [row + [generation_config.pad_token_id] * (width - len(row)) for row in rows]
-        return torch.cat([input_ids, torch.tensor(rows)], dim=1)
+            if answered < len(reply):
+                logits[0, -1, reply[answered]] = 1.0
+        return SimpleNamespace(logits=logits)
 
 
 @pytest.fixture
@@ -115,7 +125,7 @@ def llama(make_model, tokenizer):
 )
 def test_accuracy_by_depth_has_the_known_answer(reading, tokenizer, task, knows, expected):
     model = Reader(tokenizer, task, knows)
-    cells = list(TASKS[task](model, tokenizer, 3000, 5, 0, depths=[0.0, 0.5, 1.0], batch_size=2))
+    cells = list(TASKS[task](model, tokenizer, 3000, 5, 0, depths=[0.0, 0.5, 1.0]))
     assert [cell["value"] for cell in cells] == expected
     assert [cell["depth"] for cell in cells] == [0.0, 0.5, 1.0]
     for cell in cells:
@@ -148,22 +158,22 @@ def test_a_killed_run_goes_on_with_the_depths_that_are_missing(reading, tokenize
 @pytest.mark.parametrize("style", ["plain", "chat", "vicuna"])
 def test_a_prompt_fills_its_length_and_leaves_room_for_the_answer(task, style):
     tokenizer = bytes_tokenizer(CHAT)
-    writer, make = Writer(tokenizer, style), PROMPTS[task]
+    writer = Writer(tokenizer, style)
     unit = {"kv_retrieval": 81, "longchat_lines": 60, "needle": 110, "passkey": 90}[task]
     for length in (1000, 2000, 4321, 20_000):
-        prompt = make(writer, length, 0.5, 0, 0, answer_tokens=40)
+        prompt = prompt_of(task, writer, length, 0.5, answer_tokens=40)
         assert length - 40 - unit < len(prompt.tokens) <= length - 40
         assert prompt.tokens == tokenizer(prompt.text, add_special_tokens=style != "chat")["input_ids"]
         assert prompt.tokens.count(tokenizer.bos_token_id) == 1 and prompt.answer in prompt.text
     with pytest.raises(TaskError, match=r"length 60 is too short for 1 \w+: they take .* of at least") as error:
-        make(writer, 60, 0.5, 0, 0, answer_tokens=40)
+        prompt_of(task, writer, 60, 0.5, answer_tokens=40)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("task", PROMPTS)
 def test_a_prompt_is_a_pure_function_of_seed_length_depth_and_index(tokenizer, task):
     def text(*place):
-        return PROMPTS[task](Writer(tokenizer), *place).text
+        return prompt_of(task, Writer(tokenizer), *place).text
 
     usual = text(1500, 0.5, 3, 7)
     text(1500, 0.5, 2, 7)
@@ -176,7 +186,7 @@ def test_a_prompt_is_a_pure_function_of_seed_length_depth_and_index(tokenizer, t
 @pytest.mark.parametrize("task", PROMPTS)
 def test_the_answer_stands_at_its_depth(tokenizer, task):
     for depth in (0.0, 0.3, 1.0):
-        prompt = PROMPTS[task](Writer(tokenizer), 8000, depth, 0, 0)
+        prompt = prompt_of(task, Writer(tokenizer), 8000, depth)
         asked = re.findall(QUESTIONS[task][0], prompt.text)[-1]
         found = re.search(QUESTIONS[task][1].format(asked), prompt.text)
         assert found.group(1) == prompt.answer
@@ -184,7 +194,7 @@ def test_the_answer_stands_at_its_depth(tokenizer, task):
 
 
 def test_the_kv_prompt_is_lost_in_the_middles(tokenizer):
-    prompt = kv_prompt(Writer(tokenizer), 4000, 0.5, 0, 0, keys=3)
+    prompt = prompt_of("kv_retrieval", Writer(tokenizer), 4000, 0.5, 0, 0, keys=3)
     pairs = re.findall(r'"([0-9a-f-]{36})": "([0-9a-f-]{36})"', prompt.text)
     (first, one), (second, two), (third, three) = pairs
     assert prompt.text == (
@@ -197,7 +207,7 @@ def test_the_kv_prompt_is_lost_in_the_middles(tokenizer):
 
 
 def test_the_lines_prompt_is_longevals(tokenizer):
-    prompt = lines_prompt(Writer(tokenizer), 4000, 1.0, 0, 0, lines=2)
+    prompt = prompt_of("longchat_lines", Writer(tokenizer), 4000, 1.0, 0, 0, lines=2)
     (first, one), (second, two) = re.findall(r"line ([a-z]+-[a-z]+): REGISTER_CONTENT is <(\d+)>\n", prompt.text)
     assert prompt.text == (
         "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -209,15 +219,15 @@ def test_the_lines_prompt_is_longevals(tokenizer):
         f" Line <{second}>: <REGISTER_CONTENT> is"
     )
     assert prompt.answer == two
-    chat = lines_prompt(Writer(tokenizer, "vicuna"), 4000, 1.0, 0, 0, lines=2).text
+    chat = prompt_of("longchat_lines", Writer(tokenizer, "vicuna"), 4000, 1.0, 0, 0, lines=2).text
     assert chat.startswith("A chat between a curious user and an artificial intelligence assistant. The assistant ")
     assert "user's questions. USER: Below is a record" in chat and chat.endswith("I need the number. ASSISTANT:")
-    names = [name for name, _ in _lines(generator("longchat_lines", 0)).first(13_000)]
-    assert len(set(names)) == 13_000 > len(ADJECTIVES.split()) * len(NOUNS.split())
+    names = [name for name, _ in drawn_lines(prompt_rng("longchat_lines", 0))(13_000)]
+    assert len(set(names)) == 13_000 > len(WORDS["adjectives"]) * len(WORDS["nouns"])
 
 
 def test_the_passkey_prompt_is_landmark_attentions(tokenizer):
-    prompt = passkey_prompt(Writer(tokenizer), 700, 0.5, 0, 0)
+    prompt = prompt_of("passkey", Writer(tokenizer), 700, 0.5, 0, 0)
     idle = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
     before, after = " ".join([idle] * 2), " ".join([idle] * 2)
     assert prompt.extra == {"repeats": 4}
@@ -230,7 +240,7 @@ def test_the_passkey_prompt_is_landmark_attentions(tokenizer):
 
 
 def test_a_chat_model_is_asked_in_its_template_without_a_lead_or_a_think():
-    prompt = passkey_prompt(Writer(bytes_tokenizer(CHAT)), 900, 0.5, 0, 0)
+    prompt = prompt_of("passkey", Writer(bytes_tokenizer(CHAT)), 900, 0.5, 0, 0)
     assert prompt.text.startswith("<s>[user] There is") and prompt.text.endswith("What is the pass key?\n[assistant]")
     with pytest.raises(TaskError, match="use style=plain"):
         Writer(bytes_tokenizer(), "chat")
@@ -242,13 +252,16 @@ def test_a_chat_model_is_asked_in_its_template_without_a_lead_or_a_think():
 def test_the_papers_keys_are_asked_at_the_papers_places(reading, tokenizer, keys, length):
     cells = kv_retrieval(Reader(tokenizer, "kv_retrieval"), tokenizer, length, 1, 0, keys=keys)
     depths = [cell["depth"] for cell in cells]
-    places = [kv_prompt(Writer(tokenizer), length, depth, 0, 0, keys=keys).extra["position"] for depth in depths]
-    assert tuple(places) == PAPER_POSITIONS[keys] and len(PAPER_LENGTHS) == 17
+    places = [
+        prompt_of("kv_retrieval", Writer(tokenizer), length, depth, 0, 0, keys=keys).extra["position"]
+        for depth in depths
+    ]
+    assert tuple(places) == PAPER_POSITIONS[keys]
     with pytest.raises(TaskError, match=f"length 4,000 is too short for {keys} keys"):
-        kv_prompt(Writer(tokenizer), 4000, 0.5, 0, 0, keys=keys)
+        prompt_of("kv_retrieval", Writer(tokenizer), 4000, 0.5, 0, 0, keys=keys)
 
 
-@pytest.mark.parametrize("option", [{"samples": 0}, {"batch_size": 0}, {"chunk_length": 0}, {"depths": [1.5]}])
+@pytest.mark.parametrize("option", [{"samples": 0}, {"chunk_length": 0}, {"depths": [1.5]}])
 def test_options_out_of_range_are_refused(tokenizer, option):
     settings = {"samples": 1, "depths": [0.5]} | option
     with pytest.raises(TaskError, match="at least 1, and depths between 0 and 1"):
@@ -256,13 +269,13 @@ def test_options_out_of_range_are_refused(tokenizer, option):
 
 
 def test_small_models_get_short_keys(tokenizer):
-    prompt = kv_prompt(Writer(tokenizer), 1000, 0.5, 0, 0, key_length=4, answer_tokens=10)
+    prompt = prompt_of("kv_retrieval", Writer(tokenizer), 1000, 0.5, 0, 0, key_length=4, answer_tokens=10)
     pairs = re.findall(r'"([0-9a-f]{4})": "([0-9a-f]{4})"', prompt.text)
     assert len(pairs) == prompt.extra["keys"] > 40 and len(dict(pairs)) == len(pairs)
     with pytest.raises(TaskError, match="too few different keys"):
-        kv_prompt(Writer(tokenizer), 8000, 0.5, 0, 0, key_length=1)
+        prompt_of("kv_retrieval", Writer(tokenizer), 8000, 0.5, 0, 0, key_length=1)
     with pytest.raises(TaskError, match="between 1 and 12"):
-        kv_prompt(Writer(tokenizer), 8000, 0.5, 0, 0, key_length=36)
+        prompt_of("kv_retrieval", Writer(tokenizer), 8000, 0.5, 0, 0, key_length=36)
 
 
 def test_the_haystack_is_the_users_own_if_given(reading, tokenizer, tmp_path):
@@ -271,7 +284,7 @@ def test_the_haystack_is_the_users_own_if_given(reading, tokenizer, tmp_path):
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
     sentences = split_sentences(tmp_path)
     assert "".join(sentences) == "One ship came. Two left!\n\nNo more? The end." and len(sentences) == 5
-    prompt = needle_prompt(Writer(tokenizer), 1000, 0.5, 0, 0, sentences=sentences)
+    prompt = prompt_of("needle", Writer(tokenizer), 1000, 0.5, 0, 0, sentences=sentences)
     assert prompt.text.count("One ship came.") > 10
     cells = needle(Reader(tokenizer, "needle"), tokenizer, 1000, 1, 0, depths=[0.5], haystack=tmp_path / "a.txt")
     assert next(cells)["value"] == 1.0
@@ -287,7 +300,7 @@ def test_the_haystack_is_the_users_own_if_given(reading, tokenizer, tmp_path):
 
 def test_every_city_of_a_multikey_text_has_a_number_of_its_own_at_its_depth(tokenizer):
     depths = (0.0, 0.25, 0.5, 0.75, 1.0)
-    prompts = [multikey_prompt(Writer(tokenizer), 6000, depth, 0, 0, needles=depths) for depth in depths]
+    prompts = [prompt_of("multikey_needle", Writer(tokenizer), 6000, depth, 0, 0, depths=depths) for depth in depths]
     texts = {prompt.text.split("\n\nWhat is")[0] for prompt in prompts}
     assert len(texts) == 1  # the same text for every depth
     found = dict(re.findall(r"magic number of (\w+) is (\d+)\.", texts.pop()))
@@ -296,33 +309,33 @@ def test_every_city_of_a_multikey_text_has_a_number_of_its_own_at_its_depth(toke
     assert [found[city] for city in asked] == [prompt.answer for prompt in prompts]
     for depth, prompt in zip(depths, prompts, strict=True):
         assert prompt.text.index(prompt.answer) / len(prompt.text) == pytest.approx(depth, abs=0.04)
-    other = multikey_prompt(Writer(tokenizer), 6000, 0.5, 1, 0, needles=depths)
+    other = prompt_of("multikey_needle", Writer(tokenizer), 6000, 0.5, 1, 0, depths=depths)
     assert other.text != prompts[2].text
     with pytest.raises(TaskError, match="32 cities"):
-        next(multikey_needle(None, tokenizer, 6000, 1, 0, depths=[place / 40 for place in range(33)]))
+        next(TASKS["multikey_needle"](None, tokenizer, 6000, 1, 0, depths=[place / 40 for place in range(33)]))
 
 
 def test_a_multikey_text_is_read_once(llama, tokenizer):
     model, rows = llama(), []
     hook = model.model.layers[0].register_forward_pre_hook(lambda module, given: rows.append(given[0].shape[1]))
     settings = {"depths": [0.1, 0.5, 0.9], "answer_tokens": 6, "chunk_length": 256}
-    cells = list(multikey_needle(model, tokenizer, 1500, 1, 0, **settings))
+    cells = list(TASKS["multikey_needle"](model, tokenizer, 1500, 1, 0, **settings))
     hook.remove()
     assert len(cells) == 3 and cells[0]["tokens"] > 1300 and sum(rows) < 2200
 
 
 def test_the_embedded_haystack_has_no_number_but_the_needles(tokenizer):
-    text = needle_prompt(Writer(tokenizer), 60_000, 0.5, 0, 0).text
+    text = prompt_of("needle", Writer(tokenizer), 60_000, 0.5, 0, 0).text
     assert len(re.findall(r"\d+", text)) == 1 and "{" not in text
     found = re.findall(r"[^.!?\n]+[.!?]", text)
-    assert len(SENTENCES) >= 60 and len(set(found)) > 0.7 * len(found) > 400
+    assert len(WORDS["sentences"]) >= 60 and len(set(found)) > 0.7 * len(found) > 400
     assert NEEDLE.split("{")[0] in text
 
 
 @pytest.mark.parametrize("task", [*TASKS.values(), functools.partial(perplexity, text=["some text"])])
 def test_a_model_that_reads_no_text_is_refused(tiny_tokenizer, task):
     # The embedded model has a form of its own for these two.
-    if task not in (TASKS["kv_retrieval"], TASKS["needle"]):
+    if task not in (kv_retrieval, needle):
         with pytest.raises(TaskError, match="does not read text"):
             next(task(None, tiny_tokenizer, 1000, 1, 0))
     silent = bytes_tokenizer()
@@ -332,7 +345,7 @@ def test_a_model_that_reads_no_text_is_refused(tiny_tokenizer, task):
 
 
 def test_prompts_are_dumped_as_json_lines(tokenizer, tmp_path):
-    prompts = [kv_prompt(Writer(tokenizer), 1000, depth, 0, 0) for depth in (0.0, 1.0)]
+    prompts = [prompt_of("kv_retrieval", Writer(tokenizer), 1000, depth, 0, 0) for depth in (0.0, 1.0)]
     dump_prompts(prompts, tmp_path / "prompts.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["text"] for row in rows] == [prompt.text for prompt in prompts]
@@ -349,6 +362,15 @@ def greedy(model, prompt, count):
     return ids[0, len(prompt) :].tolist()
 
 
+def answer_to(model, tokenizer, prompt, kv_cache="default", **settings):
+    """The answer to one prompt that nothing is read of yet."""
+    return generation.greedy_answer(model, tokenizer, prompt, new_cache(model.config, kv_cache), **settings)
+
+
+def asked(tokens, said, answer):
+    return Prompt("", tokens, "", (said, answer), 0.5, {})
+
+
 def random_prompts(*lengths, highest=250):
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(5, highest, (length,), generator=generator).tolist() for length in lengths]
@@ -356,7 +378,7 @@ def random_prompts(*lengths, highest=250):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("scaling", [None, "yarn"])
-def test_chunked_prefill_with_left_padding_answers_as_the_whole_forward_does(llama, tokenizer, attention, scaling):
+def test_chunked_prefill_answers_as_the_whole_forward_does(llama, tokenizer, attention, scaling):
     rope = {"rope_type": "default", "rope_theta": 1e4}
     if scaling:
         rope = {"rope_type": scaling, "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
@@ -366,25 +388,24 @@ def test_chunked_prefill_with_left_padding_answers_as_the_whole_forward_does(lla
     prompts = random_prompts(5, 90, 70, 64)
     expected = [tokenizer.decode(greedy(model, prompt, 8)).strip() for prompt in prompts]
     for chunk_length in (16, 64, 1024):
-        found = generation.answers(model, tokenizer, prompts, answer_tokens=8, chunk_length=chunk_length)
-        assert found == expected
-    numbers, masks, forward = [], [], model.model.forward
+        settings = {"answer_tokens": 8, "chunk_length": chunk_length}
+        assert [answer_to(model, tokenizer, prompt, **settings) for prompt in prompts] == expected
+    numbers, shifts, forward = [], [0], model.model.forward
 
     def watched(*arguments, **options):
-        numbers.append(options["position_ids"].clone())
-        if masks:
-            options["attention_mask"] = torch.ones_like(options["attention_mask"])
+        assert options["attention_mask"].all()
+        numbers.extend(options["position_ids"][0].tolist())
+        options["position_ids"] = options["position_ids"] * shifts[-1] if shifts[-1] else options["position_ids"]
         return forward(*arguments, **options)
 
     model.model.forward = watched
-    assert generation.answers(model, tokenizer, prompts, answer_tokens=8) == expected
-    for row, prompt in enumerate(prompts):
-        assert numbers[0][row, -len(prompt) :].tolist() == list(range(len(prompt)))
-        assert [step[row, 0].item() for step in numbers[1:]] == list(range(len(prompt), len(prompt) + 7))
-    masks.append("none")
-    unmasked = generation.answers(model, tokenizer, prompts, answer_tokens=8)
-    same = [one == other for one, other in zip(unmasked, expected, strict=True)]
-    assert same == [False, True, False, False]  # control: the padding is read
+    for prompt, answer in zip(prompts, expected, strict=True):
+        assert answer_to(model, tokenizer, prompt, answer_tokens=8, chunk_length=16) == answer
+        assert numbers == list(range(len(prompt) + 7))
+        numbers.clear()
+    shifts.append(3)
+    moved = [answer_to(model, tokenizer, prompt, answer_tokens=8) for prompt in prompts]
+    assert moved != expected  # control: the positions matter
 
 
 def test_one_read_of_a_shared_document_answers_as_one_read_each(llama, tokenizer):
@@ -392,28 +413,25 @@ def test_one_read_of_a_shared_document_answers_as_one_read_each(llama, tokenizer
     options = {"depths": [0.1, 0.5, 0.9], "chunk_length": 128, "answer_tokens": 12}
     rows = []
     hook = model.model.layers[0].register_forward_pre_hook(lambda module, given: rows.append(given[0].shape[1]))
-    prompts = [kv_prompt(Writer(tokenizer), 1200, depth, 0, 0, answer_tokens=12).tokens for depth in options["depths"]]
+    writer, words = Writer(tokenizer), tokenizer(" 17", add_special_tokens=False)["input_ids"]
+    prompts = [prompt_of("kv_retrieval", writer, 1200, depth, answer_tokens=12).tokens for depth in options["depths"]]
     settings = {"answer_tokens": 12, "chunk_length": 128}
-    apart = [generation.answers(model, tokenizer, [prompt], **settings)[0] for prompt in prompts]
+    apart = [answer_to(model, tokenizer, prompt, **settings) for prompt in prompts]
     fed_apart = sum(rows)
     rows.clear()
-    expected = [([], tokenizer(" 17", add_special_tokens=False)["input_ids"])] * len(prompts)
 
     def read_once():
-        return [reply for reply, _ in generation.scored_answers(model, tokenizer, prompts, expected, **settings)]
+        together = [asked(prompt, [], words) for prompt in prompts]
+        return [reply for reply, _ in generation.scored_answers(model, tokenizer, together, **settings)]
 
     assert read_once() == apart
     assert sum(rows) < 0.5 * fed_apart
     hook.remove()
-    cells = [list(kv_retrieval(model, tokenizer, 1200, 2, 0, shared_document=shared, **options)) for shared in (0, 1)]
-    assert cells[0] == cells[1]
+    once = list(kv_retrieval(model, tokenizer, 1200, 2, 0, **options))
+    assert once == list(replace(kv_retrieval, shared_document=False)(model, tokenizer, 1200, 2, 0, **options))
     if is_hqq_available():
         settings["kv_cache"] = "quantized"
-        apart = [generation.answers(model, tokenizer, [prompt], **settings)[0] for prompt in prompts]
-        assert read_once()[0] == apart[0]
-    settings["kv_cache"] = "offloaded"
-    with pytest.raises(TaskError, match="needs a cache that can be cut back"):
-        read_once()
+        assert read_once()[0] == answer_to(model, tokenizer, prompts[0], **settings)
 
 
 @pytest.mark.parametrize("template, blank", [(None, ""), (CHAT, " "), (CHAT.replace("] {{", "]{{"), "")])
@@ -425,7 +443,7 @@ def test_the_loss_of_the_right_answer_is_that_of_a_plain_forward(llama, task, te
     cells = list(TASKS[task](model, tokenizer, 1200, 2, 0, **options))
     for cell in cells:
         for index, loss in enumerate(cell["answer_loss"]):
-            prompt = PROMPTS[task](Writer(tokenizer), 1200, cell["depth"], index, 0)
+            prompt = prompt_of(task, Writer(tokenizer), 1200, cell["depth"], index)
             asked = re.findall(QUESTIONS[task][0], prompt.text)[-1]
             # A base model's answer follows its lead at once; a chat model's stands in a sentence.
             before = blank + said.format(asked) if template else " "
@@ -436,22 +454,20 @@ def test_the_loss_of_the_right_answer_is_that_of_a_plain_forward(llama, task, te
                 logits = model(ids).logits[0, -length - 1 : -1]
             assert loss == pytest.approx(functional.cross_entropy(logits, ids[0, -length:]).item(), abs=1e-3)
     assert len({loss for cell in cells for loss in cell["answer_loss"]}) == 4  # control: it is each question's own
-    batched = kv_retrieval(model, tokenizer, 1200, 2, 0, depths=[0.1], batch_size=2, answer_tokens=40)
-    assert "answer_loss" not in next(batched)
 
 
 def test_a_penalty_that_a_checkpoint_brings_is_not_applied(llama, tokenizer):
-    model, prompts = llama(), random_prompts(40)
-    usual = generation.answers(model, tokenizer, prompts, answer_tokens=10)
+    model, (prompt,) = llama(), random_prompts(40)
+    usual = answer_to(model, tokenizer, prompt, answer_tokens=10)
     model.generation_config.repetition_penalty = 50.0
-    assert generation.answers(model, tokenizer, prompts, answer_tokens=10) == usual
-    ids = torch.tensor(prompts)
+    assert answer_to(model, tokenizer, prompt, answer_tokens=10) == usual
+    ids = torch.tensor([prompt])
     penalised = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
-    assert tokenizer.decode(penalised[0, 40:], skip_special_tokens=True).strip() != usual[0]  # control
+    assert tokenizer.decode(penalised[0, 40:], skip_special_tokens=True).strip() != usual  # control
 
 
 def test_a_reply_ends_at_the_end_token_or_after_its_first_line(llama, tokenizer):
-    model, prompts = llama(), random_prompts(30)
+    model, (prompt,) = llama(), random_prompts(30)
     tokens = []
     script = iter([tokenizer("\n 42\n13")["input_ids"][1:], [*tokenizer(" 42")["input_ids"][1:], 1, 50, 51]])
 
@@ -463,13 +479,13 @@ def test_a_reply_ends_at_the_end_token_or_after_its_first_line(llama, tokenizer)
             return functional.one_hot(torch.tensor([[tokens[-1]]]), output.shape[-1]).float()
 
         hook = model.lm_head.register_forward_hook(head)
-        found = generation.answers(model, tokenizer, prompts, answer_tokens=20, one_line=one_line)
+        found = answer_to(model, tokenizer, prompt, answer_tokens=20, one_line=one_line)
         hook.remove()
         return found
 
-    assert say(True) == ["42"] and len(tokens) == 5
+    assert say(True) == "42" and len(tokens) == 5
     tokens.clear()
-    assert say(False) == ["42"] and len(tokens) == 4
+    assert say(False) == "42" and len(tokens) == 4
 
 
 def test_adapters_on_a_4_bit_base_are_read_through(lora, tiny_tokenizer):
@@ -479,8 +495,8 @@ def test_adapters_on_a_4_bit_base_are_read_through(lora, tiny_tokenizer):
         plain = greedy(model, prompt, 6)
     expected = greedy(model, prompt, 6)
     assert expected != plain  # control: the adapter matters
-    found = generation.answers(model, tiny_tokenizer, [prompt], answer_tokens=6, chunk_length=64)
-    assert found == [tiny_tokenizer.decode(expected, skip_special_tokens=True).strip()]
+    found = answer_to(model, tiny_tokenizer, prompt, answer_tokens=6, chunk_length=64)
+    assert found == tiny_tokenizer.decode(expected, skip_special_tokens=True).strip()
 
 
 class Peak(TorchDispatchMode):
@@ -504,14 +520,11 @@ def test_no_logits_are_made_for_a_whole_prompt(make_model, tokenizer):
     model.model.layers[0].register_forward_pre_hook(lambda module, given: fed.append(given[0].shape[1]))
     prompt = random_prompts(length)[0]
     with Peak() as answering:
-        generation.answers(model, tokenizer, [prompt], answer_tokens=2, chunk_length=chunk_length)
+        answer_to(model, tokenizer, prompt, answer_tokens=2, chunk_length=chunk_length)
     assert set(rows) == {1} and max(fed) == chunk_length
     fed.clear()
-    list(
-        generation.scored_answers(
-            model, tokenizer, [prompt] * 2, [([], [5, 6, 7])] * 2, answer_tokens=1, chunk_length=99
-        )
-    )
+    twice = [asked(prompt, [], [5, 6, 7])] * 2
+    list(generation.scored_answers(model, tokenizer, twice, answer_tokens=1, chunk_length=99))
     # The document once; for each question the rows of its answer, and one to generate from.
     assert set(rows) == {1, 3} and sum(fed) == length - 1 + 2 * (3 + 1) and max(fed) == 99
     rows.clear()
@@ -606,7 +619,7 @@ def test_the_papers_figures_agree_with_their_printed_means():
     with open(f"{folder}/paper.json", encoding="utf-8") as file:
         paper = json.load(file)
     lines, keys = paper["longchat_lines"], paper["kv_retrieval"]
-    assert tuple(lines["lengths"]) == PAPER_LENGTHS
+    assert len(lines["lengths"]) == 17 and lines["lengths"][-1] == 32_000
     tables = [lines, keys["75"], keys["140"]]
     off = []
     for table in tables:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,16 @@ import tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cream_peft import cli
-from cream_peft.evals import models, recall
+from cream_peft.evals import models
 from cream_peft.evals.models import ModelSpec, open_models
 from cream_peft.evals.plots import plot_results
 from cream_peft.evals.results import Cell, Results, Settings, comparisons, mean_by
 from cream_peft.evals.run import evaluate
 from cream_peft.evals.table import table_of
+from cream_peft.evals.tasks import TASKS
 from cream_peft.model import base
 from cream_peft.plan import fit
-from cream_peft.tiny import TINY_ID
+from cream_peft.tiny import TINY_ID, documents
 
 
 class Oracle:
@@ -29,8 +29,7 @@ class Oracle:
     def __init__(self, monkeypatch, knows):
         depth = np.linspace(0, 0.999, 500)
         answers = {"depth": depth, "correct": np.array([knows(d) for d in depth])}
-        # By its module: cream_peft.evals.recall, the attribute, is the function of that name.
-        monkeypatch.setattr(sys.modules["cream_peft.evals.recall"], "evaluate_recall", lambda *arguments: answers)
+        monkeypatch.setattr(documents, "evaluate_recall", lambda *arguments: answers)
         self.config = type("Config", (), {"vocab_size": 385})
 
 
@@ -44,7 +43,7 @@ class Oracle:
     ids=["always right", "always wrong", "only at the ends"],
 )
 def test_recall_by_depth_has_the_known_answer(monkeypatch, knows, expected):
-    cells = list(recall(Oracle(monkeypatch, knows), None, 512, 8, 0))
+    cells = list(TASKS["recall"](Oracle(monkeypatch, knows), None, 512, 8, 0))
     assert [cell["value"] for cell in cells] == expected
     assert [cell["depth"] for cell in cells] == [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
     assert sum(cell["samples"] for cell in cells) == 500
@@ -54,7 +53,7 @@ def test_recall_is_refused_for_a_model_of_another_vocabulary(monkeypatch):
     oracle = Oracle(monkeypatch, lambda depth: True)
     oracle.config.vocab_size = 32_000
     with pytest.raises(ValueError, match="embedded model's 385 tokens; this model has 32000"):
-        list(recall(oracle, None, 512, 8, 0))
+        list(TASKS["recall"](oracle, None, 512, 8, 0))
 
 
 def test_means_weigh_cells_by_their_samples():
@@ -131,7 +130,7 @@ def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path,
     (svg,) = plot_results({"tuned": found}, tmp_path / "picture.svg", task="recall")
     assert "<svg" in svg.read_text()
     written = (results / "tuned.json").stat().st_mtime_ns
-    monkeypatch.setattr(sys.modules["cream_peft.evals.recall"], "evaluate_recall", None)
+    monkeypatch.setattr(documents, "evaluate_recall", None)
     assert cli.main([*evaluate, "--details"]) == 0  # nothing is measured twice
     assert "p by McNemar" in capsys.readouterr().out
     assert (results / "tuned.json").stat().st_mtime_ns == written

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
-from . import embedded
-from .answers import measure
-from .prompts import QUARTERS, Drawn, Prompt, TaskError, Writer, contains, generator, position
+from .prompts import Case, Prompt, Request, TaskError, Writer, drawn, position, prompt_rng
 
+QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAPER_POSITIONS = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}
 """Number of keys -> the five places asked by the CREAM paper (wutong4012/CREAM, scripts/eval_lost_in_the_middle.sh)."""
-ANSWER_TOKENS = 50
 
 
-def _request(pairs: list[tuple[str, str]], key: str) -> str:
+def kv_depths(keys: int = 0) -> tuple[float, ...]:
+    """Quarters, or the paper's places for its numbers of keys."""
+    if keys not in PAPER_POSITIONS:
+        return QUARTERS
+    return tuple(round(place / (keys - 1), 4) for place in PAPER_POSITIONS[keys])
+
+
+def _question(pairs: list[tuple[str, str]], key: str) -> str:
     # nelson-liu/lost-in-the-middle, src/lost_in_the_middle/prompts/kv_retrieval.prompt
     records = ",\n ".join(f'"{name}": "{value}"' for name, value in pairs)
     return (
@@ -26,13 +30,13 @@ def _request(pairs: list[tuple[str, str]], key: str) -> str:
     )
 
 
-def _pairs(rng: np.random.Generator, key_length: int | None) -> Drawn:
+def _pairs(rng: np.random.Generator, key_length: int | None) -> Callable[[int], list[tuple[str, str]]]:
     """Keys and values: version 4 UUIDs, or `key_length` hexadecimal digits; no key twice."""
     seen: set[str] = set()
 
     def word() -> str:
-        drawn = uuid.UUID(bytes=rng.bytes(16), version=4)
-        return drawn.hex[-key_length:] if key_length else str(drawn)
+        random = uuid.UUID(bytes=rng.bytes(16), version=4)
+        return random.hex[-key_length:] if key_length else str(random)
 
     def pair() -> tuple[str, str]:
         if key_length and len(seen) >= 16**key_length // 2:
@@ -43,60 +47,23 @@ def _pairs(rng: np.random.Generator, key_length: int | None) -> Drawn:
         seen.add(key)
         return key, word()
 
-    return Drawn(pair)
+    return drawn(pair)
 
 
-def kv_prompt(
-    writer: Writer,
-    length: int,
-    depth: float,
-    index: int,
-    seed: int,
-    *,
-    keys: int = 0,
-    key_length: int | None = None,
-    answer_tokens: int = ANSWER_TOKENS,
-) -> Prompt:
-    """One question: `keys` pairs, or as many as `length` tokens hold. Every depth asks the same document."""
+def kv_prompt(writer: Writer, case: Case, *, keys: int = 0, key_length: int | None = None) -> Prompt:
+    """One key of `keys` pairs, or of as many as fit. The document is the same at every depth.
+
+    `key_length`: hexadecimal digits of keys and values in place of UUIDs, for small models.
+    """
     if key_length is not None and not 1 <= key_length <= 12:
         # The last 12 digits of a version 4 UUID are all random.
         raise TaskError(f"key_length must be between 1 and 12 hexadecimal digits, not {key_length}")
-    pairs = _pairs(generator("kv_retrieval", seed, length, index), key_length)
+    pairs = _pairs(prompt_rng("kv_retrieval", case.seed, case.length, case.index), key_length)
 
-    def build(count: int) -> tuple[str, str]:
-        document = pairs.first(count)
-        return _request(document, document[position(depth, count)][0]), ""
+    def build(count: int) -> Request:
+        asked, document = position(case.depth, count), pairs(count)
+        key, value = document[asked]
+        said = f'The value of "{key}" is "'
+        return Request(_question(document, key), "", said, value, {"keys": count, "position": asked})
 
-    count = writer.fitted(build, length, answer_tokens, "key", keys)
-    asked = position(depth, count)
-    key, value = pairs.first(count)[asked]
-    said = f'The value of "{key}" is "'
-    return writer.prompt(*build(count), said=said, answer=value, depth=depth, keys=count, position=asked)
-
-
-def kv_retrieval(
-    model: Any,
-    tokenizer: Any,
-    length: int,
-    samples: int,
-    seed: int,
-    *,
-    depths: Collection[float] | None = None,
-    keys: int = 0,
-    **options: Any,
-) -> Iterator[dict[str, Any]]:
-    """Share of answers that contain the value, graded as the original's scripts/evaluate_kv_responses.py does.
-
-    Args:
-        keys: this many pairs, as the paper's 75 and 140, asked at its places unless `depths` are given; 0 is as many
-            as fit.
-        options: key_length (hexadecimal digits of keys and values in place of UUIDs, for small models), and those of
-            `generation.measure`, whose yields these are.
-    """
-    if depths is None and keys in PAPER_POSITIONS:
-        depths = [round(place / (keys - 1), 4) for place in PAPER_POSITIONS[keys]]
-    settings = {"prompt": kv_prompt, "grade": contains, "depths": depths or QUARTERS, "keys": keys}
-    settings["shared_document"] = True
-    if embedded.is_embedded(tokenizer):
-        settings |= {"prompt": embedded.kv_prompt, "answer_tokens": 1}
-    yield from measure(model, tokenizer, length, samples, seed, **{"answer_tokens": ANSWER_TOKENS} | settings | options)
+    return writer.fitted(case, build, "key", keys)

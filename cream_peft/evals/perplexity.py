@@ -23,17 +23,15 @@ ROWS = 256
 
 
 def window_nats(model: Any, tokens: list[int], scored: int, chunk_length: int, kv_cache: str = "default") -> float:
-    """Sum of -ln p over the last `scored` of `tokens` [length], each given all that stand before it, in nats."""
+    """Sum of -ln p over the last `scored` of `tokens` [length], each given all those before it, in nats."""
     first = len(tokens) - scored
     targets = torch.tensor(tokens, device=model.device)
-    total = 0.0
-    cache = new_cache(model.config, kv_cache)
+    cache, total = new_cache(model.config, kv_cache), 0.0
     # The last token predicts nothing that is known.
     for begin, logits in chunked_logits(model, tokens[:-1], cache, chunk_length, first=first - 1):
-        for row in range(0, len(logits), ROWS):
-            rows = logits[row : row + ROWS].float()
-            following = targets[begin + row + 1 : begin + row + 1 + len(rows)]
-            total += functional.cross_entropy(rows, following, reduction="sum").item()
+        following = targets[begin + 1 : begin + 1 + len(logits)]
+        for rows, targeted in zip(logits.split(ROWS), following.split(ROWS), strict=True):
+            total += functional.cross_entropy(rows.float(), targeted, reduction="sum").item()
     return total
 
 
@@ -50,9 +48,7 @@ def windows(count: int, length: int, stride: int, start: int) -> Iterator[tuple[
         begin, scored_up_to = begin + stride, end
 
 
-def _documents(
-    tokenizer: Any, text: str | Path | list[str] | None, least: int, max_tokens: int | None
-) -> list[list[int]]:
+def _documents(tokenizer: Any, text: Any, least: int, max_tokens: int | None) -> list[list[int]]:
     """The tokens of the documents that are long enough, without special tokens."""
     if text is None:
         raise TaskError("task perplexity has no text: set text to a file, or to a folder of .txt and .md files")
@@ -74,7 +70,6 @@ def perplexity(
     samples: int,
     seed: int,
     *,
-    depths: Collection[float] | None = None,
     done: Collection[float] = (),
     text: str | Path | list[str] | None = None,
     stride: int | None = None,
@@ -86,20 +81,14 @@ def perplexity(
     """Perplexity per token of documents read through windows of `length` tokens: one cell, at depth 1.
 
     After a document's first window, every scored token has at least length - stride tokens before it. Each window
-    begins with the beginning-of-text token if the tokenizer writes one.
+    begins with the beginning-of-text token if the tokenizer writes one. `samples` of the cell are the tokens scored.
 
     Args:
-        length: tokens fed at a time. No document shorter than it is used: it would be measured at another length.
         samples: documents at most, drawn with `seed`. A file is one document.
-        depths: none to choose from; there for the sake of the other tasks.
-        text: a UTF-8 file, a folder of .txt and .md files, or documents.
+        text: a UTF-8 file, a folder of .txt and .md files, or documents. Those shorter than `length` are left out.
         stride: tokens from one window to the next; half of `length` if None.
-        min_tokens: shortest document, instead of `length`: the longest length to be compared with gives every length
-            the same documents.
+        min_tokens: leave out those shorter than this too; so that all lengths score the same documents.
         max_tokens: tokens read of each document; all if None.
-
-    Yields:
-        one cell: depth, metric, value, and samples, the number of tokens scored.
     """
     if 1.0 in done:
         return
@@ -107,7 +96,7 @@ def perplexity(
     start = first if first == [tokenizer.bos_token_id] else []
     stride = stride or length // 2
     if not 1 <= stride < length:
-        # One token at least must stand before those that are scored.
+        # At least one token must stand before those that are scored.
         raise TaskError(f"stride={stride} must be between 1 and {length - 1:,}, one less than the length")
     documents = _documents(tokenizer, text, max(length, min_tokens or 0), max_tokens)
     chosen = np.random.default_rng(seed).permutation(len(documents))[:samples]

@@ -1,18 +1,18 @@
-"""What the tasks share: seeded prompts, fitted to a length by the model's own tokenizer, and texts from files."""
+"""What all prompts share: seeded draws, a form that the model knows, and a length counted by its own tokenizer."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 STYLES = ("auto", "chat", "plain", "vicuna")
 VICUNA = (
@@ -21,9 +21,9 @@ VICUNA = (
 )
 """FastChat's template vicuna_v1.1, into which the CREAM paper's evaluation puts LongChat-Lines and the needle."""
 TEXT_SUFFIXES = (".txt", ".md")
-QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-FIFTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Middles of five equal parts: their mean stands for a place drawn uniformly, as some of the originals draw it."""
+WORDS: dict[str, list[str]] = json.loads((Path(__file__).parent / "words.json").read_text(encoding="utf-8"))
+"""What invented documents are made of."""
+T = TypeVar("T")
 
 
 class TaskError(ValueError):
@@ -31,23 +31,50 @@ class TaskError(ValueError):
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One question, its answer and where in the document the answer stands."""
+class Case:
+    """Which prompt of a task: these, the task's options and the tokenizer determine every byte of it.
+
+    The prompt and `answer_tokens` of answer take at most `length` tokens. The answer stands at `depth` of the document,
+    0 being its start and 1 its end; `depths` are all that are measured.
+    """
+
+    length: int
+    depth: float
+    index: int
+    seed: int
+    answer_tokens: int
+    depths: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question in the task's own words, and its answer.
+
+    `lead` begins the answer of a base model, `said` that of a chat model, its space or quotation mark included. `extra`
+    is what a file of prompts says besides, such as the number of keys.
+    """
 
     text: str
-    """All that the model reads, chat template included."""
+    lead: str
+    said: str
+    answer: str
+    extra: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question in the form that the model reads, and its answer; `reply` is what is said before it, and it."""
+
+    text: str
     tokens: list[int]
-    """`text` in tokens, as fed."""
     answer: str
     reply: tuple[list[int], list[int]]
-    """Tokens of a right reply: what it says before the answer, and the answer."""
     depth: float
-    """The depth asked for, in [0, 1]: 0 is the start of the document."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, int]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
-    """The tokens of a text that may be longer than the tokenizer's model_max_length."""
+def encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+    """The tokens of a text, which may be longer than the tokenizer's model_max_length."""
     try:
         return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     except Exception as error:
@@ -55,16 +82,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bo
         raise TaskError(f"this model's tokenizer does not read text: {error}") from error
 
 
+def shared_tokens(rows: list[list[int]]) -> int:
+    """With how many tokens all rows begin alike."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))
+
+
 @dataclass(frozen=True)
 class Writer:
-    """Puts a request in the form that the model reads.
+    """Writes requests in the form that the model knows, and counts their tokens."""
 
-    `style`: chat (the tokenizer's chat template), plain (for base models, the lead-in of the answer included), vicuna
-    (the paper's), or auto: chat where the tokenizer has a template, else plain.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     style: str = "auto"
+    """chat (the tokenizer's chat template), plain (for base models: the answer is begun for them), vicuna (the
+    paper's), or auto: chat where the tokenizer has a template, else plain."""
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
@@ -75,68 +105,57 @@ class Writer:
         if self.style == "auto":
             object.__setattr__(self, "style", "chat" if has_template else "plain")
 
-    def text(self, request: str, lead: str = "") -> str:
-        """The whole prompt. `lead` begins the answer of a base model; the others are asked only."""
+    def text(self, request: Request) -> str:
+        """All that the model reads."""
         if self.style == "chat":
             # enable_thinking: templates that know it would else fill the answer's few tokens with thoughts.
             settings = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
-            return self.tokenizer.apply_chat_template([{"role": "user", "content": request}], **settings)
-        return VICUNA.format(request) if self.style == "vicuna" else request + lead
+            return self.tokenizer.apply_chat_template([{"role": "user", "content": request.text}], **settings)
+        return VICUNA.format(request.text) if self.style == "vicuna" else request.text + request.lead
 
     def tokens(self, text: str) -> list[int]:
-        """A chat template writes its own special tokens; the tokenizer adds them to the rest."""
+        """The tokens of a prompt. A chat template has written the special tokens already."""
         return encode(self.tokenizer, text, add_special_tokens=self.style != "chat")
 
-    def fitted(
-        self, build: Callable[[int], tuple[str, str]], length: int, answer_tokens: int, unit: str, asked: int = 0
-    ) -> int:
-        """The most units with which the prompt and `answer_tokens` of answer stay within `length` tokens.
+    def fitted(self, case: Case, build: Callable[[int], Request], unit: str, asked: int = 0) -> Prompt:
+        """The prompt of `asked` units (keys, sentences), or of as many as fit with the answer if that is 0.
 
-        `build(units)` gives the request and the lead of a prompt of that many units, and more units take more tokens.
-        `asked`: so many units are wanted, if not 0, and only checked.
-
-        Raises:
-            TaskError: if not even one fits, or not as many as asked.
+        `build` makes the request of so many units; more units must take more tokens.
         """
-        budget = length - answer_tokens
+        budget = case.length - case.answer_tokens
 
         def taken(units: int) -> int:
-            return len(self.tokens(self.text(*build(units))))
+            return len(self.tokens(self.text(build(units))))
 
         few = asked or 1
         low = taken(few)
         if low > budget:
             raise TaskError(
-                f"length {length:,} is too short for {few} {unit}{'s' * (few > 1)}: they take {low:,} tokens and the "
-                f"answer up to {answer_tokens}; use a length of at least {low + answer_tokens:,}"
+                f"length {case.length:,} is too short for {few} {unit}{'s' * (few > 1)}: they take {low:,} tokens and "
+                f"the answer up to {case.answer_tokens}; use a length of at least {low + case.answer_tokens:,}"
             )
         if asked:
-            return asked
-        many, high = 2, taken(2)
-        if high <= low:
+            return self.prompt(case, build(asked))
+        each, many = taken(2) - low, math.inf
+        if each <= 0:
             raise TaskError(f"this model's tokenizer does not read text: it makes no tokens of a {unit}")
-        while high <= budget:
-            step = max(1, (budget - high) * (many - few) // max(1, high - low))
-            few, low, many, high = many, high, many + step, taken(many + step)
         while many - few > 1:
-            guess = few + max(1, min(many - few - 1, (budget - low) * (many - few) // max(1, high - low)))
+            guess = int(min(few + max(1, (budget - low) // each), many - 1))
             used = taken(guess)
+            each = max(1, (used - low) / (guess - few))
             if used <= budget:
                 few, low = guess, used
             else:
-                many, high = guess, used
-        return few
+                many = guess
+        return self.prompt(case, build(few))
 
-    def prompt(self, request: str, lead: str, said: str, answer: str, depth: float, **extra: Any) -> Prompt:
-        """`said`: what a chat model's reply says before the answer, its space or quotation mark included."""
-        text = self.text(request, lead)
+    def prompt(self, case: Case, request: Request) -> Prompt:
+        """The request as the model reads it, and the tokens of a right reply."""
+        text, said, answer = self.text(request), request.said, request.answer
         tokens = self.tokens(text)
-        return Prompt(text, tokens, answer, self._reply(request, text, tokens, said, answer), depth, extra)
-
-    def _reply(self, request: str, text: str, tokens: list[int], said: str, answer: str) -> tuple[list[int], list[int]]:
         before = " " if self.style == "plain" else f" {said}"
         if self.style == "chat":
-            turns = [{"role": "user", "content": request}, {"role": "assistant", "content": said + answer}]
+            turns = [{"role": "user", "content": request.text}, {"role": "assistant", "content": said + answer}]
             turn = self.tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(text)
             # Some templates put a space before a reply; some write another turn than they announce.
             blank = turn[: turn.find(said + answer)]
@@ -145,41 +164,40 @@ class Writer:
         if whole[: len(tokens)] != tokens:
             whole = tokens + encode(self.tokenizer, before + answer, add_special_tokens=False)
             before_tokens = tokens + encode(self.tokenizer, before, add_special_tokens=False)
-        pairs = zip(before_tokens, whole, strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return whole[len(tokens) : same], whole[same:]
+        same = shared_tokens([before_tokens, whole])
+        return Prompt(text, tokens, answer, (whole[len(tokens) : same], whole[same:]), case.depth, request.extra)
 
 
-class Drawn:
-    """Units drawn one by one as they are asked for, so that a shorter prompt holds the first of a longer one."""
+def drawn(draw: Callable[[], T]) -> Callable[[int], list[T]]:
+    """Number -> so many units, drawn one by one when first needed: fewer units are the first of more."""
+    units: list[T] = []
 
-    def __init__(self, draw: Callable[[], Any]) -> None:
-        self._draw, self._units = draw, []
+    def first(count: int) -> list[T]:
+        units.extend(draw() for _ in range(count - len(units)))
+        return units[:count]
 
-    def first(self, count: int) -> list[Any]:
-        while len(self._units) < count:
-            self._units.append(self._draw())
-        return self._units[:count]
+    return first
 
 
-def generator(task: str, seed: int, *place: int | float) -> np.random.Generator:
-    """A random generator that is a pure function of the task's name, the seed and the place (length, depth, index)."""
+def prompt_rng(task: str, seed: int, *place: int | float) -> np.random.Generator:
+    """A random generator, determined by the task's name, the seed and the place (length, depth, index)."""
     whole = [round(number * 1e6) if isinstance(number, float) else number for number in place]
     return np.random.default_rng([zlib.crc32(task.encode()), seed, *whole])
 
 
 def one_of(choices: Sequence[str], rng: np.random.Generator) -> str:
+    """One of `choices`, drawn uniformly."""
     # rng.choice would make an array of them each time.
-    return choices[rng.integers(len(choices))]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def position(depth: float, count: int) -> int:
-    """Which of `count` units stands at `depth`, rounded half up: 0 is the first, 1 the last."""
+    """Index of the unit at `depth`, of `count` units, rounded half up: depth 0 is the first, 1 the last."""
     return int(depth * (count - 1) + 0.5)
 
 
 def contains(reply: str, answer: str) -> bool:
-    """Whether the answer stands in the reply, whatever the case."""
+    """Whether the answer is in the reply, upper and lower case being the same."""
     return answer.lower() in reply.lower()
 
 
@@ -190,7 +208,7 @@ def first_integer(reply: str, answer: str) -> bool:
 
 
 def dump_prompts(prompts: Iterable[Prompt], path: str | Path) -> None:
-    """Add prompts to a file as JSON lines: text, answer, depth, tokens (their number) and what the task adds."""
+    """Append prompts to a file as JSON lines: text, answer, depth, tokens (their number) and `extra`."""
     with Path(path).open("a", encoding="utf-8") as file:
         for prompt in prompts:
             row = {"text": prompt.text, "answer": prompt.answer, "depth": prompt.depth, "tokens": len(prompt.tokens)}
@@ -198,11 +216,7 @@ def dump_prompts(prompts: Iterable[Prompt], path: str | Path) -> None:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The text of a file, or of each .txt and .md file of a folder and its subfolders, in the order of their names.
-
-    Raises:
-        TaskError: if there is nothing to read.
-    """
+    """The text of a file, or of each .txt and .md file of a folder and its subfolders, in the order of their names."""
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
     try:

@@ -16,29 +16,10 @@ from ..model.kv_cache import refuse_unusable
 from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
 from ..tiny.documents import VOCABULARY_SIZE
-from . import TASKS
 from .models import OpenedModel, open_models
 from .prompts import TEXT_SUFFIXES
 from .results import Cell, Results, file_name
-
-Measure = Callable[..., Iterable[Mapping[str, Any]]]
-"""A task: (model, tokenizer, length, samples, seed, done=depths, **options) that yields cells."""
-GENERATED = ("kv_retrieval", "longchat_lines", "multikey_needle", "needle", "passkey")
-TAKEN_BY = {
-    "keys": ("kv_retrieval",),
-    "key_length": ("kv_retrieval",),
-    "lines": ("longchat_lines",),
-    "haystack": ("multikey_needle", "needle"),
-    "text": ("perplexity",),
-    "stride": ("perplexity",),
-    "max_tokens": ("perplexity",),
-    "depths": GENERATED,
-    "style": GENERATED,
-    "chunk_length": (*GENERATED, "perplexity"),
-}
-"""Option on the command line -> the tasks that take it."""
-EMBEDDED = ("kv_retrieval", "needle", "recall")
-"""The tasks of the embedded model."""
+from .tasks import TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -86,13 +67,14 @@ class EvaluateOptions:
             is_path = name == "haystack" or Path(str(path)).suffix in TEXT_SUFFIXES
             if path is not None and is_path and not Path(path).exists():
                 raise ValueError(f"--{name} {path}: no such file or folder")
-        for name, takers in TAKEN_BY.items():
+        for name in dict.fromkeys(name for task in TASKS.values() for name in task.options):
+            takers = [task for task in TASKS if name in TASKS[task].options]
             if getattr(self, name) is not None and not set(takers) & set(self.tasks):
                 raise ValueError(f"--{name} is for {', '.join(takers)}, and --tasks has {', '.join(self.tasks)}")
 
     def of_task(self, task: str) -> dict[str, Any]:
         """What was set of the options that the task takes."""
-        mine = {name: getattr(self, name) for name, takers in TAKEN_BY.items() if task in takers}
+        mine = {name: getattr(self, name) for name in TASKS[task].options}
         return {name: value for name, value in mine.items() if value is not None}
 
 
@@ -118,7 +100,7 @@ def _flat(content: dict[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    tasks: Mapping[str, Measure],
+    tasks: Mapping[str, Callable[..., Iterable[Mapping[str, Any]]]],
     results: Results,
     path: Path,
     *,
@@ -166,9 +148,10 @@ def evaluate(
 def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
     if "recall" in tasks and config.vocab_size != VOCABULARY_SIZE:
         raise ValueError(f"task recall is for the embedded model's vocabulary, {name} has another: leave it out")
-    text = [task for task in tasks if task not in EMBEDDED]
+    known = [task for task in TASKS if TASKS[task].embedded]
+    text = [task for task in tasks if task not in known]
     if text and config.vocab_size == VOCABULARY_SIZE:
-        raise ValueError(f"{name} reads no text, which {text[0]} is: its tasks are {', '.join(EMBEDDED)}")
+        raise ValueError(f"{name} reads no text, which {text[0]} is: its tasks are {', '.join(known)}")
 
 
 def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
@@ -192,8 +175,9 @@ def _measure(opened: OpenedModel, lengths: list[int], options: EvaluateOptions, 
     if kv_cache == "auto":
         kv_cache = fitting_kv_cache(opened.config, longest)
     shown = {task: options.of_task(task) for task in options.tasks}
-    for task in set(TAKEN_BY["chunk_length"]) & set(shown):
-        shown[task]["kv_cache"] = kv_cache
+    for task in shown:
+        if "chunk_length" in TASKS[task].options:
+            shown[task]["kv_cache"] = kv_cache
     if "perplexity" in shown:
         # Every length scores the same documents.
         shown["perplexity"]["min_tokens"] = longest
@@ -221,7 +205,7 @@ def write_prompts(options: EvaluateOptions, folder: Path) -> None:
     for opened, lengths in _opened(options):
         tokenizer = load_tokenizer(str(opened.adapter or opened.spec.name))
         for task in options.tasks:
-            if task not in GENERATED:
+            if not isinstance(TASKS[task], Task):
                 raise ValueError(f"task {task} has no prompts to write out: leave it out of --tasks")
             for length in lengths:
                 path = folder / f"{opened.spec.label}-{task}-{length}.jsonl"

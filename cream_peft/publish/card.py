@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evals import mean_by
+from ..evals.results import mean_by
 from ..evals.table import of_task, tasks_in
 from ..model.record import adapter_sha256
 from ..tiny import TINY_ID

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
 
-from ..evals import file_name, read_results
+from ..evals.results import Results, file_name
 from ..evals.table import tasks_in
 from ..model.record import read_description
 from .card import is_own, write_card
@@ -145,7 +145,7 @@ def _read_results(files: Iterable[str | Path], folder: Path, description: dict[s
     for file in files:
         if not Path(file).is_file():
             raise PushError(f"no such results file: {file}; `cream-peft evaluate` writes them")
-        result = read_results(file)
+        result = Results.read(file).asdict()
         label = str(result["settings"].get("label") or Path(file).stem)
         if label in results:
             raise PushError(f"two results have the label {label!r}: measure one of them again as --compare LABEL=MODEL")

@@ -126,8 +126,8 @@ def trained(folder: Path, run: dict[str, Any], scratch: str) -> Any:
 
 def measure(model: Any) -> dict[str, Any]:
     """Accuracy by length, and by tenth of depth at the target length."""
-    from cream_peft.evals import TASKS
     from cream_peft.evals.results import Cell, mean_by
+    from cream_peft.evals.tasks import TASKS
 
     cells = [
         Cell(task="recall", length=length, **cell)

@@ -1,0 +1,157 @@
+"""The tasks: what is asked, where in the document the answer stands, and how a reply is graded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from .answers import CHUNK_LENGTH, scored_answers
+from .kv_retrieval import kv_depths, kv_prompt
+from .longchat_lines import lines_prompt
+from .needle import multikey_prompt, needle_prompt, passkey_prompt, split_sentences
+from .perplexity import perplexity
+from .prompts import Case, Prompt, TaskError, Writer, contains, dump_prompts, first_integer
+from .recall import embedded_kv_prompt, embedded_needle_prompt, is_embedded, recall
+
+FIFTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Middles of five equal parts: their mean stands for a place drawn uniformly, as some of the originals draw it."""
+SIXTEENTHS = tuple(round((place + 0.5) / 16, 4) for place in range(16))
+TENTHS = tuple(round(tenth / 10, 1) for tenth in range(11))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts of a known answer, called as task(model, tokenizer, length, samples, seed, done=depths, **options)."""
+
+    prompt: Callable[..., Prompt]
+    """(writer, case, **options) -> Prompt."""
+    grade: Callable[[str, str], bool]
+    """(reply, answer) -> whether the reply is right."""
+    depths: tuple[float, ...] | Callable[[int], tuple[float, ...]]
+    """Where answers stand if no depths are given; or a function of the option `keys` that says so."""
+    answer_tokens: int
+    options: tuple[str, ...] = ()
+    """The options of the command line that it takes."""
+    sentence_tokens: int | None = None
+    """In place of answer_tokens where the answer is a sentence: in every style but plain."""
+    shared_document: bool = False
+    """The document is the same at every depth: it is read once, and the cells of a length come together, at its end."""
+    embedded: Task | None = None
+    """The task in the vocabulary of the embedded model, which reads no text."""
+
+    def __call__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        length: int,
+        samples: int,
+        seed: int,
+        *,
+        done: Collection[float] = (),
+        depths: Collection[float] | None = None,
+        style: str = "auto",
+        answer_tokens: int | None = None,
+        haystack: str | Path | None = None,
+        chunk_length: int = CHUNK_LENGTH,
+        kv_cache: str = "default",
+        dump: str | Path | None = None,
+        **options: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """Accuracy of the answers to `samples` prompts at each depth that is not in `done`.
+
+        Args:
+            length: tokens that a prompt and its answer may take together.
+            depths, answer_tokens: instead of the task's.
+            style: see `prompts.Writer`. The paper's for longchat_lines is vicuna, for base models too.
+            haystack: text file, or folder of .txt and .md files, in place of invented sentences.
+            chunk_length: tokens read at once.
+            dump: append the prompts to this file, and ask the model nothing.
+            options: those of `prompt`.
+
+        Yields:
+            cells of results.Cell's fields: answer_loss tells models apart that are all right or all wrong.
+        """
+        task = self.embedded if self.embedded and is_embedded(tokenizer) else self
+        usual = task.depths if isinstance(task.depths, tuple) else task.depths(options.get("keys", 0))
+        places = tuple(dict.fromkeys(depths or usual))
+        if min(samples, chunk_length) < 1 or not all(0 <= depth <= 1 for depth in places):
+            raise TaskError("samples and chunk_length must be at least 1, and depths between 0 and 1")
+        if haystack is not None:
+            options["sentences"] = split_sentences(haystack)
+        writer = Writer(tokenizer, style)
+        one_line = writer.style == "plain"
+        room = answer_tokens or (task.answer_tokens if one_line else task.sentence_tokens or task.answer_tokens)
+        pending = [depth for depth in places if depth not in done]
+        cases = [Case(length, depth, index, seed, room, places) for depth in pending for index in range(samples)]
+        # Those of a group share a document.
+        count = min(samples if task.shared_document else len(cases), len(cases))
+        groups = [cases[index::count] for index in range(count)]
+        settings = {"answer_tokens": room, "one_line": one_line, "chunk_length": chunk_length, "kv_cache": kv_cache}
+        asked = defaultdict(list)
+        for group in groups:
+            prompts = [task.prompt(writer, case, **options) for case in group]
+            if dump is not None:
+                dump_prompts(prompts, dump)
+                continue
+            replies = scored_answers(model, tokenizer, prompts, **settings)
+            for case, prompt, (reply, loss) in zip(group, prompts, replies, strict=True):
+                found = asked[case.depth]
+                found.append((int(task.grade(reply, prompt.answer)), len(prompt.tokens), round(loss, 4)))
+                if len(found) == samples:
+                    yield _cell(case.depth, found)
+
+
+def _cell(depth: float, asked: list[tuple[int, int, float]]) -> dict[str, Any]:
+    correct, tokens, losses = (list(column) for column in zip(*asked, strict=True))
+    cell = {"depth": depth, "metric": "accuracy", "value": fmean(correct), "samples": len(correct)}
+    return cell | {"tokens": round(fmean(tokens), 1), "correct": "".join(map(str, correct)), "answer_loss": losses}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A task that has no prompts to write out; called as a Task is."""
+
+    measure: Callable[..., Iterator[dict[str, Any]]]
+    options: tuple[str, ...] = ()
+    embedded: bool = False
+
+    def __call__(self, *place: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        """Cells: depth, metric, value and samples."""
+        return self.measure(*place, **options)
+
+
+OF_PROMPTS = ("chunk_length", "depths", "style")
+TASKS: dict[str, Task | Measurement] = {
+    # Graded as the original's scripts/evaluate_kv_responses.py does.
+    "kv_retrieval": Task(
+        kv_prompt,
+        contains,
+        kv_depths,
+        50,
+        (*OF_PROMPTS, "keys", "key_length"),
+        shared_document=True,
+        embedded=Task(embedded_kv_prompt, contains, kv_depths, 1, shared_document=True),
+    ),
+    # Graded as in the CREAM paper; LongEval takes the last integer.
+    "longchat_lines": Task(lines_prompt, first_integer, FIFTHS, 35, (*OF_PROMPTS, "lines"), shared_document=True),
+    "multikey_needle": Task(
+        multikey_prompt, first_integer, SIXTEENTHS, 20, (*OF_PROMPTS, "haystack"), shared_document=True
+    ),
+    "needle": Task(
+        needle_prompt,
+        first_integer,
+        TENTHS,
+        50,
+        (*OF_PROMPTS, "haystack"),
+        embedded=Task(embedded_needle_prompt, contains, TENTHS, 1),
+    ),
+    # The original's 10 tokens are for the bare number.
+    "passkey": Task(passkey_prompt, first_integer, FIFTHS, 10, OF_PROMPTS, sentence_tokens=35),
+    "perplexity": Measurement(perplexity, ("text", "stride", "max_tokens", "chunk_length")),
+    "recall": Measurement(recall, embedded=True),
+}
+"""Name -> task."""
