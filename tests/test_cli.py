@@ -249,13 +249,13 @@ def test_a_length_that_the_recall_task_cannot_make_is_refused(line_of):
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_ctrl_c_says_how_to_go_on_and_exits_with_130(command, monkeypatch, capsys):
+def test_ctrl_c_says_how_to_resume_and_exits_with_130(command, monkeypatch, capsys):
     def interrupt(arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.COMMANDS, command, interrupt)
     assert cli.main([command]) == 130
-    assert re.fullmatch(r"interrupted, .* goes on .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"interrupted, .* resumes.*\n", capsys.readouterr().err)
 
 
 def test_too_little_gpu_memory_is_said_before_anything_is_loaded(line_of, monkeypatch):
@@ -435,7 +435,7 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
     assert rest == [
         f"The same as JSON: {tmp_path / 'summary.json'}",
         f"The adapter is in {run}",
-        f"Next: cream-peft evaluate --compare {run}, cream-peft chat --adapter {run}",
+        f"Measure it: cream-peft evaluate --compare {run}",
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == ["output_dir", "steps", "loss", "seconds", "peak_gib", "redrawn", "unlabelled"]
