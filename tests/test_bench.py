@@ -336,7 +336,7 @@ def test_ctrl_c_on_the_script_says_that_the_same_command_goes_on(measure, monkey
     with pytest.raises(SystemExit) as stopped:
         measure.main()
     line = capsys.readouterr().err
-    assert stopped.value.code == 130 and line.count("\n") == 1 and line.endswith("the same command goes on\n")
+    assert stopped.value.code == 130 and line.count("\n") == 1 and line.endswith("the same command resumes\n")
 
 
 def test_the_table_of_the_tiny_model_says_that_it_is_no_7b(measure):

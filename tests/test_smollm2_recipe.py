@@ -198,7 +198,7 @@ def test_a_row_that_fails_does_not_take_the_others_with_it(compare, monkeypatch,
     assert "not done, these rows failed: ntk pose; " in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*command[:4], str(tmp_path / "no" / "time"), "--minutes", "0"])
     monkeypatch.setattr(compare, "evaluate", lambda *arguments: compare.call([], 0.0, tmp_path / "log"))
-    assert compare.main() == 0 and "not done: the same command goes on" in capsys.readouterr().out
+    assert compare.main() == 0 and "not done: the same command resumes" in capsys.readouterr().out
 
 
 def test_the_first_rows_are_there_and_others_are_refused_by_name(compare, tmp_path, monkeypatch, capsys):

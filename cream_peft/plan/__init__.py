@@ -1,1 +1,1 @@
-"""What a recipe needs of a GPU before one is rented: memory, cards, time, advice."""
+"""What a recipe needs of a GPU before one is rented: memory, GPUs, time, advice."""

@@ -5,7 +5,7 @@ python recipes/cream-peft-tiny/reproduce.py [--output runs/reproduce] [--workers
 Settings are those of the embedded recipe (cream_peft/tiny/recipe.yaml), on an unquantized base, with a learning rate
 of 1e-2 under linear scaling. The evaluation documents are drawn from a seed that no setting was chosen on. The three
 bases are the shipped one and the two in bases/. Every run is kept as one line of runs.jsonl: killed and started again,
-the command goes on where it stopped. Writes reproduce.json and reproduce.png into the output folder.
+the command resumes where it stopped. Writes reproduce.json and reproduce.png into the output folder.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def main() -> None:
     command = [sys.executable, __file__, "--output", str(options.output), "--workers", str(options.workers)]
     processes = [subprocess.Popen([*command, "--index", str(index)]) for index in range(options.workers)]
     if sum(process.wait() for process in processes):
-        sys.exit("a worker failed; start the command again to go on")
+        sys.exit("a worker failed; start the command again to resume")
     report(options.output)
 
 

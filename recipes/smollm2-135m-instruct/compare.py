@@ -4,8 +4,8 @@
     python recipes/smollm2-135m-instruct/compare.py --budget gpu --minutes 9    # 8K to 64K, again until it says done
     python recipes/smollm2-135m-instruct/compare.py --budget settings # what was tried, on other prompts; search: before
 
-Trains and measures with cream-peft's own commands, a row at a time. Whatever a kill or --minutes interrupts goes on
-where it stopped with the same command. Writes compare.json and a picture to --output, and prints the table. With
+Trains and measures with cream-peft's own commands, a row at a time. What a kill or --minutes interrupts is resumed
+by the same command. Writes compare.json and a picture to --output, and prints the table. With
 --only several processes share the work.
 """
 
@@ -351,7 +351,7 @@ def main() -> int:
     here = "gpu" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--budget", choices=BUDGETS, default=here, help=f"default: {here}, as this machine")
     parser.add_argument("--output", type=Path, help=f"default: {HOME}/BUDGET")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to go on later")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to resume later")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
     parser.add_argument("--first", action="store_true", help="two rows: RoPE scaling alone, and CREAM on it")
     options = parser.parse_args()
@@ -378,7 +378,7 @@ def main() -> int:
                     break
         state = f"not done, these rows failed: {', '.join(failed)}" if failed else "done"
     except TimeIsUp:
-        state = "not done: the same command goes on"
+        state = "not done: the same command resumes"
     summary = summarise(budget, output)
     (output / "compare.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(summary)))

@@ -176,7 +176,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"The data are in {data}; where they come from and their licences: {Path(__file__).name}")
     if not (data / "held-out/king-james-bible.txt").is_file():
-        print("The King James Version is left out: it wants apt-get and bible-kjv (Debian, Ubuntu)")
+        print("The King James Version is left out: it needs apt-get and bible-kjv (Debian, Ubuntu)")
 
 
 if __name__ == "__main__":

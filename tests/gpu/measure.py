@@ -286,13 +286,13 @@ def main() -> None:
     try:
         results = measure(options.output, options.tiny, options.minutes, options.case_seconds, options.only)
     except KeyboardInterrupt:
-        parser.exit(130, f"interrupted, what was measured is in {options.output}: the same command goes on\n")
+        parser.exit(130, f"interrupted, what was measured is in {options.output}: the same command resumes\n")
     except ValueError as error:
         parser.exit(2, f"{error}\n")
     print("\n".join(table_of(results)))
     left = [name for name in CASES if options.only in name and name not in results["cases"]]
     if left:
-        print(f"{len(left)} cases are left: the same command goes on ({', '.join(left)})")
+        print(f"{len(left)} cases are left: the same command resumes ({', '.join(left)})")
     print(f"The results are in {options.output}")
 
 
