@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from tqdm import trange
-from transformers import (
-    Cache,
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    TextStreamer,
-)
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 from . import rope
 from .model.adapter import load_adapter
@@ -70,7 +62,7 @@ def read_document(path: str | Path) -> str:
     return text
 
 
-def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the base's, the tokenizer's, and the first special one after a turn of the template."""
     ends = model.generation_config.eos_token_id
     ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
@@ -85,7 +77,7 @@ def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer) -> list
 class _Stream(TextStreamer):
     """Writes whole words as they come, keeps the tokens, and is the stopping criterion that Ctrl-C sets."""
 
-    def __init__(self, tokenizer: Tokenizer, write: Write) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write, self.tokens, self.stopped = write, [], False
 
@@ -120,9 +112,9 @@ class Chat:
         ChatError: a document that leaves no room for an answer, or a system message without a chat template.
     """
 
-    model: PreTrainedModel | PeftModel
-    """Its generation_config is replaced by the settings."""
-    tokenizer: Tokenizer
+    model: Any
+    """A PreTrainedModel or PeftModel; its generation_config is replaced by the settings."""
+    tokenizer: Any
     pretrained_window: int
     """Tokens that the base was pretrained for."""
     target_length: int

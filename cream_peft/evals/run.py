@@ -22,9 +22,6 @@ from .prompts import TEXT_SUFFIXES
 from .results import Cell, Results, file_name
 from .tasks import TASKS, Task
 
-Measure = Callable[..., Iterable[Mapping[str, Any]]]
-"""A task: (model, tokenizer, length, samples, seed, done=depths, **options) that yields cells."""
-
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -71,7 +68,7 @@ class EvaluateOptions:
             is_path = name == "haystack" or Path(str(path)).suffix in TEXT_SUFFIXES
             if path is not None and is_path and not Path(path).exists():
                 raise ValueError(f"--{name} {path}: no such file or folder")
-        for name in sorted({name for task in TASKS.values() for name in task.options}):
+        for name in dict.fromkeys(name for task in TASKS.values() for name in task.options):
             takers = [task for task in TASKS if name in TASKS[task].options]
             if getattr(self, name) is not None and not set(takers) & set(self.tasks):
                 raise ValueError(f"--{name} is for {', '.join(takers)}, and --tasks has {', '.join(self.tasks)}")
@@ -104,7 +101,7 @@ def _flat(content: dict[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    tasks: Mapping[str, Measure],
+    tasks: Mapping[str, Callable[..., Iterable[Mapping[str, Any]]]],
     results: Results,
     path: Path,
     *,
@@ -152,10 +149,10 @@ def evaluate(
 def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
     if "recall" in tasks and config.vocab_size != VOCABULARY_SIZE:
         raise ValueError(f"task recall is for the embedded model's vocabulary, {name} has another: leave it out")
-    embedded = [task for task in TASKS if TASKS[task].embedded]
-    text = [task for task in tasks if task not in embedded]
+    known = [task for task in TASKS if TASKS[task].embedded]
+    text = [task for task in tasks if task not in known]
     if text and config.vocab_size == VOCABULARY_SIZE:
-        raise ValueError(f"{name} reads no text, which {text[0]} is: its tasks are {', '.join(embedded)}")
+        raise ValueError(f"{name} reads no text, which {text[0]} is: its tasks are {', '.join(known)}")
 
 
 def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
@@ -210,12 +207,11 @@ def write_prompts(options: EvaluateOptions, folder: Path) -> None:
     for opened, lengths in _opened(options):
         tokenizer = load_tokenizer(str(opened.adapter or opened.spec.name))
         for task in options.tasks:
-            asked = TASKS[task]
-            if not isinstance(asked, Task):
+            if not isinstance(TASKS[task], Task):
                 raise ValueError(f"task {task} has no prompts to write out: leave it out of --tasks")
             for length in lengths:
                 path = folder / f"{opened.spec.label}-{task}-{length}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
                 own: dict[str, Any] = {**options.of_task(task), "dump": path}
-                list(asked(None, tokenizer, length, options.samples, options.seed, **own))
+                list(TASKS[task](None, tokenizer, length, options.samples, options.seed, **own))

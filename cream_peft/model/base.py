@@ -53,8 +53,9 @@ def expand_cuda_segments() -> None:
     Not through the environment: importing bitsandbytes wakes CUDA, and by then that has been read."""
     if not torch.cuda.is_available() or any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
         return
-    # torch 2.13 deprecates the second name.
-    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    # torch 2.13 deprecates the second name, which alone torch 2.6 has.
+    names = ((torch._C, "_accelerator_setAllocatorSettings"), (torch.cuda.memory, "_set_allocator_settings"))
+    change = next(getattr(module, name) for module, name in names if hasattr(module, name))
     change("expandable_segments:True")
 
 

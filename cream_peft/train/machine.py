@@ -45,7 +45,7 @@ def base_config(recipe: Recipe) -> PreTrainedConfig:
 
 
 def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse at once, the lengths being resolved, a base that cannot be scaled as asked, and too small a machine."""
+    """Refuse at once a base that cannot be scaled as asked (lengths resolved), and what this machine cannot train."""
     rope.scaled_config(config, recipe.run.target_length or 0, recipe.run.rope_scaling_type)
     gib = fit.allowed_gib()
     try:

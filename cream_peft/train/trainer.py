@@ -244,7 +244,7 @@ class CREAMTrainer(SFTTrainer):
             base_revision=getattr(self.unwrapped_config(), "_commit_hash", None),
             base_fingerprint=self.base_fingerprint,
             pretrained_window=self.pretrained_window,
-            target_length=args.target_length,
+            target_length=self.lengths.target_length,
             rope_scaling_type=args.rope_scaling_type,
             positions=positions,
             load_in_4bit=bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
