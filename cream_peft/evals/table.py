@@ -28,6 +28,10 @@ def _row(label: str, values: dict[Any, float], columns: Collection[Any]) -> list
     return [label, *(f"{values[column]:.2f}" if column in values else "-" for column in columns)]
 
 
+def _p_value(test: dict[str, Any]) -> str:
+    return "< 0.001" if test["p_value"] < 0.001 else f"= {test['p_value']:.3f}"
+
+
 def _last_against_first(cells: dict[str, list[Cell]], compared: Tests) -> str:
     """One sentence: the last model beside the first at the longest length that both were asked at."""
     first, last = next(iter(cells)), list(cells)[-1]
@@ -39,18 +43,14 @@ def _last_against_first(cells: dict[str, list[Cell]], compared: Tests) -> str:
         return f"At {length:,} tokens {last} has a perplexity of {other[length]:.2f}, {first} of {base[length]:.2f}."
     test, chance = compared.get((last, length)), ""
     if test:
-        p_value = "p < 0.001" if test["p_value"] < 0.001 else f"p = {test['p_value']:.2f}"
-        chance = f"; the difference {'may be' if test['noise'] else 'is not'} chance ({p_value})"
+        chance = f"; the difference {'may be' if test['noise'] else 'is not'} chance (p {_p_value(test)})"
     return f"At {length:,} tokens {last} answers {other[length]:.0%} right, {first} {base[length]:.0%}{chance}."
 
 
 def _reach(effective: list[dict[str, Any]], threshold: float) -> str:
-    """One sentence: up to which length each model is of use, of those that it was extended to."""
-    told = []
-    for found in effective:
-        reached = f"up to {found['effective_length']:,}" if found["effective_length"] else "at no length"
-        told.append(f"{found['model']} {reached} of {found['target_length']:,}")
-    return f"{threshold:.0%} or more is right: {', '.join(told)} tokens." if told else ""
+    """One sentence: up to which length each model is of use, of the length that it was extended to."""
+    told = [f"{found['model']} {found['effective_length']:,} of {found['target_length']:,}" for found in effective]
+    return f"Up to this many tokens at least {100 * threshold:g}% is right: {', '.join(told)}." if told else ""
 
 
 def _details(cells: dict[str, list[Cell]], compared: Tests) -> str:
@@ -62,12 +62,14 @@ def _details(cells: dict[str, list[Cell]], compared: Tests) -> str:
             here = [cell for cell in found if cell.length == length]
             (low, high), loss, test = interval(here), mean_loss(here), compared.get((label, length))
             row = [f"{length:,}", f"{value:.2f}", f"{low:.2f}-{high:.2f}", "-" if loss is None else f"{loss:.2f}"]
-            row += [f"{test['difference']:+.2f}", f"{test['p_value']:.3f}"] if test else ["-", "-"]
+            row += [f"{test['difference']:+.2f}", _p_value(test)] if test else ["-", "-"]
             row.append(difference_in_words(test["answer_loss"]) if test and "answer_loss" in test else "-")
             rows.append([label, *row, *_row("", mean_by(here, "depth"), depths)[1:]])
     by_depth = [f"{depth:.0%}" for depth in depths]
     columns = ["model", "length", "all", "95 %", "loss", "difference", "p", "of the loss (95 %)", *by_depth]
-    return f"{table(columns, rows, indent=2)}\n\n{LEGEND}"
+    shown = [index for index in range(len(columns)) if any(row[index] != "-" for row in rows)]
+    told = table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows], indent=2)
+    return f"{told}\n\n{LEGEND}"
 
 
 def table_of(
@@ -104,12 +106,7 @@ def paper_table() -> str:
             f"kv_retrieval, mean of five positions, {keyed['samples']} samples each:",
             table(["model", "75 keys", "140 keys"], means),
             f"\nlongchat_lines, {told['scaling']}, {told['samples']} samples a length (tokens):",
-            table(["model", *map(str, told["lengths"])], lines, indent=2),
+            table(["model", *map(str, told["lengths"])], lines),
             f"\nLongBench, mean: {', '.join(f'{model} {value}' for model, value in score.items())}\n",
         ]
     )
-
-
-def of_task(results: Compared, task: str) -> dict[str, list[Cell]]:
-    """Label -> its cells of one task. Used by publish.card until it asks `Results.of_task`."""
-    return {label: result.of_task(task) for label, result in results.items()}
