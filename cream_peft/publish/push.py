@@ -19,30 +19,15 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError
 
 from ..evals.results import Results, file_name, tasks_in
-from ..model.record import Record, holds_secrets, without_secrets
+from ..model.record import MERGED_FILES, REQUIRED_FILES, Record, holds_secrets, without_secrets
 from .card import is_own, write_card
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "base_config/config.json",
-    "cream.json",
-    "README.md",
-    "tokenizer*",  # tokenizer.model, where there is one, included
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.jinja",
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "results/*.json",
-    "results/*.png",
-)
+PUBLISHED = {*REQUIRED_FILES, *MERGED_FILES, "README.md", "results/*.json", "results/*.png"}
+# tokenizer.model, where there is one, included.
+PUBLISHED |= {"tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"}
+PUBLISHED |= {"generation_config.json", "model*.safetensors", "model.safetensors.index.json"}
 """What goes to the Hub's root. An allow-list: training_args.bin holds the token, logs hold host names."""
 
 NEVER_PUBLISHED = ("training_args.bin", "README.md")
@@ -59,17 +44,14 @@ class PushError(ValueError):
     """What could not be published, why, and what to do."""
 
 
-class _Busy(Exception):
-    """Another operation on the repository is in progress."""
-
-
 def _will_pass(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING
     # By name: some versions of the Hub's client use httpx, some httpx2.
-    # An error page in place of JSON comes from something between us and the Hub.
     is_lost = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-    return is_lost or isinstance(error, _Busy | json.JSONDecodeError)
+    # An error page in place of JSON comes from something between us and the Hub. A KeyError is a 409 to create_repo,
+    # which takes each for "it exists" and then misses its address.
+    return is_lost or isinstance(error, KeyError | json.JSONDecodeError)
 
 
 def _explain(error: Exception, repo: str) -> str:
@@ -82,22 +64,20 @@ def _explain(error: Exception, repo: str) -> str:
         # From hf_xet, which has tried several times by itself.
         said = re.sub(r"(https?://[^/ ]+)\S*", r"\1", str(error))
         return f"the large files of {repo} do not get through to Xet storage ({said}): set HF_HUB_DISABLE_XET=1"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 409 if isinstance(error, _Busy) else 0
-    permanent = {
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 409 * isinstance(error, KeyError)
+    busy = f"{repo} is being changed by another operation ({status}): try again in a minute"
+    said = {
+        0: f"the connection to the Hub broke while publishing {repo} ({type(error).__name__}): check the network",
         400: f"the Hub refuses {repo} (400): {getattr(error, 'server_message', None) or error}",
         401: f"the Hub does not accept the token for {repo} (401): set HF_TOKEN, or log in, with one that may write",
         403: f"the token may not write to {repo} (403): use one with write access, or another --repo",
         404: f"{repo} is not on the Hub as far as the token sees (404): check the spelling and --revision",
-    }
-    if status in permanent:
-        return permanent[status]
-    passing = {
-        0: f"the connection to the Hub broke while publishing {repo} ({type(error).__name__}): check the network",
-        409: f"{repo} is being changed by another operation (409): try again in a minute",
-        412: f"{repo} is being changed by another operation (412): try again in a minute",
+        409: busy,
+        412: busy,
         429: f"the Hub refuses more requests for now ({repo}, 429): wait some minutes",
-    }
-    said = passing.get(status, f"the Hub answers {status} for {repo}: try again later")
+    }.get(status, f"the Hub answers {status} for {repo}: try again later")
+    if status in (400, 401, 403, 404):
+        return said
     return f"{said}. Nothing half-finished is visible there, and what has arrived is not sent again"
 
 
@@ -120,20 +100,12 @@ def _hub_call(call: Callable[[], T], repo: str) -> T:
     raise AssertionError("not reached")
 
 
-def _create(api: HfApi, repo: str, private: bool | None) -> str:
-    try:
-        return api.create_repo(repo, private=private, exist_ok=True).repo_id
-    except KeyError as error:
-        # The client takes every 409 for "it exists", and misses that one's address.
-        raise _Busy from error
-
-
 def create_repository(repo: str, *, private: bool | None = None, token: str | None = None) -> str:
     """Make sure that the repository exists and may be written to; returns its whole id, user/name."""
     if not (token or get_token()):
         raise PushError(f"you are not logged in, and {repo} is to be published: run `hf auth login`")
     api = HfApi(token=token)
-    repo = _hub_call(lambda: _create(api, repo, private), repo)
+    repo = _hub_call(lambda: api.create_repo(repo, private=private, exist_ok=True).repo_id, repo)
     if private and not _hub_call(lambda: api.model_info(repo).private, repo):
         raise PushError(f"{repo} exists and is public: make it private on its page first, or choose another name")
     return repo
