@@ -242,7 +242,7 @@ def test_what_lm_eval_cannot_do_is_one_line(ask, monkeypatch):
     assert line("far").startswith("the data set of task far is not in the cache")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     found = line(f"choice_{WINDOW}")
-    assert found.startswith("lm-eval is missing") and found.endswith("pip install 'cream-peft[lm-eval]'")
+    assert found.startswith("lm-eval is missing") and found.endswith("pip install 'lm-eval[longbench,ruler]<0.5'")
 
 
 def test_patterns_and_groups_stand_for_their_tasks(ask):

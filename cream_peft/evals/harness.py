@@ -1,7 +1,7 @@
 """The field's own benchmarks, through EleutherAI's lm-eval, on a model whose RoPE is scaled as its adapter was trained.
 
 With `peft=`, lm-eval itself puts an adapter on the base as its config.json has it: unscaled, and prompts cut to the
-pretrained window. Here the loaded model is handed over. An extra: `pip install 'cream-peft[lm-eval]'`.
+pretrained window. Here the loaded model is handed over. It is an extra: `pip install -e '.[lm-eval]'` in a clone.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def run_harness(
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable
     except ImportError as error:
-        raise HarnessError(f"lm-eval is missing ({error}): pip install 'cream-peft[lm-eval]'") from error
+        raise HarnessError(f"lm-eval is missing ({error}): pip install 'lm-eval[longbench,ruler]<0.5'") from error
     if any(number is not None and number < 1 for number in (max_length, batch_size, options.get("limit"))):
         raise HarnessError("max_length, batch_size and limit must be at least 1")
     if chat_template and not tokenizer.chat_template:
