@@ -16,7 +16,6 @@ from cream_peft.evals.plots import (
     heatmap_figure,
     length_label,
     perplexity_figure,
-    plot_accuracy,
     plot_results,
 )
 from cream_peft.evals.results import Cell, Results, Settings
@@ -279,11 +278,9 @@ def test_each_task_gets_the_kind_that_suits_it_and_a_file_of_its_own(tmp_path):
     assert "<image" not in (tmp_path / "one.svg").read_text()
 
 
-def test_accuracy_is_saved_with_the_window_given_or_the_results_own(tmp_path):
-    own = plot_accuracy({"a": result(noise(0))}, tmp_path / "own.svg", title="A title")
-    given = plot_accuracy({"a": result(noise(0))}, str(tmp_path / "given.svg"), pretrained_window=8192)
+def test_accuracy_is_saved_with_the_window_of_the_results_and_the_title(tmp_path):
+    (own,) = plot_results({"a": result(noise(0))}, tmp_path / "own.svg", title="A title")
     assert "pretrained window 4K" in own.read_text() and "A title" in own.read_text()
-    assert "pretrained window 8K" in given.read_text() and "pretrained window 4K" not in given.read_text()
 
 
 MIXED = {"a": result(noise(0)), "b": perplexity(lambda length: 7.0)}

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
-from .results import Cell, Compared, Results, Settings, interval, mean_by
+from .results import Cell, Compared, Results, interval, mean_by
 
 WIDTH = 9.0
 CHARACTER = 0.08  # Inches that one of the 9 point font takes, about.
@@ -242,14 +242,6 @@ def _save(figure: Figure, path: Path) -> Path:
         # A palette takes a third of the bytes, and the difference is not seen.
         Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
     return path
-
-
-def plot_accuracy(results: Compared, path: str | Path, pretrained_window: int | None = None, title: str = "") -> Path:
-    """Save `accuracy_figure`; the window marked is `pretrained_window` (tokens), or the results' own if None."""
-    if pretrained_window:
-        marked = Settings(pretrained_window=pretrained_window)
-        results = {label: replace(result, settings=marked) for label, result in results.items()}
-    return _save(accuracy_figure(results, title), Path(path))
 
 
 def plot_results(
