@@ -72,7 +72,9 @@ def test_files_that_hold_tokens_are_found_and_the_command_fails(adapter, capsys)
 def test_the_table_is_also_json(adapter, tmp_path, capsys):
     assert cli.main(["check", "--adapter", str(adapter), "--json", str(tmp_path / "check.json")]) == 0
     rows, printed = json.loads((tmp_path / "check.json").read_text()), capsys.readouterr().out
-    assert len(rows) == 6 and all(row["item"] in printed and row["found"] in printed for row in rows)
+    unwrapped = "".join(printed.split())
+    assert len(rows) == 6 and all("".join(row["found"].split()) in unwrapped for row in rows)
+    assert all(row["item"] in printed for row in rows) and max(map(len, printed.splitlines())) <= 120
 
 
 def test_a_merged_model_is_no_base_and_is_checked_for_what_it_is(adapter, tmp_path):

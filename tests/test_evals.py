@@ -162,7 +162,10 @@ def test_the_table_says_which_differences_are_chance_and_how_far_a_model_is_of_u
     }
     text = table_of(results, threshold=0.8)
     assert rows_of(text, "model") == [["model", "1,024"], ["base", "0.25"], ["better", "1.00"], ["same", "0.30"]]
-    assert "At 1,024 tokens same answers 30% right, base 25%; the difference may be chance (p = 0.500)." in text
+    # Beside the best of the others, not the first: that one is beaten by scaling alone.
+    assert "At 1,024 tokens same answers 30% right, the best of the others, better, 100%; the difference is not" in text
+    pair = table_of({label: results[label] for label in ("base", "same")})
+    assert "At 1,024 tokens same answers 30% right, base 25%; the difference may be chance (p = 0.500)." in pair
     reached = "Up to this many tokens at least 80% is right: base 0 of 2,048, better 1,024 of 2,048, same 0 of 2,048."
     assert reached in text and "loss" not in text and "p by McNemar" not in text
     two = table_of({label: results[label] for label in ("base", "better")})

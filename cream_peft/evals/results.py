@@ -180,16 +180,22 @@ def compare_cells(pairs: list[tuple[Cell, Cell]]) -> dict[str, Any] | None:
     return found
 
 
+def same_places(first: Iterable[Cell], second: Iterable[Cell], length: int) -> list[tuple[Cell, Cell]]:
+    """Pairs of two models' cells of one task at `length`, those of one depth together."""
+    at_depth = {cell.depth: cell for cell in first if cell.length == length}
+    return [(at_depth[cell.depth], cell) for cell in second if cell.length == length and cell.depth in at_depth]
+
+
 def comparisons(results: Compared) -> list[dict[str, Any]]:
     """Every other model against the first one, task by task and length by length, on the same samples."""
     found: list[dict[str, Any]] = []
     first, *others = results
     for task in tasks_in(results):
-        base = {(cell.length, cell.depth): cell for cell in results[first].of_task(task)}
+        base = results[first].of_task(task)
         for other in others:
-            cells = [cell for cell in results[other].of_task(task) if (cell.length, cell.depth) in base]
+            cells = results[other].of_task(task)
             for length in sorted({cell.length for cell in cells}):
-                test = compare_cells([(base[length, cell.depth], cell) for cell in cells if cell.length == length])
+                test = compare_cells(same_places(base, cells, length))
                 if test:
                     where = {"task": task, "length": length, "model": other, "against": first}
                     found.append(where | test | {"noise": test["p_value"] >= SIGNIFICANT})

@@ -86,6 +86,7 @@ def _refuse_other_settings(path: Path, earlier: Results, now: Results, tasks: It
     if earlier.cells and differing:
         was, new = found.get(differing[0]), wanted.get(differing[0])
         told = f" ({was}, now {new})" if isinstance(new, int | str | list) else ""
+        told = " (the adapter was trained again)" if differing[0] == "adapter_sha256" else told
         raise ValueError(
             f"{path} was measured with other settings, {differing[0]}{told}: choose another --output_dir, or delete it"
         )

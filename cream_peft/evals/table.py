@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ..terminal import table
-from .results import Cell, Compared, comparisons, effective_lengths, interval, mean_by, mean_loss, tasks_in
+from .results import (
+    SIGNIFICANT,
+    Cell,
+    Compared,
+    compare_cells,
+    comparisons,
+    effective_lengths,
+    interval,
+    mean_by,
+    mean_loss,
+    same_places,
+    tasks_in,
+)
 
 PAPER = Path(__file__).parent / "paper.json"
 LEGEND = """all: over all depths; 95 %: Wilson's interval; loss: of the right answers, in nats per token; difference: to
@@ -32,19 +44,27 @@ def _p_value(test: dict[str, Any]) -> str:
     return "< 0.001" if test["p_value"] < 0.001 else f"= {test['p_value']:.3f}"
 
 
-def _last_against_first(cells: dict[str, list[Cell]], compared: Tests) -> str:
-    """One sentence: the last model beside the first at the longest length that both were asked at."""
-    first, last = next(iter(cells)), list(cells)[-1]
-    base, other = mean_by(cells[first], "length"), mean_by(cells[last], "length")
-    length = max(base.keys() & other.keys(), default=0)
-    if not length or first == last:
+def _last_against_best(cells: dict[str, list[Cell]]) -> str:
+    """One sentence: the last model beside the best of the others, at the longest length that they share with it.
+
+    Not beside the first: a base that is not scaled is beaten by scaling alone, which says nothing of the training.
+    """
+    *others, last = cells
+    means = {label: mean_by(found, "length") for label, found in cells.items()}
+    length = max({at for label in others for at in means[label]} & means[last].keys(), default=0)
+    asked = [label for label in others if length in means[label]]
+    if not asked:
         return ""
-    if cells[last][0].metric == "perplexity":
-        return f"At {length:,} tokens {last} has a perplexity of {other[length]:.2f}, {first} of {base[length]:.2f}."
-    test, chance = compared.get((last, length)), ""
+    mine, is_share = means[last][length], cells[last][0].metric == "accuracy"
+    best = (max if is_share else min)(asked, key=lambda label: means[label][length])
+    other, which = means[best][length], f"the best of the others, {best}," if len(asked) > 1 else best
+    if not is_share:
+        return f"At {length:,} tokens {last} has a perplexity of {mine:.2f}, {which} of {other:.2f}."
+    test, chance = compare_cells(same_places(cells[best], cells[last], length)), ""
     if test:
-        chance = f"; the difference {'may be' if test['noise'] else 'is not'} chance (p {_p_value(test)})"
-    return f"At {length:,} tokens {last} answers {other[length]:.0%} right, {first} {base[length]:.0%}{chance}."
+        noise = "may be" if test["p_value"] >= SIGNIFICANT else "is not"
+        chance = f"; the difference {noise} chance (p {_p_value(test)})"
+    return f"At {length:,} tokens {last} answers {mine:.0%} right, {which} {other:.0%}{chance}."
 
 
 def _reach(effective: list[dict[str, Any]], threshold: float) -> str:
@@ -88,7 +108,7 @@ def table_of(
         rows = [_row(label, mean_by(found, "length"), lengths) for label, found in cells.items()]
         lines += [table(["model", *(f"{length:,}" for length in lengths)], rows, indent=2), ""]
         tests = {(found["model"], found["length"]): found for found in compared if found["task"] == task}
-        said = [_last_against_first(cells, tests), _reach([one for one in effective if one["task"] == task], threshold)]
+        said = [_last_against_best(cells), _reach([one for one in effective if one["task"] == task], threshold)]
         lines += [sentence for sentence in said if sentence]
         lines += ["", _details(cells, tests), ""] if details and is_share else [""]
     return "\n".join(lines)
