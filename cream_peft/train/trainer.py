@@ -214,7 +214,7 @@ class CREAMTrainer(SFTTrainer):
         return TINY_ID if name == str(base_folder()) else public_name(name)
 
     def base_is_local(self) -> bool:
-        """Whether that name is only the name of a folder, which says nobody where to find the base."""
+        """Whether that name is only the name of a local folder, which nobody else has."""
         name = self.unwrapped_config()._name_or_path
         return self.args.base_model_id is None and name not in (TINY_ID, str(base_folder())) and Path(name).exists()
 
