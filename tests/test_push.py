@@ -16,10 +16,10 @@ from hub_server import Hub, Repository
 from huggingface_hub import ModelCard, constants
 
 from cream_peft import cli
-from cream_peft.model.record import AdapterError, Record, adapter_sha256
+from cream_peft.model.record import AdapterError, Record, adapter_sha256, public_name
 from cream_peft.publish.card import vllm_command
 from cream_peft.publish.merge import merge_adapter
-from cream_peft.publish.push import PushError, push_folder
+from cream_peft.publish.push import PushError, create_repository, push_folder
 from cream_peft.tiny import base_folder
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.run import run_recipe
@@ -367,3 +367,23 @@ def test_what_could_not_be_published_is_not_trained(hub, tmp_path, monkeypatch):
     with pytest.raises(PushError, match=r"may not write to someone/adapter \(403\)"):
         train_and_push(tmp_path / "run")
     assert not (tmp_path / "run" / "cream.json").exists()
+
+
+def test_a_folder_right_below_the_root_is_a_path_and_a_word_with_a_slash_is_not(tmp_path):
+    root = Path(*tmp_path.parts[:2])
+    assert public_name(str(root)) == root.name and public_name(str(tmp_path / "x")) == "x"
+    assert [public_name(text) for text in ("/no_think", "/", "user/name")] == ["/no_think", "/", "user/name"]
+
+
+def test_only_the_creation_takes_a_key_error_for_a_busy_repository(monkeypatch):
+    def lose(*_, **__):
+        raise KeyError("url")
+
+    monkeypatch.setattr("cream_peft.publish.push.RETRY_AFTER", ())
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lose)
+    with pytest.raises(PushError, match=r"being changed by another operation \(409\)"):
+        create_repository("user/name", token="hf_x")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: type("Url", (), {"repo_id": "user/name"}))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lose)
+    with pytest.raises(KeyError):
+        create_repository("user/name", private=True, token="hf_x")

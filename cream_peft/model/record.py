@@ -8,7 +8,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ class Record:
             raise AdapterError(f"{FILE} of {name} does not say {', '.join(missing)}: get the adapter again")
         if content.get("format", 1) > FORMAT:
             raise AdapterError(f"{FILE} of {name} has format {content['format']}: upgrade cream-peft to read it")
-        positions = Positions(**_known(Positions, content.get("positions") or {}))
-        known: dict[str, Any] = _known(cls, content) | {"positions": positions, "format": FORMAT}
+        positions = Positions(**known_fields(Positions, content.get("positions") or {}))
+        known: dict[str, Any] = known_fields(cls, content) | {"positions": positions, "format": FORMAT}
         return cls(**known)
 
     def write(self, folder: Path) -> None:
@@ -124,11 +125,14 @@ class Record:
             write_json(file, dict(sorted(content.items())))
 
 
-def _known(kind: type[Record | Positions], content: dict[str, Any]) -> dict[str, Any]:
+def known_fields(kind: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:
     """Of a JSON object the fields that the dataclass has; other versions may write more. What is null takes its
-    default."""
-    names = {known.name for known in fields(kind)}
-    return {key: value for key, value in content.items() if key in names and (value is not None or key in NEEDED)}
+    default, where there is one."""
+    has_default = {
+        known.name: known.default is not MISSING or known.default_factory is not MISSING for known in fields(kind)
+    }
+    known = {key: value for key, value in content.items() if key in has_default}
+    return {key: value for key, value in known.items() if value is not None or not has_default[key]}
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -138,9 +142,10 @@ def write_json(file: Path, content: Any) -> None:
 
 def public_name(text: str) -> str:
     """`text` as it may be published: of a local path the last part, everything else as it is."""
-    # One part after the root, as in "/no_think", says nothing of a machine.
+    # One part after the root may be text, as "/no_think" is, unless it is there, as a container's /model is.
     is_absolute = text.startswith("/") and "/" in text[1:]
-    is_path = is_absolute or text.startswith(("./", "../", "~")) or ("/" in text[1:] and os.path.exists(text))
+    is_there = "/" in text and text != "/" and os.path.exists(text)
+    is_path = is_absolute or is_there or text.startswith(("./", "../", "~"))
     return Path(text).name if is_path and "\n" not in text else text
 
 

@@ -44,14 +44,17 @@ class PushError(ValueError):
     """What could not be published, why, and what to do."""
 
 
+class _Busy(Exception):
+    """Another operation on the repository is in progress (409)."""
+
+
 def _will_pass(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING
     # By name: some versions of the Hub's client use httpx, some httpx2.
     is_lost = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-    # An error page in place of JSON comes from something between us and the Hub. A KeyError is a 409 to create_repo,
-    # which takes each for "it exists" and then misses its address.
-    return is_lost or isinstance(error, KeyError | json.JSONDecodeError)
+    # An error page in place of JSON comes from something between us and the Hub.
+    return is_lost or isinstance(error, _Busy | json.JSONDecodeError)
 
 
 def _explain(error: Exception, repo: str) -> str:
@@ -64,7 +67,7 @@ def _explain(error: Exception, repo: str) -> str:
         # From hf_xet, which has tried several times by itself.
         said = re.sub(r"(https?://[^/ ]+)\S*", r"\1", str(error))
         return f"the large files of {repo} do not get through to Xet storage ({said}): set HF_HUB_DISABLE_XET=1"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 409 * isinstance(error, KeyError)
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 409 * isinstance(error, _Busy)
     busy = f"{repo} is being changed by another operation ({status}): try again in a minute"
     said = {
         0: f"the connection to the Hub broke while publishing {repo} ({type(error).__name__}): check the network",
@@ -100,12 +103,20 @@ def _hub_call(call: Callable[[], T], repo: str) -> T:
     raise AssertionError("not reached")
 
 
+def _create(api: HfApi, repo: str, private: bool | None) -> str:
+    try:
+        return api.create_repo(repo, private=private, exist_ok=True).repo_id
+    except KeyError as error:
+        # The client takes every 409 for "it exists", and misses that one's address.
+        raise _Busy from error
+
+
 def create_repository(repo: str, *, private: bool | None = None, token: str | None = None) -> str:
     """Make sure that the repository exists and may be written to; returns its whole id, user/name."""
     if not (token or get_token()):
         raise PushError(f"you are not logged in, and {repo} is to be published: run `hf auth login`")
     api = HfApi(token=token)
-    repo = _hub_call(lambda: api.create_repo(repo, private=private, exist_ok=True).repo_id, repo)
+    repo = _hub_call(lambda: _create(api, repo, private), repo)
     if private and not _hub_call(lambda: api.model_info(repo).private, repo):
         raise PushError(f"{repo} exists and is public: make it private on its page first, or choose another name")
     return repo
@@ -253,7 +264,7 @@ def _commit(api: HfApi, repo: str, additions: list[CommitOperationAdd], message:
     before = _hub_call(lambda: api.model_info(repo, revision=revision), repo)
     there = {sibling.rfilename for sibling in before.siblings or []}
     kinds = {"config.json", "adapter_config.json"}
-    if kinds <= there & kinds | {addition.path_in_repo for addition in additions}:
+    if kinds <= there | {addition.path_in_repo for addition in additions}:
         raise PushError(f"{repo} holds the other kind, an adapter or a merged model: give each a repository of its own")
 
     def commit() -> str:
