@@ -115,12 +115,13 @@ def evaluate_command(arguments: list[str]) -> None:
         return
     results = evaluate_models(options, _texts(options.text, config, split) if options.text else None)
     print(f"\n{table_of(results, threshold, options.tasks, details)}")
-    content = {
-        "results": {label: result.asdict() for label, result in results.items()},
-        "comparisons": comparisons(results),
-        "effective_lengths": effective_lengths(results, threshold),
-    }
-    write_json(json_file, content)
+    if json_file:
+        content = {
+            "results": {label: result.asdict() for label, result in results.items()},
+            "comparisons": comparisons(results),
+            "effective_lengths": effective_lengths(results, threshold),
+        }
+        write_json(json_file, content)
     print(f"The results are in {options.output_dir}: `cream-peft plot {options.output_dir}/*.json` draws them")
 
 

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cream_peft import CREAMConfig
+from cream_peft.plan.memory import Reading, Training, Validation
 from cream_peft.tiny import base_folder
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.run import run_recipe
@@ -35,6 +36,18 @@ def load_script(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def estimate(config, **settings):
+    return Training(**settings).terms(config)
+
+
+def estimate_validation(config, **settings):
+    return Validation(**settings).terms(config)
+
+
+def estimate_evaluation(config, **settings):
+    return Reading(**settings).terms(config)
 
 
 @pytest.fixture(scope="session")

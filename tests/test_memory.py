@@ -8,6 +8,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import Adam8bit
+from conftest import estimate, estimate_evaluation, estimate_validation
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,27 +34,12 @@ from cream_peft.plan.memory import (
     ATTENTION,
     CUDA_CONTEXT_GIB,
     LM_HEAD_TILE,
-    Reading,
-    Training,
-    Validation,
     parameter_count,
 )
 
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 TOKENS = 512
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
-
-
-def estimate(config, **settings):
-    return Training(**settings).terms(config)
-
-
-def estimate_validation(config, **settings):
-    return Validation(**settings).terms(config)
-
-
-def estimate_evaluation(config, **settings):
-    return Reading(**settings).terms(config)
 
 
 def small(config_class=LlamaConfig, **changes):

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import estimate, estimate_evaluation, estimate_validation
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -27,18 +28,6 @@ from cream_peft.train.recipe import parse_recipe
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 LLAMA2, LLAMA2_13B, QWEN3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf", "Qwen/Qwen3-8B-Base"
 SETTINGS = {"context_length": 4096}
-
-
-def estimate(config, **settings):
-    return Training(**settings).terms(config)
-
-
-def estimate_validation(config, **settings):
-    return Validation(**settings).terms(config)
-
-
-def estimate_evaluation(config, **settings):
-    return Reading(**settings).terms(config)
 
 
 def advise(config, gib, **settings):

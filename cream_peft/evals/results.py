@@ -7,12 +7,12 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..model.record import without_secrets
+from ..model.record import known_fields, without_secrets
 
 FORMAT = 2
 NEEDED = ("model", "adapter", "versions", "seed", "settings", "cells")
@@ -99,9 +99,9 @@ class Results:
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Results:
         """The object that `asdict` made JSON of."""
-        cells = [Cell(**_known(Cell, cell)) for cell in content["cells"]]
+        cells = [Cell(**known_fields(Cell, cell)) for cell in content["cells"]]
         head = {key: content[key] for key in ("model", "adapter", "versions", "seed")}
-        return cls(**head, settings=Settings(**_known(Settings, content["settings"])), cells=cells)
+        return cls(**head, settings=Settings(**known_fields(Settings, content["settings"])), cells=cells)
 
     def asdict(self) -> dict[str, Any]:
         """The JSON object: without what a cell has not, without tokens and local paths."""
@@ -121,11 +121,6 @@ class Results:
 
 Compared = Mapping[str, Results]
 """Label -> results, the first being what the others are compared with."""
-
-
-def _known(kind: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:
-    names = {known.name for known in fields(kind)}
-    return {key: value for key, value in content.items() if key in names}
 
 
 def file_name(label: str) -> str:
