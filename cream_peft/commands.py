@@ -14,7 +14,6 @@ from .terminal import CommandParser, UserError, is_first_process, table, typed_l
 MOST_TEXTS = 1000
 """Rows of a data set whose perplexity is measured."""
 GPU = "its name, such as 'RTX 4090', or its memory; 8GB is the 7.6 GiB that an 8 GB GPU reports, 8GiB is 8 GiB"
-COMPARED = "adapter folder or Hub id, or a base; BASE+ntk (linear, yarn) scales its RoPE; LABEL=MODEL names it"
 
 
 def train_command(arguments: list[str]) -> None:
@@ -43,42 +42,6 @@ def train_command(arguments: list[str]) -> None:
     print(f"The adapter is in {summary.output_dir}\nMeasure it: cream-peft evaluate --compare {summary.output_dir}")
 
 
-def evaluate_parser() -> argparse.ArgumentParser:
-    """The options of `cream-peft evaluate`."""
-    from .evals.prompts import STYLES
-    from .evals.tasks import TASKS
-    from .model.kv_cache import KV_CACHES
-
-    parser = CommandParser(evaluate_command, "base_model", "no_4bit", "json")
-    compared = f"{COMPARED} in the table"
-    parser.option("compare", compared, nargs="+", default=["cream-peft-tiny"], metavar="MODEL")
-    parser.option("tasks", f"of {', '.join(TASKS)}", nargs="+", default=["kv_retrieval", "needle"])
-    parser.option("lengths", "tokens; default: doubling from window to target", nargs="+", type=int)
-    parser.option("target_length", "tokens that bases are scaled to; default: the adapters', or 8 windows", type=int)
-    parser.option("samples", "questions at each length and depth", type=int, default=32)
-    parser.option("seed", "seed of the prompts", type=int, default=1000)
-    parser.option("threshold", "accuracy that is enough", type=float, default=0.85)
-    parser.option("depths", "where the answer stands, 0 to 1; default: the task's", nargs="+", type=float)
-    parser.option("keys", "kv_retrieval: so many keys, as the paper's 75 and 140", type=int)
-    parser.option("key_length", "kv_retrieval: keys of so many digits instead of UUIDs", type=int)
-    parser.option("lines", "longchat_lines: so many lines", type=int)
-    parser.option("haystack", "needles: text file or folder to hide them in", metavar="PATH")
-    parser.option("text", "perplexity: text file, folder of such, or a data set", metavar="PATH_OR_ID")
-    parser.option("text_config", "configuration of that data set")
-    parser.option("text_split", "split of that data set", default="test")
-    parser.option("stride", "perplexity: tokens between windows; default: half the length", type=int)
-    parser.option("max_tokens", "perplexity: tokens read of each document; default: all", type=int)
-    parser.option("style", "form of the prompt; default: chat where there is a template", choices=STYLES)
-    parser.option("chunk_length", "tokens read at once; default: 1024", type=int)
-    caches = ["auto", *KV_CACHES]
-    parser.option("kv_cache", "auto: 16-bit where it fits, else quantized", choices=caches, default="auto")
-    parser.option("dump-prompts", "write the prompts, measure nothing", metavar="DIR")
-    parser.option("output_dir", "folder of the results", default="runs/evaluate")
-    parser.option("details", "also print accuracy by depth, intervals, differences", action="store_true")
-    parser.option("paper", "print what the paper reports for the same tasks", action="store_true")
-    return parser
-
-
 def _texts(name: str, config: str | None, split: str) -> list[str] | None:
     """The texts of a data set's first rows; None where `name` is a text file or folder, which evals reads itself."""
     from .evals.prompts import TEXT_SUFFIXES
@@ -95,13 +58,23 @@ def _texts(name: str, config: str | None, split: str) -> list[str] | None:
     return texts
 
 
+def evaluate_parser() -> argparse.ArgumentParser:
+    """The options of `cream-peft evaluate`."""
+    from .evals.options import add_options
+
+    parser = CommandParser(evaluate_command, "base_model", "no_4bit", "json")
+    add_options(parser)
+    return parser
+
+
 def evaluate_command(arguments: list[str]) -> None:
     """Measure one model or several, print one table a task, keep one JSON file a model."""
     given = vars(evaluate_parser().parse_args(arguments))
     threshold, json_file, folder = given.pop("threshold"), given.pop("json"), given.pop("dump_prompts")
     details, config, split = given.pop("details"), given.pop("text_config"), given.pop("text_split")
+    from .evals.options import EvaluateOptions
     from .evals.results import comparisons, effective_lengths
-    from .evals.run import EvaluateOptions, evaluate_models, write_prompts
+    from .evals.run import evaluate_models, write_prompts
     from .evals.table import paper_table, table_of
 
     if given.pop("paper"):
@@ -127,6 +100,8 @@ def evaluate_command(arguments: list[str]) -> None:
 
 def lm_eval_command(arguments: list[str]) -> None:
     """Run the field's own benchmarks (EleutherAI's lm-eval) on adapters, with their RoPE scaled, and on bases."""
+    from .evals.options import COMPARED
+
     parser = CommandParser(lm_eval_command, "base_model", "no_4bit", "json")
     parser.add_argument("--compare", "--adapter", nargs="+", required=True, metavar="MODEL", help=COMPARED)
     parser.option("tasks", "lm-eval's tasks, by commas: longbench,ruler,hellaswag,mmlu_*", required=True)

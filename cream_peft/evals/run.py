@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,71 +12,14 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from ..model.base import load_tokenizer
-from ..model.kv_cache import refuse_unusable
 from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
 from ..plan.memory import Reading
 from ..tiny.documents import VOCABULARY_SIZE
 from .models import OpenedModel, open_models
-from .prompts import TEXT_SUFFIXES
+from .options import EvaluateOptions
 from .results import Cell, Results, file_name
 from .tasks import TASKS, Task
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What `cream-peft evaluate` measures, and how; its help says what each option means."""
-
-    compare: list[str]
-    tasks: list[str]
-    samples: int
-    seed: int
-    output_dir: str
-    lengths: list[int] | None = None
-    """Tokens; None: doubling from the window to the target."""
-    target_length: int | None = None
-    base_model: str | None = None
-    load_in_4bit: bool = True
-    kv_cache: str = "auto"
-    depths: list[float] | None = None
-    """This option and those below are of single tasks; None: the task's default."""
-    keys: int | None = None
-    key_length: int | None = None
-    lines: int | None = None
-    haystack: str | None = None
-    text: str | None = None
-    stride: int | None = None
-    max_tokens: int | None = None
-    style: str | None = None
-    chunk_length: int | None = None
-
-    def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-        for name, values in (("samples", [self.samples]), ("lengths", self.lengths or [])):
-            if min(values, default=1) < 1:
-                raise ValueError(f"--{name} {min(values)} must be at least 1")
-        for depth in self.depths or []:
-            if not 0 <= depth <= 1:
-                raise ValueError(f"--depths {depth:g} must lie between 0 (start) and 1 (end)")
-        if self.kv_cache != "auto":
-            refuse_unusable(self.kv_cache)
-        if "perplexity" in self.tasks and self.text is None:
-            raise ValueError("task perplexity has no text: set --text to a file, or to a folder of .txt and .md files")
-        for name, path in (("text", self.text), ("haystack", self.haystack)):
-            is_path = name == "haystack" or Path(str(path)).suffix in TEXT_SUFFIXES
-            if path is not None and is_path and not Path(path).exists():
-                raise ValueError(f"--{name} {path}: no such file or folder")
-        for name in dict.fromkeys(name for task in TASKS.values() for name in task.options):
-            takers = [task for task in TASKS if name in TASKS[task].options]
-            if getattr(self, name) is not None and not set(takers) & set(self.tasks):
-                raise ValueError(f"--{name} is for {', '.join(takers)}, and --tasks has {', '.join(self.tasks)}")
-
-    def of_task(self, task: str) -> dict[str, Any]:
-        """What was set of the options that the task takes."""
-        mine = {name: getattr(self, name) for name in TASKS[task].options}
-        return {name: value for name, value in mine.items() if value is not None}
 
 
 def _refuse_other_settings(path: Path, earlier: Results, now: Results, tasks: Iterable[str]) -> None:

@@ -14,8 +14,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import HubStrategy
-from trl import SFTTrainer
 
 from .. import rope
 from ..model.base import (
@@ -28,15 +26,14 @@ from ..model.base import (
     make_tokenizer_readable,
     with_pad_token,
 )
-from ..model.record import Positions, Record, fingerprint, machine, peak_gib, public_name, versions
+from ..model.record import Positions, Record, fingerprint, machine, peak_gib, versions
 from ..positions import SIGMA_PER_FACTOR
-from ..publish import push as hub
 from ..publish.card import write_card
-from ..tiny import TINY_ID, base_folder
 from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
 from .preflight import check_positions
+from .publishing import PublishingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +52,7 @@ class _SetEpoch(TrainerCallback):
         self.epoch += 1
 
 
-class CREAMTrainer(SFTTrainer):
+class CREAMTrainer(PublishingTrainer):
     """SFTTrainer whose training examples are draws of CREAM positions (arXiv 2406.07138) from whole documents.
 
     It takes SFTTrainer's arguments (`kwargs` are passed on), with a CREAMConfig. What it changes: the base's RoPE is
@@ -208,19 +205,6 @@ class CREAMTrainer(SFTTrainer):
         """Check that positions reach the model and attention crosses the segments, see `preflight.check_positions`."""
         check_positions(self)
 
-    def base_model_name(self) -> str:
-        """The base's public name: `base_model_id`, its Hub id, or a local folder's last part. Never a path."""
-        name = self.args.base_model_id or self.unwrapped_config()._name_or_path
-        return TINY_ID if name == str(base_folder()) else public_name(name)
-
-    def base_is_local(self) -> bool:
-        """Whether that name is only the name of a local folder, which nobody else has."""
-        name = self.unwrapped_config()._name_or_path
-        return self.args.base_model_id is None and name not in (TINY_ID, str(base_folder())) and Path(name).exists()
-
-    def unwrapped_config(self):
-        return self.accelerator.unwrap_model(self.model).config
-
     def describe(self) -> Record:
         """The content of cream.json: how the base was scaled, how positions were drawn, what the run took."""
         args, collator = self.args, self.data_collator
@@ -271,58 +255,4 @@ class CREAMTrainer(SFTTrainer):
         record = self.describe()
         record.name_base_in(folder)
         record.write(folder)
-        write_card(folder, record, self._public_name())
-
-    def _public_name(self) -> str | None:
-        return self.hub_model_id if self.args.push_to_hub else None
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `_save` has written our card, and TRL's would take its place."""
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the Hub repository, before anything is trained that could not be published."""
-        if self.base_is_local():
-            raise hub.PushError(
-                f"push_to_hub with a local base, {self.base_model_name()!r}: set base_model_id, its Hub id, so that "
-                "others find it"
-            )
-        if self.is_world_process_zero():
-            repo = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-            private = self.args.hub_private_repo if private is None else private
-            self.hub_model_id = hub.create_repository(repo, private=private, token=token or self.args.hub_token)
-
-    def push_to_hub(  # ty: ignore[incompatible-method-override] its URL, where transformers returns a CommitInfo
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> str | None:
-        """Publish the adapter in one commit, see `hub.push_folder`; returns the commit's URL. It always blocks."""
-        self.save_model(_internal_call=True)
-        return self._push(str(self.args.output_dir), commit_message, token=token, revision=revision)
-
-    def _push(self, folder: str, message: str | None, **options: Any) -> str | None:
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=options.get("token"))
-        if not self.is_world_process_zero():
-            return None
-        options["token"] = options.get("token") or self.args.hub_token
-        options["revision"] = options.get("revision") or self.args.hub_revision
-        return hub.push_folder(
-            folder, str(self.hub_model_id), private=self.args.hub_private_repo, message=message, **options
-        )
-
-    # transformers would write training_args.bin, with the token, once more, publish the root without base_config, and
-    # lose its errors in a thread.
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        strategy = self.args.hub_strategy
-        if strategy == HubStrategy.END or not self.is_world_process_zero():
-            return
-        below = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
-        message = f"Training in progress, step {self.state.global_step}"
-        try:
-            self._push(checkpoint_folder, message, checkpoint_in_repo=below.get(strategy))
-        except hub.PushError as error:
-            logger.warning("step %d was not published: %s", self.state.global_step, error)
+        write_card(folder, record, self.published_name())
