@@ -3,10 +3,13 @@
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "POSITION_STRATEGIES": "cream_peft.positions",
     "CREAMConfig": "cream_peft.train.config",
     "CREAMDataCollator": "cream_peft.train.collator",
     "CREAMTrainer": "cream_peft.train.trainer",
+    "cream": "cream_peft.positions",
     "load_adapter": "cream_peft.model.adapter",
+    "pose": "cream_peft.positions",
 }
 __all__ = sorted(_EXPORTS)
 
@@ -18,3 +21,7 @@ def __getattr__(name: str):
 
         return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'cream_peft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

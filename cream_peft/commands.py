@@ -45,7 +45,7 @@ def train_command(arguments: list[str]) -> None:
 def _texts(name: str, config: str | None, split: str) -> list[str] | None:
     """The texts of a data set's first rows; None where `name` is a text file or folder, which evals reads itself."""
     from .evals.prompts import TEXT_SUFFIXES
-    from .train.data import load_documents
+    from .train.files import load_documents
 
     path = Path(name)
     if path.is_dir() or path.suffix in TEXT_SUFFIXES:

@@ -106,6 +106,8 @@ def make_config(tmp_path):
             "target_length": TARGET,
             "rope_scaling_type": "ntk",
             "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "lr_scheduler_type": "linear",
             "max_steps": 2,
             "learning_rate": 1e-2,
             "save_strategy": "no",

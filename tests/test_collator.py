@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
 from cream_peft.positions import POSITION_STRATEGIES
-from cream_peft.train.collator import DRAWS_PER_ROW, ROW_COLUMN, CREAMDataCollator
+from cream_peft.train.collator import DRAWS_PER_ROW, EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 
 
 def collator(**changes):
@@ -52,11 +53,18 @@ def test_position_0_occurs_once_in_every_row_padding_included(strategy):
 
 def test_evaluation_documents_get_plain_positions_and_training_documents_do_not():
     document = {"input_ids": np.arange(1, 201)}
-    plain = collator(eval_length=50)([document])
+    plain = collator(eval_length=50)([{**document, ROW_COLUMN: EVALUATION_ROW}])
     assert torch.equal(plain["position_ids"][0], torch.arange(50))
     assert torch.equal(plain["input_ids"][0], torch.arange(1, 51))
     drawn = collator(eval_length=50)([{**document, ROW_COLUMN: 0}])  # control: the row number makes the difference
     assert drawn["position_ids"].max() == 511
+
+
+def test_outside_creamtrainer_the_collator_refuses_what_it_cannot_draw(make_model, make_documents, tmp_path):
+    arguments = TrainingArguments(output_dir=tmp_path, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = Trainer(make_model(), arguments, data_collator=collator(), train_dataset=make_documents(4))
+    with pytest.raises(ValueError, match=r"no document_row.*use CREAMTrainer"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

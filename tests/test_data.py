@@ -1,14 +1,17 @@
 import json
+import time
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import get_training_chat_template
 
 from cream_peft import CREAMTrainer
-from cream_peft.train.data import DataError, load_documents, prepare_columns, to_messages, training_chat_template
+from cream_peft.train.data import prepare_columns, training_chat_template
+from cream_peft.train.files import load_documents
+from cream_peft.train.rows import DataError, RowError, find_problems, to_messages
 
 # The chat template of meta-llama/Llama-2-7b-chat-hf in other words: same output, no generation marks.
 LLAMA_2 = (
@@ -45,15 +48,57 @@ def byte_tokenizer():
 
 
 def test_sharegpt_turns_become_messages():
-    messages = to_messages([{"from": "gpt", "value": "Hello!"}, {"from": "system", "value": "x"}, *CONVERSATION])
-    assert messages == []  # a system turn in the middle
     messages = to_messages([{"from": "gpt", "value": "Hello!"}, *CONVERSATION, {"from": "human", "value": "Why?"}])
     assert [turn["role"] for turn in messages] == ["user", "assistant"] * 2
     assert messages[1]["content"] == "Lear."
     assert to_messages([*CONVERSATION[:2], *CONVERSATION[:1]]) == to_messages(CONVERSATION[:2])
-    for broken in ([], CONVERSATION[:1], [CONVERSATION[0]] + CONVERSATION[:2], [{"from": "robot", "value": "x"}],
-                   [{"from": "human", "value": " "}, CONVERSATION[1]]):  # fmt: skip
-        assert to_messages(broken) == []
+    assert to_messages(CONVERSATION, system="Be brief.")[0] == {"role": "system", "content": "Be brief."}
+    parts = [CONVERSATION[0], {"role": "assistant", "content": [{"type": "text", "text": "Le"}, {"text": "ar."}]}]
+    assert to_messages(parts) == to_messages(CONVERSATION[:2])
+
+
+def test_tool_calls_and_their_answers_stay():
+    call = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1, "b": None}}}
+    turns = [
+        {"role": "user", "content": "1 + 1?", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_calls": None, "name": "sum"},
+        {"role": "assistant", "content": "It is 2.", "tool_calls": None},
+    ]
+    messages = to_messages(turns)
+    assert [turn["role"] for turn in messages] == ["user", "assistant", "tool", "assistant"]
+    # The null is Arrow's: no caller wrote it.
+    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
+    assert messages[0] == {"role": "user", "content": "1 + 1?"} and messages[2]["name"] == "sum"
+
+
+USER, ANSWER = CONVERSATION[:2]
+WRONG_TURNS = [
+    (None, "holds no turn"),
+    ([], "holds no turn"),
+    ([None, ANSWER], "no mapping of role and content"),
+    (["hello"], "no mapping of role and content"),
+    ([USER], "no turn of the assistant answers"),
+    ([ANSWER], "no turn of the assistant answers"),
+    ([USER, USER, ANSWER], "turns out of order: user after user"),
+    ([USER, ANSWER, ANSWER], "turns out of order: assistant after assistant"),
+    ([USER, {"role": "system", "content": "x"}, ANSWER], "turns out of order: system after user"),
+    ([{"from": "robot", "value": "x"}, ANSWER], "unknown role 'robot'"),
+    ([{"role": None, "content": "x"}, ANSWER], "unknown role None"),
+    ([{"role": 3, "content": "x"}, ANSWER], "unknown role 3"),
+    ([{"role": "user", "content": " "}, ANSWER], "an empty user turn"),
+    ([{"role": "user", "content": None}, ANSWER], "an empty user turn"),
+    ([USER, {"role": "assistant", "content": ""}], "an empty assistant turn"),
+    ([{"role": "user", "content": 7}, ANSWER], "the content of a turn is int, not text"),
+    ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}, ANSWER], "holds image content"),
+    ([USER, {**ANSWER, "weight": 0}], "a turn has a weight"),
+]
+
+
+@pytest.mark.parametrize(("turns", "reason"), WRONG_TURNS)
+def test_a_conversation_that_cannot_be_one_says_why(turns, reason):
+    with pytest.raises(RowError, match=reason):
+        to_messages(turns)
 
 
 def test_files_folders_and_saved_data_sets_are_loaded(tmp_path):
@@ -75,7 +120,7 @@ def test_files_folders_and_saved_data_sets_are_loaded(tmp_path):
 
 
 def test_columns_are_recognised_and_others_named(tiny_tokenizer, byte_tokenizer):
-    ids = prepare_columns(Dataset.from_dict({"input_ids": [[1]], "attention_mask": [[1]], "labels": [[1]]}), "d",
+    ids = prepare_columns(Dataset.from_dict({"input_ids": [[1, 2]], "attention_mask": [[1, 1]], "labels": [[1, 2]]}), "d",
                           tiny_tokenizer)  # fmt: skip
     assert sorted(ids.column_names) == ["input_ids", "labels"]
     texts = prepare_columns(Dataset.from_dict({"text": ["a"], "meta": [1]}), "d", tiny_tokenizer)
@@ -87,7 +132,7 @@ def test_columns_are_recognised_and_others_named(tiny_tokenizer, byte_tokenizer)
         prepare_columns(chats, "d", byte_tokenizer)
     byte_tokenizer.chat_template = LLAMA_2
     assert len(prepare_columns(chats, "d", byte_tokenizer)) == 1
-    with pytest.raises(DataError, match="none of the 1 conversations"):
+    with pytest.raises(DataError, match=r"1 of 1 rows cannot be used: no turn of the assistant.*the first is row 1"):
         prepare_columns(chats.select([1]), "d", byte_tokenizer)
 
 
@@ -155,3 +200,163 @@ def test_a_single_file_has_no_other_split_to_evaluate_on(tmp_path):
         assert len(load_documents(str(tmp_path / name))) == 1
         with pytest.raises(DataError, match=r"no split 'test'.*held_out_documents"):
             load_documents(str(tmp_path / name), "test")
+
+
+GOOD_IDS, VOCABULARY = [1, 2, 3], 385
+WRONG_ROWS = [
+    ({"text": None}, {"text": "one"}, "text is null"),
+    ({"text": " \n"}, {"text": "one"}, "text is empty"),
+    ({"input_ids": None}, {"input_ids": GOOD_IDS}, "input_ids is null or empty"),
+    ({"input_ids": []}, {"input_ids": GOOD_IDS}, "input_ids is null or empty"),
+    ({"input_ids": [7]}, {"input_ids": GOOD_IDS}, "one token"),
+    ({"input_ids": [1, None, 3]}, {"input_ids": GOOD_IDS}, "a token id outside the vocabulary of 385"),
+    ({"input_ids": [1, 385]}, {"input_ids": GOOD_IDS}, "a token id outside the vocabulary of 385"),
+    ({"input_ids": [1, -1]}, {"input_ids": GOOD_IDS}, "a token id outside the vocabulary of 385"),
+    *(
+        ({"input_ids": GOOD_IDS, "labels": labels}, {"input_ids": GOOD_IDS, "labels": GOOD_IDS}, reason)
+        for labels, reason in (
+            ([1, 2], "labels and input_ids differ in length"),
+            ([1, 2, 3, 4], "labels and input_ids differ in length"),
+            (None, "labels and input_ids differ in length"),
+            ([1, 2, 400], "a label outside the vocabulary"),
+            ([1, 2, -7], "a label outside the vocabulary"),
+            ([-100, -100, -100], "no token has a label"),
+            ([1, -100, -100], "no token has a label"),
+        )
+    ),
+    ({"input_ids": GOOD_IDS, "completion_mask": [0, 0, 0]}, {"input_ids": GOOD_IDS, "completion_mask": [0, 1, 1]},
+     "completion_mask is 0 throughout"),
+    ({"input_ids": GOOD_IDS, "assistant_masks": [0, 1]}, {"input_ids": GOOD_IDS, "assistant_masks": [0, 1, 1]},
+     "assistant_masks and input_ids differ in length"),
+    ({"prompt": "", "completion": "x"}, {"prompt": "a", "completion": "b"}, "an empty prompt"),
+    ({"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}, "an empty completion"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "good", "reason"), WRONG_ROWS)
+def test_a_row_that_cannot_be_trained_on_is_left_out_and_counted(wrong, good, reason, tiny_tokenizer, caplog):
+    def prepare(rows, stream=False):
+        dataset = Dataset.from_list(rows)
+        return prepare_columns(dataset.to_iterable_dataset() if stream else dataset, "d", tiny_tokenizer)
+
+    kept = prepare([good, good, wrong])
+    assert list(kept) == [good, good]
+    assert f"d: 1 of 3 rows cannot be used: {reason}" in caplog.text and "the first is row 3" in caplog.text
+    assert list(prepare([good, good, wrong], stream=True)) == [good, good]
+    with pytest.raises(DataError, match=f"2 of 3 rows cannot be used: {reason}.*nothing was trained"):
+        prepare([wrong, good, wrong])
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "found"),
+    [
+        ("input_ids", [[1.0, 2.0]], "lists of float64"),
+        ("input_ids", [[[1, 2]]], "lists of lists"),
+        ("input_ids", ["1 2"], "string"),
+        ("labels", [[1.5, 2.5]], "lists of float64"),
+        ("messages", ["hello"], "string"),
+        ("conversations", [3], "int64"),
+        ("text", [3], "int64"),
+        ("text", [["a"]], "lists, mappings or a mixture"),
+    ],
+)
+def test_a_column_of_another_type_is_refused_by_name(column, values, found, byte_tokenizer):
+    byte_tokenizer.chat_template = LLAMA_2
+    columns = {column: values} | ({"input_ids": [[1, 2]]} if column == "labels" else {})
+    with pytest.raises(DataError, match=f"d: the column {column} must hold .* not {found}"):
+        prepare_columns(Dataset.from_dict(columns), "d", byte_tokenizer)
+
+
+def test_what_stands_beside_the_turns_is_kept(byte_tokenizer):
+    byte_tokenizer.chat_template = LLAMA_2
+    columns = {"conversations": [CONVERSATION], "system": ["Be brief."], "tools": ["[]"], "id": [1]}
+    prepared = prepare_columns(Dataset.from_dict(columns), "d", byte_tokenizer)
+    assert sorted(prepared.column_names) == ["messages", "tools"]
+    assert prepared[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    pairs = {"prompt": [[{"role": "user", "content": "One?"}]], "completion": [[{"role": "assistant", "content": "1"}]]}
+    assert prepare_columns(Dataset.from_dict(pairs), "d", byte_tokenizer)[0]["completion"][0]["content"] == "1"
+
+
+def test_a_template_after_whose_answers_nothing_says_that_they_end_is_refused(byte_tokenizer):
+    byte_tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    with pytest.raises(DataError, match="never learn to stop: set chat_template_path"):
+        prepare_columns(Dataset.from_dict({"conversations": [CONVERSATION]}), "d", byte_tokenizer)
+
+
+def test_documents_without_a_label_left_are_refused_not_a_stop_iteration(make_model, make_config, tiny_tokenizer, lora):
+    # The first label lies beyond target_length, where TRL cuts.
+    rows = {"input_ids": [[1] * 600], "labels": [[-100] * 550 + [1] * 50]}
+    with pytest.raises(DataError, match="no example has a token to train on"):
+        CREAMTrainer(
+            model=make_model(), args=make_config(), train_dataset=Dataset.from_dict(rows),
+            processing_class=tiny_tokenizer, peft_config=lora(),
+        )  # fmt: skip
+
+
+def test_a_hundred_thousand_rows_are_looked_at_in_about_a_second():
+    turns = [{"role": role, "content": "hello world " * 10} for role in ("user", "assistant") * 2]
+    chats = Dataset.from_dict({"messages": [turns] * 100_000})
+    start = time.process_time()
+    problems = find_problems(chats, "messages", lambda row: to_messages(row["messages"]), VOCABULARY)
+    assert len(problems) == 100_000 and not any(problems)
+    # On a machine that does other work beside.
+    assert time.process_time() - start < 3
+
+
+@pytest.fixture
+def plays(tmp_path):
+    folder = tmp_path / "plays"
+    (folder / "deeper").mkdir(parents=True)
+    for name, text in (("hamlet", "Who's there?\nNay, answer me."), ("lear", "Nothing.\n"), ("deeper/empty", "  \n")):
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def test_a_text_file_is_a_document_however_it_is_named(plays, tiny_tokenizer, caplog):
+    hamlet = "Who's there?\nNay, answer me."
+    assert load_documents(str(plays / "hamlet.txt"))["text"][:] == [hamlet]
+    for name in (plays, f"{plays}/**/*.txt"):
+        documents = load_documents(str(name))
+        assert sorted(documents["text"]) == ["  \n", "Nothing.\n", hamlet], name
+        kept = prepare_columns(documents, str(name), tiny_tokenizer)
+        assert sorted(kept["text"]) == ["Nothing.\n", hamlet]
+        assert "text is empty (1, the first is empty.txt)" in caplog.text
+        caplog.clear()
+    assert len(load_dataset("text", data_dir=str(plays), split="train")) == 4  # control: a line a document
+
+
+def test_a_folder_of_several_kinds_is_read_whole(plays, tiny_tokenizer, caplog):
+    (plays / "more.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "", "id": 2}\n')
+    documents = load_documents(str(plays))
+    assert len(documents) == 5 and documents.column_names == ["text"]
+    prepare_columns(documents, str(plays), tiny_tokenizer)
+    assert "2 of 5 rows cannot be used: text is empty (2, the first is row 2 of more.jsonl)" in caplog.text
+    (plays / "ids.jsonl").write_text('{"input_ids": [1, 2]}')
+    (plays / "more.jsonl").unlink()
+    with pytest.raises(DataError, match="mixes files that have no column in common"):
+        load_documents(str(plays))
+
+
+def test_a_folder_with_the_configuration_of_a_hub_data_set_is_loaded_as_one(tmp_path):
+    (tmp_path / "held.jsonl").write_text('{"text": "held"}')
+    (tmp_path / "fed.jsonl").write_text('{"text": "fed"}')
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: fed.jsonl\n---\nText."
+    )
+    assert load_documents(str(tmp_path))["text"][:] == ["fed"]
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "message"),
+    [
+        (lambda f: None, "absent/*.txt", "matches no file"),
+        (lambda f: (f / "empty").mkdir(), "empty", "holds no data files"),
+        (lambda f: (f / "a.csv").write_text("x"), "a.csv", "unknown file type '.csv'"),
+        (lambda f: (f / "a.txt").touch(), "a.txt", "is empty"),
+        (lambda f: (f / "a.jsonl").write_text("not json"), "a.jsonl", "cannot be read as json"),
+    ],
+)
+def test_files_that_cannot_be_documents_are_refused(make, name, message, tmp_path):
+    make(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_documents(str(tmp_path / name))

@@ -76,7 +76,7 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("evals.run", "from ..train.data import load_documents"),
+        ("evals.run", "from ..train.files import load_documents"),
         ("evals.run", "from .. import cli"),
         ("model.base", "from ..plan import memory"),
         ("plan.fit", "from cream_peft.publish.push import push_folder"),

@@ -11,10 +11,11 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers.masking_utils import create_causal_mask
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from cream_peft import CREAMTrainer, rope
 from cream_peft.model.base import keep_4bit_trainable_on_cpu, quantization_config
-from cream_peft.train.collator import ROW_COLUMN, CREAMDataCollator
+from cream_peft.train.collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 from cream_peft.train.preflight import PositionError
 
 
@@ -163,7 +164,7 @@ def test_evaluation_runs_at_plain_positions_and_training_does_not(make_trainer, 
 def test_an_evaluation_set_called_train_is_not_the_training_set(make_trainer, make_documents):
     trainer = make_trainer(eval_dataset={"train": make_documents(8), "other": make_documents(8)})
     assert ROW_COLUMN in trainer.train_dataset.column_names
-    assert ROW_COLUMN not in trainer.eval_dataset["train"].column_names
+    assert set(trainer.eval_dataset["train"][ROW_COLUMN][:].tolist()) == {EVALUATION_ROW}
     seen = record_positions(trainer.model)
     trainer.evaluate()
     assert all(torch.equal(row, torch.arange(64)) for call in seen for row in call)
@@ -386,14 +387,30 @@ def test_what_training_leaves_says_how_the_base_was_scaled_and_nothing_private(m
     assert rope.load_base_config(folder).max_position_embeddings == 512
 
 
-def test_a_collator_of_the_users_own_is_taken(make_model, make_documents, make_config, tiny_tokenizer, lora):
-    own = CREAMDataCollator(0, context_length=32, target_length=512, position_strategy="pose", seed=9)
-    trainer = CREAMTrainer(
-        model=make_model(), args=make_config(), data_collator=own, train_dataset=make_documents(),
-        processing_class=tiny_tokenizer, peft_config=lora(),
-    )  # fmt: skip
+def test_a_collator_of_the_users_own_is_taken_if_it_draws_as_the_config_says(
+    make_model, make_documents, make_config, tiny_tokenizer, lora
+):
+    class Counting(CREAMDataCollator):
+        batches = 0
+
+        def __call__(self, examples):
+            self.batches += 1
+            return super().__call__(examples)
+
+    def make(collator):
+        return CREAMTrainer(
+            model=make_model(), args=make_config(), data_collator=collator, train_dataset=make_documents(),
+            processing_class=tiny_tokenizer, peft_config=lora(),
+        )  # fmt: skip
+
+    trainer = make(own := Counting(0, context_length=64, target_length=512, seed=9))
     assert trainer.data_collator is own
-    assert math.isfinite(trainer.train().training_loss)
+    assert math.isfinite(trainer.train().training_loss) and own.batches
+    for wrong in ({"context_length": 32}, {"target_length": 1024}, {"position_strategy": "pose"}):
+        with pytest.raises(ValueError, match=f"data_collator has {next(iter(wrong))}=.*make them equal"):
+            make(CREAMDataCollator(0, **({"context_length": 64, "target_length": 512} | wrong)))
+    with pytest.raises(ValueError, match="DataCollatorForLanguageModeling draws no CREAM positions"):
+        make(DataCollatorForLanguageModeling(pad_token_id=0))
 
 
 def test_the_training_set_handed_over_for_evaluation_is_evaluated_at_plain_positions(make_trainer, make_documents):

@@ -12,6 +12,7 @@ from torch.utils.data import get_worker_info
 from .. import positions
 
 ROW_COLUMN = "document_row"
+EVALUATION_ROW = -1
 IGNORE_INDEX = -100
 DRAWS_PER_ROW = 16
 _WORKER_SLOTS = 129
@@ -22,9 +23,9 @@ class CREAMDataCollator:
     """Turns tokenised documents into a batch at `context_length` with the positions of `position_strategy`.
 
     A document that carries its row number (`document_row`, set by CREAMTrainer on training documents) gets a draw
-    seeded by (seed, epoch, row), whatever process or worker does it. A document without one is an evaluation document:
-    its first `eval_length` tokens at positions 0..n-1. A draw whose labels are all -100 is drawn again, at most 16
-    times; `redrawn()` and `unlabelled()` count both.
+    seeded by (seed, epoch, row), whatever process or worker does it. The row -1 marks an evaluation document: its first
+    `eval_length` tokens at positions 0..n-1. A document without a row number is refused. A draw whose labels are all
+    -100 is drawn again, at most 16 times; `redrawn()` and `unlabelled()` count both.
 
     Returns a dict of int64 tensors [batch, tokens]: input_ids, labels (-100 where padded), position_ids, and an
     attention_mask made from lengths. The mask is always there: without it transformers reads each jump of the
@@ -83,8 +84,14 @@ class CREAMDataCollator:
         input_ids = np.asarray(example["input_ids"], dtype=np.int64)
         labels = example.get("labels")
         labels = input_ids if labels is None else np.asarray(labels, dtype=np.int64)
-        if ROW_COLUMN in example:
-            return self._training_example(input_ids, labels, int(example[ROW_COLUMN]))
+        if ROW_COLUMN not in example:
+            raise ValueError(
+                f"an example has no {ROW_COLUMN}, from which its positions are drawn: use CREAMTrainer, which adds it, "
+                "or add the row's number yourself (-1 for evaluation) and set remove_unused_columns=False"
+            )
+        row = int(example[ROW_COLUMN])
+        if row != EVALUATION_ROW:
+            return self._training_example(input_ids, labels, row)
         size = min(len(input_ids), self.eval_length or len(input_ids))
         return input_ids[:size], labels[:size], np.arange(size)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
@@ -13,8 +17,11 @@ from ..model.base import default_dtype, expand_cuda_segments
 from ..positions import POSITION_STRATEGIES
 from ..rope import DEFAULT_FACTOR, ROPE_SCALING_TYPES
 
+Kind = TypeVar("Kind", bound=type[Any])
 SHORT_DOCUMENTS = ("shrink", "skip", "join")
 MEMORY_SETTINGS = ("default", "low")
+SHORT_RUN = 10
+"""Steps below which a run has no warm-up unless it is asked for one."""
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> None:
@@ -30,6 +37,13 @@ def _refuse_below(least: int, arguments: Any, *names: str) -> None:
             raise ValueError(f"{name}={value} must be at least {least}")
 
 
+def default_learning_rate(hidden_size: int, use_peft: bool = True) -> float:
+    """The rate that QLoRA (arXiv 2305.14314) gives for 7B, 2e-4 at a hidden size of 4,096, carried over to other sizes
+    with the exponent measured in "LoRA Without Regret" (Thinking Machines Lab, 2025); all weights train at a tenth."""
+    rate = 2e-4 * (4096 / hidden_size) ** 0.78 * (1 if use_peft else 0.1)
+    return float(f"{rate:.2g}")
+
+
 class Lengths(NamedTuple):
     """The lengths of a run in tokens, see CREAMConfig."""
 
@@ -42,6 +56,15 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _documented(kind: Kind) -> Kind:
+    """Put the help texts of the fields that are ours into the docstring, for help()."""
+    own = [one for one in kind.__dataclass_fields__.values() if one.name in kind.__annotations__]
+    lines = [f"        {one.name}: {one.metadata['help']}" for one in own]
+    kind.__doc__ = "\n".join([f"{kind.__doc__}".rstrip(), "", "    Args:", *lines, ""])
+    return kind
+
+
+@_documented
 @dataclass
 class CREAMConfig(SFTConfig):
     """SFTConfig with the fields of context extension. Every other field means what it means in TRL.
@@ -97,6 +120,22 @@ class CREAMConfig(SFTConfig):
     ddp_find_unused_parameters: bool | None = _option(
         False, "Whether DDP looks for parameters without a gradient in every step. An adapter has none."
     )
+    learning_rate: float | None = _option(  # ty: ignore[incompatible-attribute-override] as optim
+        None,
+        "Peak learning rate. None: 2e-4 for LoRA on a base of hidden size 4,096, more on smaller ones "
+        "(see default_learning_rate); a tenth of that with use_peft: false.",
+    )
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Schedule of the rate."})
+    warmup_steps: float | None = _option(  # ty: ignore[incompatible-attribute-override] as optim
+        None, "Steps over which the rate rises, or below 1 their share of the run. None: 0.05, below 10 steps none."
+    )
+    per_device_train_batch_size: int = _option(1, "Windows of context_length tokens in one forward pass, on each GPU.")
+    gradient_accumulation_steps: int = _option(
+        16, "Forward passes per optimizer step; times the batch size they are the windows of a step."
+    )
+    logging_nan_inf_filter: bool = _option(
+        False, "TRL's; a value that is not finite stops the run here, so that nothing needs to be filtered."
+    )
     max_length: int | None = _option(None, "Set by the trainer to target_length; not to be set by hand.")
     bf16: bool | None = _option(
         None, "bfloat16 mixed precision. None: true on a GPU that has it; an older GPU gets fp16."
@@ -115,6 +154,7 @@ class CREAMConfig(SFTConfig):
         _one_of("memory", self.memory, MEMORY_SETTINGS)
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         _refuse_below(1, self, *sizes)
+        self._check_rates()
         self._check_lengths()
         self._refuse_packing()
         self._choose_memory()
@@ -123,6 +163,7 @@ class CREAMConfig(SFTConfig):
             self.bf16 = on_gpu and not self.fp16 and default_dtype() == torch.bfloat16
             self.fp16 = self.fp16 or (on_gpu and not self.bf16)
         super().__post_init__()
+        self._check_schedule()
         # Only now: given as JSON on a command line it was text until here.
         if isinstance(self.dataset_kwargs, dict) and self.dataset_kwargs.get("skip_prepare_dataset"):
             raise ValueError(
@@ -130,11 +171,37 @@ class CREAMConfig(SFTConfig):
                 "pass pre-tokenised documents in an input_ids column instead"
             )
 
-    def _check_lengths(self) -> None:
-        for name in ("context_length", "target_length", "eval_length"):
+    def _check_rates(self) -> None:
+        """Refuse what trains nothing, or diverges at once."""
+        if self.warmup_steps is None:
+            self.warmup_steps = 0 if 0 < self.max_steps < SHORT_RUN else 0.05
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
+            raise ValueError(f"learning_rate={self.learning_rate:g} must be above 0 and at most 1")
+        if not (self.num_train_epochs > 0 and math.isfinite(self.num_train_epochs)):
+            raise ValueError(f"num_train_epochs={self.num_train_epochs:g} must be above 0")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps={self.max_steps} must be at least 1, or -1 to count epochs")
+        for name in ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1 token")
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value:g} must be a finite number of at least 0")
+
+    def _check_schedule(self) -> None:
+        """Build the schedule once; its errors otherwise come after the data and the model are loaded."""
+        kwargs = self.lr_scheduler_kwargs
+        name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(name, optimizer, 1, 10, kwargs if isinstance(kwargs, dict) else None)
+        except (TypeError, ValueError) as error:
+            said = re.sub(r"\w*get_\w+\(\) ", "", str(error))
+            raise ValueError(f"lr_scheduler_kwargs={kwargs} do not go with lr_scheduler_type={name}: {said}") from error
+
+    def _check_lengths(self) -> None:
+        for name, least in (("context_length", 2), ("target_length", 2), ("eval_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least} tokens: one is given and one predicted")
             if value is not None and value > (self.target_length or value):
                 raise ValueError(
                     f"{name}={value} is longer than target_length={self.target_length}: lower it, or raise the other"
@@ -180,6 +247,7 @@ class CREAMConfig(SFTConfig):
         return Lengths(self.context_length, self.target_length, self.eval_length)
 
 
+@_documented
 @dataclass
 class CREAMModelArguments(ModelConfig):
     """TRL's ModelConfig with QLoRA on the attention layers as the default."""
@@ -188,25 +256,38 @@ class CREAMModelArguments(ModelConfig):
         None, "Base model: a Hub id or a local folder, or cream-peft-tiny, the embedded one."
     )
     dtype: str | None = _option(None, "Precision of what is not quantized. None: bfloat16 on a GPU, float32 on a CPU.")
-    use_peft: bool = _option(True, "Train a LoRA adapter; full fine-tuning is not offered.")
+    use_peft: bool = _option(
+        True, "Train a LoRA adapter. false: train every weight, which takes many times the memory."
+    )
+    adapter_name_or_path: str | None = _option(
+        None, "Adapter of cream-peft, a Hub id or a folder, to train further: on other data, or to a longer target."
+    )
     lora_dropout: float = _option(0.0, "LoRA dropout.")
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
         metadata={"help": "Modules that get a LoRA adapter."},
     )
-    load_in_4bit: bool = _option(True, "Quantize the base to 4 bits when loading.")
+    load_in_4bit: bool | None = _option(  # ty: ignore[incompatible-attribute-override] None until __post_init__
+        None, "Quantize the base to 4 bits when loading. None: true, with use_peft: false it is false."
+    )
     use_bnb_nested_quant: bool = _option(True, "Quantize the quantization constants too (double quantization).")
 
     def __post_init__(self):
-        if not self.use_peft:
-            raise ValueError("use_peft=false is not offered: this package trains adapters")
+        if self.load_in_4bit is None:
+            self.load_in_4bit = self.use_peft
+        if not self.use_peft and (self.load_in_4bit or self.adapter_name_or_path):
+            name = "load_in_4bit=true" if self.load_in_4bit else f"adapter_name_or_path={self.adapter_name_or_path}"
+            raise ValueError(f"use_peft=false trains every weight of the base, which cannot go with {name}")
         if self.load_in_8bit:
             raise ValueError("load_in_8bit=true is not offered: use load_in_4bit=true, or false for 16-bit")
         _refuse_below(1, self, "lora_r", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout:g} must be at least 0 and below 1")
         _one_of("dtype", self.dtype, (None, "auto", "bfloat16", "float16", "float32"))
         super().__post_init__()
 
 
+@_documented
 @dataclass
 class CREAMDataArguments(ScriptArguments):
     """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""

@@ -1,26 +1,27 @@
-"""Documents for training: from the Hub or from disk, in the formats the field uses, short ones made to fit."""
+"""Documents for training, in the formats the field uses: rows that can be used, templates, short ones made to fit."""
 
 from __future__ import annotations
 
 import logging
+import re
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import about
-from ..tiny import TINY_ID
+from .files import FILE_FORMATS, load_documents, place_of
+from .recipe import Recipe, RecipeError
+from .rows import STREAM_SAMPLE, DataError, keep_usable, pair_of, to_messages
 
 logger = logging.getLogger(__name__)
 
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-ROLES = {"system": "system"} | dict.fromkeys(("human", "user"), "user")
-ROLES |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant")
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
+BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
+"""Columns that TRL hands to the chat template."""
 PROBE = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "One?"},
@@ -30,160 +31,161 @@ PROBE = [
 ]
 
 
-class DataError(ValueError):
-    """A data set that cannot be found, or whose columns or rows cannot be used."""
+def load_data(recipe: Recipe, tokenizer: Any, vocab_size: int) -> tuple[Any, Any]:
+    """(training documents, evaluation documents or None), with the columns of their format only."""
+    data, run, name = recipe.data, recipe.run, recipe.data.dataset_name
+    if name is None:
+        raise RecipeError("dataset_name is missing: a Hub id, a local folder or a file")
+    options = {"streaming": data.dataset_streaming, "name": data.dataset_config, "revision": data.dataset_revision}
+    options = {key: value for key, value in options.items() if value}
+
+    def load(key: str, name: str, split: str) -> Any:
+        try:
+            documents = load_documents(name, split, **options)
+            if data.max_documents:
+                documents = documents.take(data.max_documents)
+            field = run.dataset_text_field
+            documents = prepare_columns(documents, name, tokenizer, field, vocab_size=vocab_size, split=split)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
+        is_text = not {"input_ids", "messages"} & set(documents.column_names or ())
+        if is_text and not (tokenizer.eos_token or run.eos_token):
+            raise DataError(
+                f"{name} holds text and the tokenizer has no end token to close it with: set eos_token to one of its "
+                "tokens, or give token ids in an input_ids column"
+            )
+        return documents
+
+    documents, test = load("dataset_name", name, data.dataset_train_split), data.dataset_test_split
+    if test:
+        is_file = Path(test).suffix in FILE_FORMATS or Path(test).exists()
+        key = "dataset_test_split"
+        return documents, load(key, test, "train") if is_file else load(key, name, test)
+    held_out = data.held_out_documents
+    if not held_out:
+        return documents, None
+    if not isinstance(documents, Dataset):
+        return documents.skip(held_out), documents.take(held_out)
+    if held_out >= len(documents):
+        raise DataError(f"held_out_documents={held_out} leaves nothing of {len(documents)} documents to train on")
+    last = len(documents) - held_out
+    return documents.select(range(last)), documents.select(range(last, len(documents)))
 
 
-def load_documents(name: str, split: str = "train", /, **kwargs: Any) -> Dataset | IterableDataset:
-    """Load one split of a Hub data set, a folder (saved by datasets, or of data files) or a file.
-
-    Files: .jsonl and .json (a row an object), .parquet, .txt (a file a document). Keyword arguments go to
-    `datasets.load_dataset`.
-
-    Raises:
-        DataError: a path that does not exist, an unknown file type, a split that is not there.
-    """
-    if name == TINY_ID:
-        return _embedded_documents()
-    with about(f"data set {name}"):
-        return _load(name, split, kwargs)
-
-
-def _load(name: str, split: str, kwargs: dict[str, Any]) -> Dataset | IterableDataset:
-    path = Path(name).expanduser()
-    if path.is_dir() and ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
-        return _split_of(load_from_disk(str(path)), name, split)
-    if path.is_file():
-        return _load_file(path, name, split, streaming=bool(kwargs.get("streaming")))
-    if not path.is_dir() and (path.suffix in FILE_FORMATS or path.is_absolute() or name.startswith((".", "~"))):
-        raise DataError(f"no such file or folder: {name}")
-    try:
-        return load_dataset(str(path) if path.is_dir() else name, split=split, **kwargs)
-    except ValueError as error:
-        if "split" in str(error):
-            raise DataError(f"{name}: {error}") from error
-        raise
-
-
-def _load_file(path: Path, name: str, split: str, streaming: bool) -> Dataset | IterableDataset:
-    if path.suffix not in FILE_FORMATS:
-        raise DataError(f"{name}: unknown file type {path.suffix!r}; use one of {', '.join(FILE_FORMATS)}")
-    _refuse_other_split(name, split)
-    if not path.stat().st_size:
-        raise DataError(f"{name} is empty: it must hold documents, a row each")
-    kind = FILE_FORMATS[path.suffix]
-    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        return load_dataset(kind, data_files=str(path), split="train", streaming=streaming, **options)
-    except (ValueError, DatasetGenerationError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"{name} cannot be read as {path.suffix[1:]}: {reason}") from error
-
-
-def _refuse_other_split(name: str, split: str) -> None:
-    if split != "train":
-        raise DataError(
-            f"{name} holds one set of documents, no split {split!r}: leave dataset_test_split out and set "
-            "held_out_documents"
-        )
-
-
-def _split_of(loaded: Dataset | DatasetDict, name: str, split: str) -> Dataset:
-    if isinstance(loaded, Dataset):
-        _refuse_other_split(name, split)
-        return loaded
-    if split not in loaded:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(map(str, loaded))}")
-    return loaded[split]
-
-
-def _embedded_documents() -> Dataset:
-    from ..tiny import documents as recall
-
-    return Dataset.from_dict(recall.training_rows(2500, 256, seed=1))
+def summary_of(documents: Dataset, window: int, examples: float) -> str:
+    """How many documents and tokens there are, and how many of them `examples` draws of `window` tokens feed."""
+    columns = documents.select_columns(["input_ids"]).with_format("arrow")
+    parts = [table["input_ids"].combine_chunks().value_lengths().to_numpy() for table in columns.iter(10_000)]
+    lengths = np.concatenate(parts)
+    fed, short = examples * np.minimum(lengths, window).mean(), (lengths < window).mean()
+    return (
+        f"{len(lengths):,} documents of {lengths.sum():,} tokens (median {np.median(lengths):,.0f}, {short:.0%} "
+        f"shorter than {window:,}): {fed:,.0f} tokens will be fed"
+    )
 
 
 def prepare_columns(
-    dataset: Dataset | IterableDataset, name: str, tokenizer: PreTrainedTokenizerBase, text_field: str = "text"
+    dataset: Dataset | IterableDataset,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str = "text",
+    *,
+    vocab_size: int | None = None,
+    split: str = "train",
 ) -> Dataset | IterableDataset:
-    """Reduce a data set to the columns of its format: input_ids, messages, prompt and completion, or text.
+    """Reduce a data set to the columns of its format, and to the rows that can be trained on.
 
-    ShareGPT `conversations` (from, value) become `messages` (role, content). Conversations whose turns do not
-    alternate are left out and counted.
+    The formats: input_ids, messages, prompt and completion, or text. ShareGPT `conversations` (from, value) become
+    `messages` (role, content), with a `system` column as their first turn. `vocab_size`: the model's, where it is not
+    the tokenizer's.
 
     Raises:
-        DataError: when no known format is found, or none of the rows can be used.
+        DataError: when no known format is found, or most rows cannot be used.
     """
-    columns = list(dataset.column_names or next(iter(dataset), ()))
-    if isinstance(dataset, Dataset) and not len(dataset):
+    sample = dataset if isinstance(dataset, Dataset) else _sample(dataset)
+    columns = sample.column_names
+    if not len(sample):
         raise DataError(f"{name} is empty: it must hold documents, a row each")
-    _check_types(dataset, name, text_field)
+    _check_types(sample.features, name, text_field)
+
+    def keep(column: str, convert: Any = None) -> Any:
+        size = vocab_size or len(tokenizer)
+        return keep_usable(dataset, sample, name, column, convert, size, lambda row: place_of(row, name, split))
+
     if "input_ids" in columns:
-        return dataset.select_columns([column for column in columns if column in TOKEN_COLUMNS])
+        dataset = dataset.select_columns([column for column in columns if column in TOKEN_COLUMNS])
+        return keep("input_ids")
     for column in ("messages", "conversations"):
         if column in columns:
-            if not tokenizer.chat_template:
-                raise DataError(
-                    f"{name} holds conversations ({column}) but the tokenizer has no chat template: use a chat model, "
-                    "or set chat_template_path to a .jinja file"
-                )
-            return _alternating(dataset, column, columns, name)
+            _check_template(tokenizer, f"{name} holds conversations ({column})")
+            beside = [other for other in BESIDE_MESSAGES if other in columns]
+
+            def convert(row: dict[str, Any], column: str = column) -> dict[str, Any]:
+                return {"messages": to_messages(row[column], row.get("system"))}
+
+            dataset = dataset.select_columns([column, *beside, *(["system"] if "system" in columns else [])])
+            dropped = [other for other in dataset.column_names or columns if other not in beside]
+            return keep(column, convert).map(convert, remove_columns=dropped)
     if "prompt" in columns and "completion" in columns:
-        return dataset.select_columns(["prompt", "completion"])
+        is_text = isinstance(sample.features["prompt"], Value)
+        if not is_text:
+            _check_template(tokenizer, f"{name} holds conversations (prompt, completion)")
+
+        def pair(row: dict[str, Any]) -> dict[str, Any]:
+            return dict(zip(("prompt", "completion"), pair_of(row["prompt"], row["completion"]), strict=True))
+
+        beside = [other for other in BESIDE_MESSAGES if other in columns]
+        dataset = dataset.select_columns(["prompt", "completion", *beside])
+        usable = keep("prompt", pair)
+        return usable if is_text else usable.map(pair)
     if text_field in columns:
-        return dataset.select_columns([text_field])
+        dataset = dataset.select_columns([text_field])
+        return keep(text_field)
     raise DataError(
         f"{name} has the columns {', '.join(columns)}; one of these is needed: input_ids, messages, conversations, "
         f"prompt and completion, or {text_field} (dataset_text_field)"
     )
 
 
-def _check_types(dataset: Dataset | IterableDataset, name: str, text_field: str) -> None:
+def _sample(stream: IterableDataset) -> Dataset:
+    """The first rows of a stream."""
+    return Dataset.from_list(list(stream.take(STREAM_SAMPLE)), features=stream.features)
+
+
+def _check_types(features: Features, name: str, text_field: str) -> None:
     """Refuse text where a list belongs, and the reverse, before a tokenizer stumbles over it."""
-    for column, feature in (dataset.features or {}).items():
-        is_text = isinstance(feature, Value) and "string" in feature.dtype
-        found = feature.dtype if isinstance(feature, Value) else "a list or a mapping"
-        if column in ("input_ids", "messages", "conversations") and isinstance(feature, Value):
-            raise DataError(f"{name}: the column {column} must hold a list in each row, it holds {found}")
-        if column == text_field and "input_ids" not in (dataset.features or {}) and not is_text:
-            raise DataError(f"{name}: the column {column} must hold text in each row, it holds {found}")
+    for column, feature in features.items():
+        found = feature.dtype if isinstance(feature, Value) else "lists, mappings or a mixture"
+        if column in TOKEN_COLUMNS:
+            inner = getattr(feature, "feature", None)
+            kind = inner.dtype if isinstance(inner, Value) else "lists"
+            if inner is None or not kind.startswith(("int", "uint", "bool", "null")):
+                found = found if inner is None else f"lists of {kind}"
+                raise DataError(
+                    f"{name}: the column {column} must hold a list of whole numbers in each row, not {found}"
+                )
+        elif column in ("messages", "conversations") and isinstance(feature, Value) and feature.dtype != "null":
+            raise DataError(f"{name}: the column {column} must hold a list in each row, not {found}")
+        elif column == text_field and "input_ids" not in features and not re.search("string|null", found):
+            raise DataError(f"{name}: the column {column} must hold text in each row, not {found}")
 
 
-def to_messages(conversation: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """One conversation as alternating messages, or [] when it cannot be one.
-
-    Leading assistant turns and a trailing user turn are cut off; an unknown role, an empty turn or two turns of the
-    same side in a row make it unusable.
-    """
-    messages = []
-    for turn in conversation:
-        role = ROLES.get(turn.get("role") or turn.get("from") or "")
-        content = turn.get("content") or turn.get("value")
-        if role is None or not content or not content.strip():
-            return []
-        messages.append({"role": role, "content": content})
-    system = messages[:1] if messages and messages[0]["role"] == "system" else []
-    turns = messages[len(system) :]
-    while turns and turns[0]["role"] == "assistant":
-        turns = turns[1:]
-    if turns and turns[-1]["role"] == "user":
-        turns = turns[:-1]
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    return system + turns if turns and [turn["role"] for turn in turns] == expected else []
-
-
-def _alternating(dataset: Any, column: str, columns: list[str], name: str) -> Any:
-    converted = dataset.map(lambda row: {"messages": to_messages(row[column])}, remove_columns=columns)
-    usable = converted.filter(lambda row: len(row["messages"]) > 0)
-    if isinstance(dataset, Dataset):
-        if not len(usable):
-            raise DataError(f"{name}: none of the {len(dataset)} conversations alternates user and assistant turns")
-        if len(usable) < len(dataset):
-            logger.warning(
-                "%s: %d of %d conversations left out: their turns do not alternate between user and assistant",
-                name, len(dataset) - len(usable), len(dataset),
-            )  # fmt: skip
-    return usable
+def _check_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Refuse a chat template that is missing, or after whose answers nothing says that they end."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{what} but the tokenizer has no chat template: use a chat model, or set chat_template_path to a "
+            ".jinja file"
+        )
+    rendered, answer = "", PROBE[2]["content"]
+    # A template may refuse the probe.
+    with suppress(Exception):
+        rendered = str(tokenizer.apply_chat_template(PROBE[1:3], tokenize=False))
+    if answer in rendered and not rendered.rpartition(answer)[2].strip():
+        raise DataError(
+            f"{what} but the chat template writes nothing after an answer, so the model would never learn to stop: set "
+            "chat_template_path to one that ends answers with the end token"
+        )
 
 
 def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -206,6 +208,15 @@ def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
             ):
                 return ours
     return None
+
+
+def refuse_empty(dataset: Any) -> None:
+    """Raise a DataError where tokenising has left no example with a label."""
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise DataError(
+            "no example has a token to train on: every label is masked within target_length. Look at labels, "
+            "completion_mask, assistant_only_loss and completion_only_loss"
+        )
 
 
 def fit_short_documents(dataset: Any, mode: str, context_length: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -17,7 +18,7 @@ import yaml
 from trl import TrlParser
 
 from ..model.record import without_secrets
-from ..tiny import base_folder
+from ..tiny import TINY_ID, base_folder
 from .config import CREAMConfig, CREAMDataArguments, CREAMModelArguments
 
 EMBEDDED_RECIPE = base_folder().parent / "recipe.yaml"
@@ -160,6 +161,19 @@ def _as_options(content: dict[str, Any], parser: RecipeParser) -> list[str]:
     return [f"--{key}={value}" for key, value in content.items() if isinstance(value, str)]
 
 
+def _embedded_recipe(arguments: list[str]) -> dict[str, Any]:
+    """The recipe of the embedded model, or nothing where the command line names another."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--model_name_or_path", "--model-name-or-path", default=TINY_ID)
+    flags.add_argument("--lr_scheduler_type", "--lr-scheduler-type")
+    given = flags.parse_known_args(arguments)[0]
+    content = _read_yaml(EMBEDDED_RECIPE) if given.model_name_or_path == TINY_ID else {}
+    if given.lr_scheduler_type:
+        # They are of the recipe's own schedule.
+        content.pop("lr_scheduler_kwargs", None)
+    return content
+
+
 def _in_plain_words(error: Exception, recipe: str, flags: list[str]) -> RecipeError:
     """`error` of the parser or of a dataclass, after the recipe's name unless it is about a flag."""
     if isinstance(error, json.JSONDecodeError):
@@ -176,7 +190,7 @@ def _in_plain_words(error: Exception, recipe: str, flags: list[str]) -> RecipeEr
 
 
 def parse_recipe(arguments: list[str]) -> Recipe:
-    """Parse `[--config FILE] [--field value ...]`; without --config, the embedded recipe.
+    """Parse `[--config FILE] [--field value ...]`; without --config, the recipe of the embedded model, for it alone.
 
     Raises:
         RecipeError: on an unreadable file, an unknown key, a value of the wrong type, or values that exclude others.
@@ -188,7 +202,7 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     flags = [options[option].dest for option in given]
     try:
         path = parser.parse_known_args(arguments)[0].config
-        content = _read_yaml(EMBEDDED_RECIPE if path is None else Path(path))
+        content = _read_yaml(Path(path)) if path else _embedded_recipe(arguments)
         # Only now: before, the message names the file itself.
         recipe = path or ""
         keys = [key for key in dict.fromkeys([*content, *flags]) if key not in ("env", "config")]

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback
+from datasets import Dataset, disable_progress_bars
+from transformers import PreTrainedConfig, PrinterCallback, ProgressCallback
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..model.base import base_options, load_base, load_tokenizer, lora_config
 from ..model.record import peak_gib
 from ..publish.push import PushError
 from ..rope import pretrained_window
 from .config import Lengths
-from .data import DataError, load_documents, prepare_columns
+from .data import load_data, summary_of
 from .machine import base_config, check_machine, memory_explained, refuse_separate_runs
 from .recipe import Recipe, RecipeError
 from .trainer import CREAMTrainer
@@ -72,41 +73,6 @@ def _load_tokenizer(recipe: Recipe, name: str) -> Any:
     return tokenizer
 
 
-def load_data(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
-    """(training documents, evaluation documents or None), with the columns of their format only."""
-    data, run, name = recipe.data, recipe.run, recipe.data.dataset_name
-    if name is None:
-        raise RecipeError("dataset_name is missing: a Hub id, a local folder or a file")
-    options = {"streaming": data.dataset_streaming, "name": data.dataset_config, "revision": data.dataset_revision}
-    options = {key: value for key, value in options.items() if value}
-
-    def load(split: str) -> Any:
-        documents = load_documents(name, split, **options)
-        if data.max_documents:
-            documents = documents.take(data.max_documents)
-        documents = prepare_columns(documents, name, tokenizer, run.dataset_text_field)
-        is_text = not {"input_ids", "messages"} & set(documents.column_names or ())
-        if is_text and not (tokenizer.eos_token or run.eos_token):
-            raise DataError(
-                f"{name} holds text and the tokenizer has no end token to close it with: set eos_token to one of its "
-                "tokens, or give token ids in an input_ids column"
-            )
-        return documents
-
-    documents = load(data.dataset_train_split)
-    if data.dataset_test_split:
-        return documents, load(data.dataset_test_split)
-    held_out = data.held_out_documents
-    if not held_out:
-        return documents, None
-    if not isinstance(documents, Dataset):
-        return documents.skip(held_out), documents.take(held_out)
-    if held_out >= len(documents):
-        raise DataError(f"held_out_documents={held_out} leaves nothing of {len(documents)} documents to train on")
-    last = len(documents) - held_out
-    return documents.select(range(last)), documents.select(range(last, len(documents)))
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint-N in `folder`; trainer_state.json is written last.
 
@@ -150,10 +116,30 @@ def _make_output_dir(folder: Path, resuming: bool) -> None:
         raise RecipeError(f"output_dir={folder} cannot be written to: choose another")
 
 
+def _check_reporting(recipe: Recipe) -> None:
+    """Refuse reporters that are not installed, and an evaluation of nothing, before anything is loaded."""
+    run, data = recipe.run, recipe.data
+    if run.disable_tqdm:
+        disable_progress_bars()
+    names: Any = run.report_to
+    for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=False):
+        try:
+            callback()
+        except (RuntimeError, ImportError) as error:
+            raise RecipeError(f"report_to={name}: {name} is not installed: pip install {name}, or use none") from error
+    if run.eval_strategy != "no" and not (data.dataset_test_split or data.held_out_documents):
+        strategy = getattr(run.eval_strategy, "value", run.eval_strategy)
+        raise RecipeError(
+            f"eval_strategy={strategy} has nothing to evaluate on: set held_out_documents to a number of documents, or "
+            "dataset_test_split to a split or a file"
+        )
+
+
 def run_recipe(recipe: Recipe) -> RunSummary:
     """Train the recipe's adapter and save it complete in output_dir."""
     if recipe.run.model_init_kwargs:
         raise RecipeError("model_init_kwargs is for Python: a recipe has dtype, attn_implementation, model_revision")
+    _check_reporting(recipe)
     config, folder = base_config(recipe), Path(str(recipe.run.output_dir))
     lengths = recipe.run.resolve(pretrained_window(config))
     check_machine(recipe, config)
@@ -161,14 +147,14 @@ def run_recipe(recipe: Recipe) -> RunSummary:
     checkpoint = _checkpoint(recipe.run.resume_from_checkpoint, folder)
     _make_output_dir(folder, checkpoint is not None)
     with memory_explained(recipe, config):
-        trainer = _make_trainer(recipe, lengths)
+        trainer = _make_trainer(recipe, config, lengths)
         return _train_and_save(trainer, checkpoint)
 
 
-def _make_trainer(recipe: Recipe, lengths: Lengths) -> CREAMTrainer:
+def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths) -> CREAMTrainer:
     run, name = recipe.run, str(recipe.model.model_name_or_path)
     tokenizer = _load_tokenizer(recipe, name)
-    documents, held_out = load_data(recipe, tokenizer)
+    documents, held_out = load_data(recipe, tokenizer, config.get_text_config().vocab_size)
     model = load_base(
         name,
         target_length=lengths.target_length,
@@ -186,17 +172,30 @@ def _make_trainer(recipe: Recipe, lengths: Lengths) -> CREAMTrainer:
         peft_config=lora_config(recipe.model),
     )
     trainer.recipe = recipe.settings()
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(_ProgressBar)
-    count = f"{len(documents):,} documents" if isinstance(documents, Dataset) else "a stream of documents"
+    if not run.disable_tqdm:
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(_ProgressBar)
+    _announce(trainer)
+    return trainer
+
+
+def _announce(trainer: CREAMTrainer) -> None:
+    """Say what is about to be trained, on how much."""
+    run, documents = trainer.args, trainer.train_dataset
     length = f"{run.max_steps:,} steps" if run.max_steps > 0 else f"{run.num_train_epochs:g} epochs"
     logger.info(
-        f"training {trainer.base_model_name()} for {length} on {count}: {run.position_strategy} positions, "
-        f"{lengths.context_length:,} tokens per example for a context of {lengths.target_length:,}, "
-        f"RoPE scaling {run.rope_scaling_type or 'none'}"
+        f"training {trainer.base_model_name()} for {length}: {run.position_strategy} positions, "
+        f"{run.context_length:,} tokens per example for a context of {run.target_length:,}, "
+        f"RoPE scaling {run.rope_scaling_type or 'none'}, learning rate {run.learning_rate:g}"
     )
-    return trainer
+    if not isinstance(documents, Dataset):
+        logger.info("on a stream of documents")
+        return
+    examples = run.num_train_epochs * len(documents)
+    if run.max_steps > 0:
+        examples = run.max_steps * run.train_batch_size * run.gradient_accumulation_steps * run.world_size
+    logger.info(f"on {summary_of(documents, run.context_length or 0, examples)}")
 
 
 def _train_and_save(trainer: CREAMTrainer, checkpoint: str | None) -> RunSummary:

@@ -29,11 +29,12 @@ from ..model.base import (
 from ..model.record import Positions, Record, fingerprint, machine, peak_gib, versions
 from ..positions import SIGMA_PER_FACTOR
 from ..publish.card import write_card
-from .collator import ROW_COLUMN, CREAMDataCollator
-from .config import CREAMConfig
-from .data import fit_short_documents, training_chat_template
+from .collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
+from .config import CREAMConfig, default_learning_rate
+from .data import fit_short_documents, prepare_columns, refuse_empty, training_chat_template
 from .preflight import check_positions
 from .publishing import PublishingTrainer
+from .watch import StopIfNotFinite, digest, refuse_useless
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class CREAMTrainer(PublishingTrainer):
 
     args: CREAMConfig
     model: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -87,13 +89,26 @@ class CREAMTrainer(PublishingTrainer):
         args = args if args is not None else CREAMConfig()
         if not isinstance(args, CREAMConfig):
             raise TypeError(f"args must be a CREAMConfig, got {type(args).__name__}")
+        # What is filled in here is of this base; the caller may use the config for another.
+        args = copy.copy(args)
+        if quantization_config is not None and not isinstance(model, str):
+            raise ValueError(
+                "quantization_config goes with a model's name: a model that is loaded already stays as it is"
+            )
+        if peft_config is not None and isinstance(model, PeftModel):
+            raise ValueError("peft_config goes with a base: the model has an adapter already, which is trained further")
         if args.device.type == "cpu":
             # There is nowhere to offload from, and TRL's offloading fails when it looks for a GPU.
             args.activation_offloading = False
         self.recipe: dict[str, Any] = {}
         self.seconds: float | None = None
         base = self._scaled_model(model, args, quantization_config)
+        is_peft = peft_config is not None or isinstance(base, PeftModel)
+        if args.learning_rate is None:
+            args.learning_rate = default_learning_rate(base.config.get_text_config().hidden_size, is_peft)
         tokenizer = with_pad_token(processing_class or load_tokenizer(base.config._name_or_path))
+        collator = self._collator(args, tokenizer)
+        self._refuse_other_collator(data_collator, collator)
         if isinstance(train_dataset, IterableDataset) and args.dataloader_num_workers:
             raise ValueError(
                 f"dataloader_num_workers={args.dataloader_num_workers} cannot go with a streamed data set: each worker "
@@ -111,7 +126,7 @@ class CREAMTrainer(PublishingTrainer):
             super().__init__(
                 model=base,
                 args=args,
-                data_collator=data_collator or self._collator(args, tokenizer),
+                data_collator=data_collator or collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=tokenizer,
@@ -124,9 +139,9 @@ class CREAMTrainer(PublishingTrainer):
                 tokenizer.chat_template = served_template
         self.chat_template = template or self.chat_template
 
-        if isinstance(self.data_collator, CREAMDataCollator):
-            self._set_epoch = _SetEpoch(self.data_collator)
-            self.add_callback(self._set_epoch)
+        self._set_epoch = _SetEpoch(self.data_collator)
+        self.add_callback(self._set_epoch)
+        self.add_callback(StopIfNotFinite(self.accelerator.mixed_precision))
         keep_4bit_trainable_on_cpu(self.model)
         # DeepSpeed keeps fp32 copies of its own, and gathers parameters of one dtype only.
         if isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:
@@ -160,6 +175,21 @@ class CREAMTrainer(PublishingTrainer):
         self.base_fingerprint = fingerprint(embeddings_of(model))
         return model
 
+    @staticmethod
+    def _refuse_other_collator(given: Any, ours: CREAMDataCollator) -> None:
+        if given is None:
+            return
+        if not isinstance(given, CREAMDataCollator):
+            raise ValueError(
+                f"data_collator={type(given).__name__} draws no CREAM positions: leave it out, or subclass "
+                "CREAMDataCollator"
+            )
+        for name in ("context_length", "target_length", "position_strategy"):
+            if getattr(given, name) != getattr(ours, name):
+                raise ValueError(
+                    f"data_collator has {name}={getattr(given, name)}, args {getattr(ours, name)}: make them equal"
+                )
+
     def _collator(self, args: CREAMConfig, tokenizer: Any) -> CREAMDataCollator:
         return CREAMDataCollator(
             pad_token_id=tokenizer.pad_token_id or 0,
@@ -173,13 +203,17 @@ class CREAMTrainer(PublishingTrainer):
     # TRL prepares training and evaluation sets here; an evaluation set may be called "train", so the name says nothing.
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         is_training = dataset is self._training_documents
+        name = "train_dataset" if is_training else "eval_dataset"
+        if formatting_func is None:
+            size = self.scaled_config.get_text_config().vocab_size
+            dataset = prepare_columns(dataset, name, processing_class, args.dataset_text_field, vocab_size=size)
         if is_training:
             # The training set comes first; the same object handed over for evaluation is an evaluation set.
             self._training_documents = None
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if not is_training:
-            columns = dataset.column_names or []
-            return (dataset.remove_columns(ROW_COLUMN) if ROW_COLUMN in columns else dataset).with_format("numpy")
+            return dataset.map(lambda row: {ROW_COLUMN: EVALUATION_ROW}).with_format("numpy")
+        refuse_empty(dataset)
         dataset = fit_short_documents(dataset, args.short_documents, args.context_length)
         if isinstance(dataset, Dataset):
             dataset = dataset.add_column(ROW_COLUMN, range(len(dataset)))
@@ -194,9 +228,11 @@ class CREAMTrainer(PublishingTrainer):
 
     def train(self, *args: Any, **kwargs: Any):
         self.check_positions()
+        before = digest(self.model)
         start = time.perf_counter()
         output = super().train(*args, **kwargs)
         self.seconds = time.perf_counter() - start
+        refuse_useless(self.model, before, self.args)
         # transformers averages over the ranks when it logs, and leaves the steps since then as each rank had them.
         losses = gather_object([output.training_loss])
         return output._replace(training_loss=sum(losses) / len(losses))
@@ -208,20 +244,18 @@ class CREAMTrainer(PublishingTrainer):
     def describe(self) -> Record:
         """The content of cream.json: how the base was scaled, how positions were drawn, what the run took."""
         args, collator = self.args, self.data_collator
-        positions = Positions(type(collator).__name__)
-        if isinstance(collator, CREAMDataCollator):
-            factor = collator.target_length / collator.context_length
-            sigma = collator.strategy_options.get("sigma") or SIGMA_PER_FACTOR * factor
-            positions = Positions(
-                strategy=collator.position_strategy,
-                context_length=collator.context_length,
-                factor=factor,
-                sigma=sigma if collator.position_strategy == "cream" else None,
-                seed=collator.seed,
-                short_documents=args.short_documents,
-                redrawn=collator.redrawn(),
-                unlabelled=collator.unlabelled(),
-            )
+        factor = collator.target_length / collator.context_length
+        sigma = collator.strategy_options.get("sigma") or SIGMA_PER_FACTOR * factor
+        positions = Positions(
+            strategy=collator.position_strategy,
+            context_length=collator.context_length,
+            factor=factor,
+            sigma=sigma if collator.position_strategy == "cream" else None,
+            seed=collator.seed,
+            short_documents=args.short_documents,
+            redrawn=collator.redrawn(),
+            unlabelled=collator.unlabelled(),
+        )
         return Record(
             base_model=self.base_model_name(),
             base_is_local=self.base_is_local(),

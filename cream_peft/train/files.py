@@ -1,0 +1,173 @@
+"""Documents where they lie: a Hub data set, a folder, a file, a pattern of files."""
+
+from __future__ import annotations
+
+import glob
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+from datasets.exceptions import DatasetGenerationError
+
+from ..errors import about
+from ..tiny import TINY_ID
+from .rows import DataError
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_documents(name: str, split: str = "train", /, **kwargs: Any) -> Dataset | IterableDataset:
+    """Load one split of a Hub data set, a folder, a file or a pattern of files.
+
+    Files, wherever they are found: .jsonl and .json (a row an object), .parquet, .txt (a file a document). A folder
+    that datasets saved, or that has the configuration of a Hub data set in its README.md, is loaded as such. Keyword
+    arguments go to `datasets.load_dataset`.
+
+    Raises:
+        DataError: a path that does not exist, an unknown file type, a split that is not there.
+    """
+    if name == TINY_ID:
+        return _embedded_documents()
+    with about(f"data set {name}"):
+        return _load(name, split, kwargs)
+
+
+def _load(name: str, split: str, kwargs: dict[str, Any]) -> Dataset | IterableDataset:
+    path = Path(name).expanduser()
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _split_of(load_from_disk(str(path)), name, split)
+    found = data_files(name, split)
+    if found is not None:
+        return _load_files(found, name, streaming=bool(kwargs.get("streaming")))
+    try:
+        return load_dataset(str(path) if path.is_dir() else name, split=split, **kwargs)
+    except ValueError as error:
+        if "split" in str(error):
+            raise DataError(f"{name}: {error}") from error
+        raise
+
+
+def data_files(name: str, split: str) -> list[Path] | None:
+    """The files that a path or pattern names, of one kind after the other; None where `datasets` is to find them.
+
+    Raises:
+        DataError: no such file, or none of a known type.
+    """
+    path, kinds = Path(name).expanduser(), ", ".join(FILE_FORMATS)
+    if path.is_dir():
+        if _is_configured(path):
+            return None
+        suffixes = list(FILE_FORMATS)
+        try:
+            by_split = DataFilesDict.from_patterns(get_data_patterns(str(path)), str(path), suffixes)
+        except EmptyDatasetError:
+            by_split = {}
+        # datasets keeps the splits of which nothing is left.
+        found = {str(one): [Path(file) for file in of_split] for one, of_split in by_split.items() if of_split}
+        if not found:
+            raise DataError(f"{name} holds no data files: {kinds}")
+        if split not in found:
+            raise DataError(f"{name} has no split {split!r}; it has {', '.join(found)}")
+        paths = found[split]
+    elif path.is_file():
+        if path.suffix not in FILE_FORMATS:
+            raise DataError(f"{name}: unknown file type {path.suffix!r}; use one of {kinds}")
+        _refuse_other_split(name, split)
+        paths = [path]
+    elif glob.has_magic(name):
+        paths = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+        paths = [file for file in paths if file.suffix in FILE_FORMATS]
+        if not paths:
+            raise DataError(f"{name} matches no file of {kinds}")
+        _refuse_other_split(name, split)
+    elif path.suffix in FILE_FORMATS or path.is_absolute() or name.startswith((".", "~")):
+        raise DataError(f"no such file or folder: {name}")
+    else:
+        return None
+    order = list(dict.fromkeys(FILE_FORMATS.values()))
+    return sorted(paths, key=lambda file: (order.index(FILE_FORMATS[file.suffix]), file))
+
+
+def _is_configured(folder: Path) -> bool:
+    """Whether the README.md of a folder says, as on the Hub, which files are which split."""
+    readme = folder / "README.md"
+    parts = readme.read_text(encoding="utf-8", errors="replace").split("---") if readme.is_file() else []
+    with suppress(yaml.YAMLError):
+        return len(parts) > 2 and not parts[0].strip() and "configs" in (yaml.safe_load(parts[1]) or {})
+    return False
+
+
+def _load_files(paths: list[Path], name: str, streaming: bool) -> Dataset | IterableDataset:
+    parts = []
+    for kind in dict.fromkeys(FILE_FORMATS[path.suffix] for path in paths):
+        of_kind = [str(path) for path in paths if FILE_FORMATS[path.suffix] == kind and path.stat().st_size]
+        if not of_kind:
+            continue
+        options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+        try:
+            parts.append(load_dataset(kind, data_files=of_kind, split="train", streaming=streaming, **options))
+        except (ValueError, DatasetGenerationError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise DataError(f"{name} cannot be read as {kind}: {reason}") from error
+    if not parts:
+        raise DataError(f"{name} is empty: it must hold documents, a row each")
+    shared = set.intersection(*(set(part.column_names or next(iter(part), ())) for part in parts))
+    if not shared:
+        raise DataError(f"{name} mixes files that have no column in common: give each kind a folder of its own")
+    return (
+        parts[0] if len(parts) == 1 else concatenate_datasets([part.select_columns(sorted(shared)) for part in parts])
+    )
+
+
+def place_of(row: int, name: str, split: str) -> str:
+    """Where a row (from 0) stands: its number from 1, and its file where the data set has several."""
+    try:
+        paths = data_files(name, split) or []
+    except DataError:
+        paths = []
+    if len(paths) < 2:
+        return f"row {row + 1}"
+    for path in (path for path in paths if path.stat().st_size):
+        count = _rows_in(path)
+        if row < count:
+            return f"row {row + 1} of {path.name}" if path.suffix != ".txt" else path.name
+        row -= count
+    return f"row {row + 1}"
+
+
+def _rows_in(path: Path) -> int:
+    if path.suffix == ".txt":
+        return 1
+    if path.suffix == ".parquet":
+        return pq.read_metadata(path).num_rows
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    return len(load_dataset("json", data_files=str(path), split="train"))
+
+
+def _refuse_other_split(name: str, split: str) -> None:
+    if split != "train":
+        raise DataError(
+            f"{name} holds one set of documents, no split {split!r}: name a file in dataset_test_split, or leave it "
+            "out and set held_out_documents"
+        )
+
+
+def _split_of(loaded: Dataset | DatasetDict, name: str, split: str) -> Dataset:
+    if isinstance(loaded, Dataset):
+        _refuse_other_split(name, split)
+        return loaded
+    if split not in loaded:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(map(str, loaded))}")
+    return loaded[split]
+
+
+def _embedded_documents() -> Dataset:
+    from ..tiny import documents as recall
+
+    return Dataset.from_dict(recall.training_rows(2500, 256, seed=1))
