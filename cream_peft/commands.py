@@ -39,7 +39,9 @@ def train_command(arguments: list[str]) -> None:
     if summary.unlabelled:
         print(f"{summary.unlabelled:,} examples held no label and taught nothing: leave out documents with few labels")
     write_json(options.json, asdict(summary))
-    print(f"The adapter is in {summary.output_dir}\nMeasure it: cream-peft evaluate --compare {summary.output_dir}")
+    print(
+        f"The {summary.kind} is in {summary.output_dir}\nMeasure it: cream-peft evaluate --compare {summary.output_dir}"
+    )
 
 
 def _texts(name: str, config: str | None, split: str) -> list[str] | None:

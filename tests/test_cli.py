@@ -51,6 +51,7 @@ FILES = {
     "text.jsonl": '{"text": "k001 v01"}\n',
     "talk.jsonl": json.dumps(TALK) + "\n",
     "short.jsonl": '{"input_ids": [1, 2, 3, 4]}\n' * 3,
+    "outside.jsonl": '{"input_ids": [1, 2, 3]}\n' + '{"input_ids": [1, 385]}\n' * 2,
     "nothing/README.md": "",
     "plain-adapter/adapter_config.json": "{}",
     "broken.json": "{",
@@ -59,7 +60,7 @@ FILES = {
     "cells.json": json.dumps(RESULTS | {"cells": [{"task": "recall"}]}),
 }
 DATA = ["train", "--max_steps", "1", "--dataset_name"]
-MODEL = ["train", "--max_steps", "1", "--model_name_or_path"]
+MODEL = ["train", "--max_steps", "1", "--dataset_name", "cream-peft-tiny", "--model_name_or_path"]
 
 MISTAKES = {
     "an unknown command": (["trian"], ["unknown command 'trian'", "train, evaluate, lm-eval, plan, plot, bench, push"]),
@@ -94,7 +95,7 @@ MISTAKES = {
     ),
     "no rank": (["train", "--lora_r", "0"], ["lora_r=0 must be at least 1"]),
     "no alpha": (["train", "--config", "flat.yaml"], ["flat.yaml: lora_alpha=-1 must be at least 1"]),
-    "no tokens": (["plan", "--context_length", "0"], ["context_length=0 must be at least 1 token"]),
+    "no tokens": (["plan", "--context_length", "0"], ["context_length=0 must be at least 2 tokens"]),
     "no documents": (["train", "--max_documents", "0"], ["max_documents=0 must be at least 1"]),
     "fewer than no documents held out": (["train", "--held_out_documents", "-1"], ["held_out_documents=-1", "least 0"]),
     "packing": (["train", "--config", "packing.yaml"], ["packing=true", "short_documents=join"]),
@@ -106,7 +107,51 @@ MISTAKES = {
         ["skip_prepare_dataset", "input_ids"],
     ),
     "8 bits": (["train", "--load_in_8bit", "true"], ["load_in_8bit=true", "load_in_4bit=true"]),
-    "full fine-tuning": (["train", "--use_peft", "false"], ["use_peft=false", "adapters"]),
+    "full fine-tuning in 4 bits": (
+        ["train", "--use_peft", "false", "--load_in_4bit", "true"],
+        ["use_peft=false", "load_in_4bit=true"],
+    ),
+    "an infinite rate": (["train", "--learning_rate", "inf"], ["learning_rate=inf", "above 0 and at most 1"]),
+    "a rate that is no number": (["train", "--learning_rate", "nan"], ["learning_rate=nan", "above 0"]),
+    "a rate of billions": (["train", "--learning_rate", "1e10"], ["learning_rate=1e+10", "at most 1"]),
+    "no rate": (["train", "--learning_rate", "0"], ["learning_rate=0", "above 0"]),
+    "a negative rate": (["plan", "--learning_rate=-1e-4"], ["learning_rate=-0.0001", "above 0"]),
+    "a negative number of steps": (["train", "--max_steps", "-3"], ["max_steps=-3", "at least 1"]),
+    "no steps": (["plan", "--max_steps", "0"], ["max_steps=0", "at least 1"]),
+    "no epochs": (["train", "--num_train_epochs", "0"], ["num_train_epochs=0", "above 0"]),
+    "negative epochs": (["train", "--num_train_epochs", "-1"], ["num_train_epochs=-1", "above 0"]),
+    "one token fed": (["train", "--context_length", "1"], ["context_length=1", "at least 2 tokens"]),
+    "a dropout of everything": (["train", "--lora_dropout", "1"], ["lora_dropout=1", "below 1"]),
+    "a negative dropout": (["train", "--lora_dropout", "-0.1"], ["lora_dropout=-0.1", "at least 0"]),
+    "an infinite weight decay": (["train", "--weight_decay", "inf"], ["weight_decay=inf", "finite"]),
+    "a negative warm-up": (["train", "--warmup_steps", "-1"], ["warmup_steps=-1", "at least 0"]),
+    "options of another schedule": (
+        ["train", "--lr_scheduler_type", "linear", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'],
+        ["lr_scheduler_kwargs={'min_lr_rate': 0.1}", "lr_scheduler_type=linear", "min_lr_rate"],
+    ),
+    "a reporter that is not installed": (["train", "--report_to", "wandb"], ["report_to=wandb", "pip install wandb"]),
+    "an unknown reporter": (["train", "--report_to", "wandbb"], ["wandbb"]),
+    "an evaluation of nothing": (
+        ["train", "--eval_strategy", "steps", "--eval_steps", "1"],
+        ["eval_strategy=steps has nothing to evaluate on", "held_out_documents", "dataset_test_split"],
+    ),
+    "a split that does not exist": (
+        [*DATA, "short.jsonl", "--dataset_test_split", "test"],
+        ["dataset_test_split: short.jsonl", "no split 'test'", "held_out_documents"],
+    ),
+    "a validation file that is not there": (
+        [*DATA, "short.jsonl", "--dataset_test_split", "held.jsonl"],
+        ["dataset_test_split: no such file or folder: held.jsonl"],
+    ),
+    "a model without data": (["train", "--model_name_or_path", "./llama"], ["dataset_name is missing"]),
+    "rows that cannot be used": (
+        [*DATA, "outside.jsonl"],
+        ["dataset_name: outside.jsonl: 2 of 3 rows cannot be used", "outside the vocabulary of 385", "row 2"],
+    ),
+    "an adapter to train further, and every weight": (
+        ["train", "--use_peft", "false", "--adapter_name_or_path", "x"],
+        ["use_peft=false", "adapter_name_or_path=x"],
+    ),
     "more tokens fed than reached": (
         ["train", "--context_length", "4096"],
         ["context_length=4096", "target_length=2048", "raise"],
@@ -124,7 +169,7 @@ MISTAKES = {
     "a file of data that is not there": ([*DATA, "none.jsonl"], ["no such file or folder: none.jsonl"]),
     "an empty file of data": ([*DATA, "empty.jsonl"], ["empty.jsonl is empty"]),
     "an unknown type of file": ([*DATA, "table.csv"], ["'.csv'", ".jsonl, .json, .parquet, .txt"]),
-    "broken JSON lines": ([*DATA, "broken.jsonl"], ["broken.jsonl cannot be read as jsonl"]),
+    "broken JSON lines": ([*DATA, "broken.jsonl"], ["broken.jsonl cannot be read as json"]),
     "a folder without data": ([*DATA, "./nothing"], ["nothing holds no data files", ".jsonl"]),
     "numbers for text": ([*DATA, "numbers.jsonl"], ["numbers.jsonl", "column text", "int64"]),
     "no usable column": (

@@ -120,8 +120,8 @@ def test_files_folders_and_saved_data_sets_are_loaded(tmp_path):
 
 
 def test_columns_are_recognised_and_others_named(tiny_tokenizer, byte_tokenizer):
-    ids = prepare_columns(Dataset.from_dict({"input_ids": [[1, 2]], "attention_mask": [[1, 1]], "labels": [[1, 2]]}), "d",
-                          tiny_tokenizer)  # fmt: skip
+    tokenised = Dataset.from_dict({"input_ids": [[1, 2]], "attention_mask": [[1, 1]], "labels": [[1, 2]]})
+    ids = prepare_columns(tokenised, "d", tiny_tokenizer)
     assert sorted(ids.column_names) == ["input_ids", "labels"]
     texts = prepare_columns(Dataset.from_dict({"text": ["a"], "meta": [1]}), "d", tiny_tokenizer)
     assert texts.column_names == ["text"]

@@ -203,6 +203,40 @@ def test_a_base_that_is_not_embedded_has_no_config():
     assert embedded_config("mistralai/Mistral-7B-v0.3").sliding_window is None
 
 
+# Every weight trained
+
+
+@pytest.mark.parametrize("changes", [{}, {"hidden_size": 512, "intermediate_size": 1408}, {"num_hidden_layers": 4}])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_every_weight_takes_what_is_planned(dtype, checkpointing, changes):
+    config = small(**changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    model.get_base_model = lambda: model
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model(torch.zeros(1, 8, dtype=torch.int64)).logits.sum().backward()
+    optimizer.step()
+    with LiveBytes() as live:
+        hidden = backbone(model)
+        gradient = torch.zeros_like(hidden)
+        live.peak = live.now
+        hidden.backward(gradient)
+    outside = hidden.nbytes + gradient.nbytes
+    terms = estimate(
+        config, context_length=TOKENS, use_peft=False, load_in_4bit=False, dtype=str(dtype).removeprefix("torch."),
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    parameters = sum(p.nbytes for p in model.parameters())
+    assert bytes_of(terms, "weights", "embeddings_and_head") == pytest.approx(parameters)
+    assert bytes_of(terms, "gradients") == pytest.approx(sum(p.grad.nbytes for p in model.parameters()))
+    assert terms["adapter"] == terms["quantization"] == 0
+    last_norm = 22 * TOKENS * config.hidden_size
+    expected = bytes_of(terms, "checkpoints", "weight_copies") + max(bytes_of(terms, "recomputation"), last_norm)
+    assert expected == pytest.approx(live.peak - outside, rel=0.1)
+
+
 # What is resident
 
 

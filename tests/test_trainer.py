@@ -3,20 +3,26 @@
 import copy
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from cream_peft import CREAMTrainer, rope
+import cream_peft
+from cream_peft import CREAMConfig, CREAMTrainer, rope
 from cream_peft.model.base import keep_4bit_trainable_on_cpu, quantization_config
+from cream_peft.model.record import Record, is_adapter, model_sha256
 from cream_peft.train.collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
+from cream_peft.train.config import default_learning_rate
 from cream_peft.train.preflight import PositionError
+from cream_peft.train.watch import TrainingError
 
 
 @pytest.fixture
@@ -435,3 +441,117 @@ def test_a_streamed_set_gets_new_draws_in_every_pass_and_refuses_workers(make_tr
     assert drawn.shape == (16, 64) and not torch.equal(drawn[:8], drawn[8:])
     with pytest.raises(ValueError, match="dataloader_num_workers=2 cannot go with a streamed"):
         positions(dataloader_num_workers=2)
+
+
+# Runs that lead to nothing
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_last_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1)
+    compute = trainer.compute_loss
+
+    def poisoned(*args, **kwargs):
+        result = compute(*args, **kwargs)
+        return result * float("nan") if trainer.state.global_step == 2 and trainer.model.training else result
+
+    trainer.compute_loss = poisoned
+    with pytest.raises(TrainingError, match=r"gradients of step 3 are not finite.*learning_rate \(0.01\)"):
+        trainer.train()
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert not (folder / "cream.json").exists()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad)
+
+
+def test_training_that_changes_no_weight_is_no_training(make_trainer):
+    # The first step of a warm-up has a rate of 0.
+    with pytest.raises(TrainingError, match=r"changed no weight.*warmup_steps \(5\)"):
+        make_trainer(max_steps=1, warmup_steps=5).train()
+    make_trainer(max_steps=1).train()  # control
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(make_trainer):
+    trainer = make_trainer(max_steps=1)
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(math.inf)
+
+    trainer.add_callback(Poison())
+    with pytest.raises(TrainingError, match="trained weights are not finite"):
+        trainer.train()
+
+
+# The user's config
+
+
+def test_the_config_stays_as_it_was_and_serves_for_another_base(
+    make_model, make_documents, tiny_tokenizer, lora, tmp_path
+):
+    config = CREAMConfig(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    before = copy.copy(config)
+    lengths = []
+    for window in (64, 128):
+        trainer = CREAMTrainer(
+            model=make_model(max_position_embeddings=window), args=config, train_dataset=make_documents(),
+            processing_class=tiny_tokenizer, peft_config=lora(),
+        )  # fmt: skip
+        lengths.append((trainer.args.context_length, trainer.args.target_length))
+    assert lengths == [(64, 512), (128, 1024)]
+    assert config == before
+    assert replace(config, position_strategy="pose", learning_rate=1e-3).learning_rate == 1e-3
+
+
+def test_left_open_the_rate_is_that_of_the_bases_size(make_trainer, make_model):
+    assert make_trainer(learning_rate=None).args.learning_rate == default_learning_rate(64) == 5.1e-3
+    assert default_learning_rate(4096) == 2e-4
+    assert make_trainer(learning_rate=None, peft_config=None).args.learning_rate == pytest.approx(5.1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quantization_config": quantization_config(torch.float32)}, "quantization_config goes with a model's name"),
+        ({"model": "adapter"}, "peft_config goes with a base"),
+        ({"model": "frozen", "peft_config": None}, "adapter is frozen.*is_trainable=True"),
+    ],
+)
+def test_arguments_that_exclude_one_another_are_refused_at_construction(
+    given, message, make_model, make_documents, make_config, tiny_tokenizer, lora
+):
+    settings = {"model": make_model(), "peft_config": lora()} | given
+    if isinstance(settings["model"], str):
+        adapter = get_peft_model(make_model(), lora())
+        adapter.requires_grad_(settings["model"] != "frozen")
+        settings["model"] = adapter
+    with pytest.raises(ValueError, match=message):
+        CREAMTrainer(args=make_config(), train_dataset=make_documents(), processing_class=tiny_tokenizer, **settings)
+
+
+def test_help_and_dir_show_what_there_is():
+    assert set(cream_peft.__all__) <= set(dir(cream_peft))
+    assert {"cream", "pose", "POSITION_STRATEGIES"} <= set(cream_peft.__all__)
+    assert "position_strategy: How positions are drawn" in CREAMConfig.__doc__
+
+
+# Every weight trained
+
+
+def test_every_weight_is_trained_saved_and_resumed_as_a_whole_model(make_trainer, make_model, tmp_path):
+    trainer = make_trainer(peft_config=None, save_strategy="steps", save_steps=1, learning_rate=1e-3)
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "run"
+    record = Record.read(folder, "run")
+    assert record.full and record.merged and record.dtype == "float32" and record.target_length == 512
+    assert not is_adapter(folder) and record.adapter_sha256 == model_sha256(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+    assert loaded.config.max_position_embeddings == 512
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, trainer.model.model.rotary_emb.inv_freq)
+    before = dict(make_model().named_parameters())
+    assert not any(torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
+    resumed = make_trainer(peft_config=None, learning_rate=1e-3)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert all(torch.equal(p, resumed.model.get_parameter(n)) for n, p in trainer.model.named_parameters())

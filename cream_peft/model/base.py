@@ -80,7 +80,9 @@ def quantization_config(
 
 def base_options(arguments: Any) -> dict[str, Any]:
     """`load_base`'s options of a recipe's model arguments (TRL's ModelConfig names)."""
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype not in (None, "auto") else default_dtype()
+    # Weights that are all trained are kept in fp32: in bf16 most updates are rounded away.
+    usual = default_dtype() if arguments.use_peft else torch.float32
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype not in (None, "auto") else usual
     options = {"dtype": dtype, "load_in_4bit": arguments.load_in_4bit}
     options["attn_implementation"] = arguments.attn_implementation
     if arguments.load_in_4bit:

@@ -82,10 +82,13 @@ class Record:
     recipe: dict[str, Any] = field(default_factory=dict)
     """The keys that the recipe and the command line set."""
     merged: bool = False
+    """Whether the folder holds a whole model: base and adapter in one, or with `full` one trained as a whole."""
+    full: bool = False
+    """Whether every weight was trained (use_peft: false)."""
     dtype: str | None = None
-    """Of a merged model's weights."""
+    """Of a whole model's weights."""
     adapter_sha256: str | None = None
-    """Of the adapter that a merged model is made of."""
+    """Of the adapter that a merged model is made of; of the weights of a model trained as a whole."""
     format: int = FORMAT
 
     @classmethod
@@ -188,10 +191,20 @@ def fingerprint(embeddings: torch.Tensor) -> list[float]:
 def adapter_sha256(folder: Path) -> str | None:
     """The digest by which results name the adapter they were measured on."""
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _sha256([path]) if path.is_file() else None
+
+
+def model_sha256(folder: Path) -> str:
+    """The same of a whole model, over all of its weight files."""
+    return _sha256(sorted(folder.glob("model*.safetensors")))
+
+
+def _sha256(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda digest=digest: digest)
+    return digest.hexdigest()
 
 
 def refuse_damaged(folder: Path, name: str) -> None:

@@ -31,7 +31,8 @@ SMALLEST_TIMED = 3e8
 NOTHING_FITS = "no settings fit, a smaller base may"
 EXPLAINED = {
     "adapter": "LoRA, in fp32",
-    "optimizer": "state of the adapter's parameters",
+    "optimizer": "state of the trained parameters",
+    "weight_copies": "fp32 weights in 16 bits, as autocast computes with them",
     "checkpoints": "what the forward pass leaves for the backward pass",
     "recomputation": "one layer, run again in the backward pass",
     "kv_cache": "keys and values of the document",
@@ -57,6 +58,10 @@ def training_flops(config: PreTrainedConfig, training: Training) -> dict[str, fl
     down_proj = 2 * config.num_hidden_layers * config.intermediate_size * config.hidden_size
     adapted = "down_proj" in target_linears(config, training.target_modules)
     attention = 4 * config.num_hidden_layers * attention_widths(config)[0] * training.context_length / 2
+    if not training.use_peft:
+        # Backward to the inputs and to the weights.
+        passes = {"linears": (3 + again) * linears, "attention": (3 + again) * attention}
+        return passes | {"adapter": 0, "head": 4 * 2 * config.vocab_size * config.hidden_size}
     return {
         "linears": 2 * linears + again * (linears - (0 if adapted else down_proj)),
         "attention": (3 + again) * attention,
@@ -221,6 +226,7 @@ def _terms_table(columns: Mapping[str, Terms], phases: Phases, *more: Sequence[s
     rows = [
         (term + " *" * (term in marked), *(f"{terms[term]:.2f}" for terms in columns.values()), explained.get(term, ""))
         for term in next(iter(columns.values()))
+        if any(terms[term] for terms in columns.values())
     ]
     return table(["GiB", *columns, ""], [*rows, *more], indent=2)
 

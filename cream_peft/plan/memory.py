@@ -129,23 +129,32 @@ def _halved(name: str, tokens: int) -> list[dict[str, Any]]:
 class Loading:
     """How the base is loaded, and the adapter on it."""
 
+    use_peft: bool = True
+    """False: every weight is trained, in `dtype`, computing in 16 bits."""
+    dtype: str = "float32"
     load_in_4bit: bool = True
     lora_r: int = 16
     target_modules: str | Sequence[str] = ATTENTION
 
     def trained_parameters(self, config: PreTrainedConfig) -> int:
-        """Parameters of the LoRA adapter."""
+        """Parameters of the LoRA adapter, or of the whole model."""
+        if not self.use_peft:
+            return parameter_count(config)
         widths = sum(map(sum, target_linears(config, self.target_modules).values()))
         return config.num_hidden_layers * self.lora_r * widths
 
+    def _weight_bytes(self) -> int:
+        """Bytes of a weight that is not quantized."""
+        return 2 if self.use_peft or self.dtype != "float32" else 4
+
     def _gib(self, config: PreTrainedConfig, phases: Phases, **work: float) -> Terms:
         """GiB of the base, its adapter and the bytes of `work`, and in total: only the largest of the phases counts."""
-        sizes = [inputs * outputs for inputs, outputs in _linears(config).values()]
-        layer = sum(map(_nf4_bytes, sizes)) if self.load_in_4bit else 2 * sum(sizes)
+        sizes, each = [inputs * outputs for inputs, outputs in _linears(config).values()], self._weight_bytes()
+        layer = sum(map(_nf4_bytes, sizes)) if self.load_in_4bit else each * sum(sizes)
         terms = {
-            "weights": config.num_hidden_layers * layer + 2 * _small_parameters(config),
-            "embeddings_and_head": 2 * _embedding_parameters(config),
-            "adapter": 4 * self.trained_parameters(config),
+            "weights": config.num_hidden_layers * layer + each * _small_parameters(config),
+            "embeddings_and_head": each * _embedding_parameters(config),
+            "adapter": 4 * self.trained_parameters(config) if self.use_peft else 0,
             **work,
             # bitsandbytes turns one linear at a time into 16 bits, and its blocks' maxima into fp32.
             "quantization": 2 * max(sizes) + max(sizes) // 16 if self.load_in_4bit else 0,
@@ -172,14 +181,19 @@ class Training(Loading):
 
     def savings(self) -> list[dict[str, Any]]:
         """Changes that take less memory, what costs least first."""
-        here = [{"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}, {"load_in_4bit": True}]
+        here = [{"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}]
         there = [{"activation_offloading": True}, {"optim": "paged_adamw_8bit"}]
-        return [*here, *there, *_halved("context_length", self.context_length), {"lora_r": min(8, self.lora_r)}]
+        halved, adapter = _halved("context_length", self.context_length), {"load_in_4bit": True}
+        if not self.use_peft:
+            return [*here, *there, *halved, {"use_peft": True} | adapter]
+        return [*here, adapter, *there, *halved, {"lora_r": min(8, self.lora_r)}]
 
     def _layer_bytes(self, config: PreTrainedConfig, tokens: int) -> int:
         """What one decoder layer keeps for its backward pass: bf16, but for the norms' fp32 inputs."""
         targets, dropout = target_linears(config, self.target_modules), self.lora_dropout > 0
         hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
+        if not self.use_peft:
+            return tokens * self._full_layer_bytes(config)
         norms = 4 * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
         # Queries, keys, values, output, and an fp32 log-sum-exp per head. A frozen linear keeps nothing of its input.
         attention = 2 * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
@@ -196,6 +210,16 @@ class Training(Loading):
         adapter_copy = 2 * self.lora_r * sum(inputs + outputs for inputs, outputs in targets.values())
         return tokens * (norms + attention + gate_silu_up + inputs + 2 * self.lora_r * len(targets)) + adapter_copy
 
+    def _full_layer_bytes(self, config: PreTrainedConfig) -> int:
+        """The same of a token where every weight is trained: a linear keeps its input, and a norm what it scales."""
+        hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
+        each = self._weight_bytes()
+        norms = (4 + each) * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
+        attention = 2 * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
+        # In fp32 RoPE hands fp32 on, of which attention keeps 16-bit copies.
+        attention += 2 * (queries + 2 * keys) if each == 4 else 0
+        return norms + attention + 2 * 3 * inner + 2 * (2 * hidden + inner)
+
     def terms(self, config: PreTrainedConfig) -> Terms:
         """GiB by term at the peak of a training step.
 
@@ -208,18 +232,22 @@ class Training(Loading):
         tokens = self.context_length * self.per_device_train_batch_size
         hidden, layers, kept = config.hidden_size, config.num_hidden_layers, self._layer_bytes(config, tokens)
         # The feed-forward's bf16 gradients (three, or two once down_proj's LoRA let go of its input), the residual's.
-        products = 2 if "down_proj" in target_linears(config, self.target_modules) else 3
+        products = 2 if not self.use_peft or "down_proj" in target_linears(config, self.target_modules) else 3
         passing = 2 * tokens * (hidden + products * config.intermediate_size)
         inputs_kept = min(layers, OFFLOAD_STASH) if self.activation_offloading else layers
         # The last norm's fp32 input, and the larger of its backward pass (four fp32 tensors and one in bf16) and the
         # head: a tile of logits, the scored hidden states and their gradient in fp32 and bf16.
         head = max(tokens * hidden * (4 * 4 + 2), _tile(tokens) + tokens * hidden * (2 + 4 + 2))
+        each, gradient_bytes = self._weight_bytes(), 4 if self.use_peft else self._weight_bytes()
+        in_hand, sizes = 1 if self.gradient_checkpointing else layers, [i * o for i, o in _linears(config).values()]
         return self._gib(
             config,
             self.phases,
-            gradients=4 * self.trained_parameters(config),
+            gradients=gradient_bytes * self.trained_parameters(config),
             optimizer=_optimizer_bytes(self.optim) * self.trained_parameters(config),
-            checkpoints=inputs_kept * 2 * tokens * hidden if self.gradient_checkpointing else layers * kept,
+            # Autocast's 16-bit copies of fp32 weights, and the gradient of the largest.
+            weight_copies=2 * (in_hand * sum(sizes) + max(sizes)) if each == 4 else 0,
+            checkpoints=inputs_kept * each * tokens * hidden if self.gradient_checkpointing else layers * kept,
             recomputation=passing + (kept if self.gradient_checkpointing else 0),
             logits=tokens * hidden * 4 + head,
         )

@@ -81,6 +81,8 @@ def memory_settings(recipe: Recipe) -> tuple[Training, Validation | None]:
     lengths are resolved."""
     run, model = recipe.run, recipe.model
     shared: dict[str, Any] = {
+        "use_peft": model.use_peft,
+        "dtype": model.dtype if model.dtype in ("bfloat16", "float16") else "float32",
         "load_in_4bit": model.load_in_4bit,
         "lora_r": model.lora_r,
         "target_modules": model.lora_target_modules or ATTENTION,

@@ -41,6 +41,8 @@ class RunSummary:
     """Draws thrown away because they held no label."""
     unlabelled: int
     """Examples that went out without any label."""
+    kind: str = "adapter"
+    """Or model, if every weight was trained."""
 
 
 class _ProgressBar(ProgressCallback):
@@ -169,7 +171,7 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths) ->
         train_dataset=documents,
         eval_dataset=held_out if run.eval_strategy != "no" else None,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.model),
+        peft_config=lora_config(recipe.model) if recipe.model.use_peft else None,
     )
     trainer.recipe = recipe.settings()
     if not run.disable_tqdm:
@@ -219,4 +221,5 @@ def _train_and_save(trainer: CREAMTrainer, checkpoint: str | None) -> RunSummary
         peak_gib=peak_gib(),
         redrawn=collator.redrawn(),
         unlabelled=collator.unlabelled(),
+        kind="model" if trainer.describe().full else "adapter",
     )

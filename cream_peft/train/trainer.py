@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ from ..model.base import (
     make_tokenizer_readable,
     with_pad_token,
 )
-from ..model.record import Positions, Record, fingerprint, machine, peak_gib, versions
+from ..model.record import (
+    Positions,
+    Record,
+    fingerprint,
+    machine,
+    model_sha256,
+    peak_gib,
+    versions,
+    write_json,
+)
 from ..positions import SIGMA_PER_FACTOR
 from ..publish.card import write_card
 from .collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
@@ -89,6 +99,8 @@ class CREAMTrainer(PublishingTrainer):
         args = args if args is not None else CREAMConfig()
         if not isinstance(args, CREAMConfig):
             raise TypeError(f"args must be a CREAMConfig, got {type(args).__name__}")
+        if isinstance(model, PeftModel) and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("the model's adapter is frozen: load it with load_adapter(..., is_trainable=True)")
         # What is filled in here is of this base; the caller may use the config for another.
         args = copy.copy(args)
         if quantization_config is not None and not isinstance(model, str):
@@ -244,6 +256,7 @@ class CREAMTrainer(PublishingTrainer):
     def describe(self) -> Record:
         """The content of cream.json: how the base was scaled, how positions were drawn, what the run took."""
         args, collator = self.args, self.data_collator
+        is_full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         factor = collator.target_length / collator.context_length
         sigma = collator.strategy_options.get("sigma") or SIGMA_PER_FACTOR * factor
         positions = Positions(
@@ -275,6 +288,9 @@ class CREAMTrainer(PublishingTrainer):
             seed=args.seed,
             versions=versions(),
             recipe=self.recipe,
+            merged=is_full,
+            full=is_full,
+            dtype=str(self.model.dtype).removeprefix("torch.") if is_full else None,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -285,8 +301,13 @@ class CREAMTrainer(PublishingTrainer):
         # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
         (folder / "training_args.bin").unlink(missing_ok=True)
         make_tokenizer_readable(folder)
-        rope.save_base_config(self.scaled_config, folder)
         record = self.describe()
+        if record.full:
+            record = replace(record, adapter_sha256=model_sha256(folder))
+            own = {"dtype": record.dtype, "architectures": [type(self.accelerator.unwrap_model(self.model)).__name__]}
+            write_json(folder / "config.json", rope.published_config(self.scaled_config) | own)
+        else:
+            rope.save_base_config(self.scaled_config, folder)
         record.name_base_in(folder)
         record.write(folder)
         write_card(folder, record, self.published_name())
