@@ -115,7 +115,9 @@ def lm_eval_command(arguments: list[str]) -> None:
     parser.option("num_fewshot", "examples in the prompt; default: the task's", type=int)
     parser.option("seed", "default: lm-eval's own, with which published figures were made", type=int)
     parser.option("include_path", "task YAMLs beside lm-eval's own", metavar="DIR")
-    parser.option("metadata", "for tasks that need it: '{\"max_seq_lengths\": [32768]}'", type=json.loads)
+    parser.option(
+        "metadata", "for tasks that make their data; default: RULER's lengths, up to max_length", type=json.loads
+    )
     parser.option("output_dir", "folder of the results", default="runs/lm-eval")
     given = vars(parser.parse_args(arguments))
     json_file = given.pop("json")

@@ -29,6 +29,7 @@ from cream_peft.train.recipe import RecipeError, parse_recipe
 
 VOCABULARY, LAYERS, WINDOW = 512, 4, 64
 SIZES = ["--context_length", str(WINDOW), "--target_length", str(4 * WINDOW), "--per_device_train_batch_size", "2"]
+SIZES += ["--gradient_accumulation_steps", "1", "--lr_scheduler_type", "linear", "--warmup_steps", "0"]
 
 
 @pytest.fixture

@@ -471,7 +471,16 @@ def test_what_the_hub_refuses_is_said_in_one_line_and_within_half_a_minute(hub, 
 
 def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(hub, environment, folder, tmp_path):
     run = tmp_path / "run"
-    arguments = ["--model_name_or_path", "o/tiny", "--max_steps", "2", "--per_device_train_batch_size", "2"]
+    arguments = [
+        "--model_name_or_path",
+        "o/tiny",
+        "--dataset_name",
+        "cream-peft-tiny",
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "2",
+    ]
     arguments += ["--logging_steps", "1", "--output_dir", str(run), "--json", str(tmp_path / "summary.json")]
     done = run_command(["train", *arguments], environment, folder)
     assert done.returncode == 0, done.stderr

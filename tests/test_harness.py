@@ -215,16 +215,21 @@ def test_tasks_that_make_their_data_get_the_models_tokenizer(ask, tiny_tokenizer
     (ask.folder / "made.py").write_text(
         "from datasets import Dataset\n"
         "def make(tokenizer, max_seq_lengths, **others):\n"
-        "    rows = [{'text': f'k001 v{length}', 'answer': tokenizer} for length in max_seq_lengths]\n"
+        "    rows = [{'text': f'k001 v{length // 64:02d}', 'answer': tokenizer} for length in max_seq_lengths]\n"
         "    return {'test': Dataset.from_list(rows)}\n"
     )
     settings = {"task": "made", "test_split": "test", "doc_to_text": "{{text}}", **ANSWER}
     settings["metric_list"] = [{"metric": "exact_match"}]
     (ask.folder / "made.yaml").write_text(yaml.safe_dump(settings) + "custom_dataset: !function made.make\n")
-    results = ask(tiny(), "made", metadata={"max_seq_lengths": [10, 20]})
+    results = ask(tiny(), "made", metadata={"max_seq_lengths": [640, 1280]})
     words = [tiny_tokenizer.decode(ids) for ids in ask.used[0].fed]
     assert sorted(words) == ["k001 v10", "k001 v20"]
     assert results["configs"]["made"]["metadata"]["tokenizer"] == base_folder().name
+    # RULER's own default is 4,096 tokens, whatever the model reaches.
+    ask(tiny(target_length=4 * 256), "made", header={"pretrained_window": 256})
+    assert {tiny_tokenizer.decode(ids) for ids in ask.used[1].fed} == {"k001 v04", "k001 v08", "k001 v16"}
+    ask(tiny(target_length=4 * 256), "made", header={"pretrained_window": 256}, limit=1)
+    assert [tiny_tokenizer.decode(ids) for ids in ask.used[2].fed] == ["k001 v16"]
 
 
 def test_what_lm_eval_cannot_do_is_one_line(ask, monkeypatch):

@@ -362,7 +362,7 @@ def test_a_failed_last_push_says_where_the_adapter_is_and_how_to_publish_it(hub,
 def test_what_could_not_be_published_is_not_trained(hub, tmp_path, monkeypatch):
     local = Path(shutil.copytree(base_folder(), tmp_path / "my-base"))
     with pytest.raises(PushError, match="push_to_hub with a local base, 'my-base'"):
-        train_and_push(tmp_path / "run", "--model_name_or_path", str(local))
+        train_and_push(tmp_path / "run", "--model_name_or_path", str(local), "--dataset_name", "cream-peft-tiny")
     hub.fail("create", 403, times=None)
     with pytest.raises(PushError, match=r"may not write to someone/adapter \(403\)"):
         train_and_push(tmp_path / "run")

@@ -85,8 +85,9 @@ def run_harness(
         max_length: tokens of prompt and answer; lm-eval cuts longer prompts at their beginning, and warns. None: all
             that the model is scaled to.
         include_path: folder of task YAMLs beside lm-eval's own.
-        metadata: settings of tasks that make their data, such as RULER's {"max_seq_lengths": [32768]}. With a limit,
-            give RULER one length at a time: its samples are in order of length.
+        metadata: settings of tasks that make their data, such as RULER's {"max_seq_lengths": [32768]}, which by default
+            double from the pretrained window to max_length. With a limit it is max_length alone, since RULER's samples
+            are in order of length.
         seed: None for lm-eval's own seeds, with which published figures were made.
         header: what the results say of the model: model, adapter, adapter_sha256, rope_scaling_type, ...
         options: for lm-eval's simple_evaluate: limit (samples of each task), num_fewshot, gen_kwargs, ...
@@ -110,7 +111,11 @@ def run_harness(
     if chat_template and not tokenizer.chat_template:
         raise HarnessError("the model's tokenizer has no chat template: ask without one")
     lm = _language_model(model, tokenizer, max_length, batch_size)
-    manager = TaskManager(include_path=include_path, metadata={"tokenizer": tokenizer.name_or_path, **(metadata or {})})
+    window = (header or {}).get("pretrained_window") or lm.max_length
+    doubled = [window * 2**power for power in range(20) if window * 2**power < lm.max_length]
+    lengths = {"max_seq_lengths": [*([] if options.get("limit") else doubled), lm.max_length]}
+    settings = {"tokenizer": tokenizer.name_or_path, **lengths, **(metadata or {})}
+    manager = TaskManager(include_path=include_path, metadata=settings)
     seeds = {} if seed is None else dict.fromkeys(SEEDS, seed)
     options |= {**seeds, "batch_size": batch_size, "apply_chat_template": chat_template, "log_samples": False}
     results = simple_evaluate(lm, tasks=_load_tasks(manager, tasks), task_manager=manager, **options)

@@ -175,6 +175,9 @@ class CREAMConfig(SFTConfig):
         """Refuse what trains nothing, or diverges at once."""
         if self.warmup_steps is None:
             self.warmup_steps = 0 if 0 < self.max_steps < SHORT_RUN else 0.05
+        if self.max_steps == 1:
+            # Its only step would have a rate of 0.
+            self.warmup_steps = 0
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ValueError(f"learning_rate={self.learning_rate:g} must be above 0 and at most 1")
         if not (self.num_train_epochs > 0 and math.isfinite(self.num_train_epochs)):

