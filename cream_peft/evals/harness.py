@@ -114,7 +114,7 @@ def run_harness(
     window = (header or {}).get("pretrained_window") or lm.max_length
     doubled = [window * 2**power for power in range(20) if window * 2**power < lm.max_length]
     lengths = {"max_seq_lengths": [*([] if options.get("limit") else doubled), lm.max_length]}
-    settings = {"tokenizer": tokenizer.name_or_path, **lengths, **(metadata or {})}
+    settings: dict[str, Any] = {"tokenizer": tokenizer.name_or_path, **lengths, **(metadata or {})}
     manager = TaskManager(include_path=include_path, metadata=settings)
     seeds = {} if seed is None else dict.fromkeys(SEEDS, seed)
     options |= {**seeds, "batch_size": batch_size, "apply_chat_template": chat_template, "log_samples": False}
