@@ -108,10 +108,13 @@ def test_a_wrong_value_in_an_adapter_is_one_line_that_names_it(adapter, file, fi
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (rename, "lora_A.weight is missing, expected"),
-        (lambda tensors: tensors.pop(next(iter(tensors))), "is missing, expected (16, 128)"),
-        (lambda tensors: tensors.update(extra=torch.ones(3)), "extra is (3,), expected no such tensor"),
-        (lambda tensors: tensors.update({next(iter(tensors)): torch.ones(4, 128)}), "is (4, 128), expected (16, 128)"),
+        (rename, "lora_A.weight of adapter_model.safetensors"),
+        (lambda tensors: tensors.pop(next(iter(tensors))), "is missing: it does not fit"),
+        (lambda tensors: tensors.update(extra=torch.ones(3)), "has no place in cream-peft-tiny"),
+        (
+            lambda tensors: tensors.update({next(iter(tensors)): torch.ones(4, 128)}),
+            "has another shape in cream-peft-tiny, (16, 128) and not (4, 128)",
+        ),
     ],
 )
 def test_tensors_that_peft_would_ignore_are_refused_by_all_that_open_an_adapter(adapter, tmp_path, change, said):

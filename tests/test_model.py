@@ -1,9 +1,13 @@
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import TARGET, WINDOW
 from hub_server import Hub, Repository
 from huggingface_hub import HfApi, constants
 from peft import PeftModel, prepare_model_for_kbit_training
@@ -11,6 +15,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from cream_peft import CREAMTrainer, cli, load_adapter, rope
+from cream_peft.model.adapter import open_adapter
 from cream_peft.model.base import load_base, load_tokenizer, lora_config
 from cream_peft.model.record import AdapterError, Record
 from cream_peft.tiny import TINY_ID, base_folder
@@ -289,7 +294,8 @@ def test_a_tokenizer_truncates_at_the_target_and_not_at_the_window_of_its_base(l
     settings = json.loads((local_run / "tokenizer_config.json").read_text())
     (local_run / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": WINDOW}))
     _, tokenizer = load_adapter(local_run, load_in_4bit=False)
-    assert len(tokenizer(" ".join(["a"] * 2 * TARGET), truncation=True).input_ids) == TARGET
+    text = tokenizer.decode([7] * 2 * TARGET)
+    assert len(tokenizer(text).input_ids) > TARGET and len(tokenizer(text, truncation=True).input_ids) == TARGET
     # Somebody's choice stays.
     (local_run / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 4 * TARGET}))
     assert open_adapter(local_run).tokenizer().model_max_length == 4 * TARGET
@@ -298,7 +304,9 @@ def test_a_tokenizer_truncates_at_the_target_and_not_at_the_window_of_its_base(l
 def test_what_save_pretrained_leaves_out_is_said_with_the_remedy(adapter, tmp_path):
     model, _ = load_adapter(adapter[0], load_in_4bit=False)
     model.save_pretrained(tmp_path / "again")
-    with pytest.raises(AdapterError, match=r"as save_pretrained writes it.*use the folder that `cream-peft train` left"):
+    with pytest.raises(
+        AdapterError, match=r"as save_pretrained writes it.*use the folder that `cream-peft train` left"
+    ):
         load_adapter(tmp_path / "again")
 
 
@@ -354,10 +362,18 @@ def test_a_folder_that_is_not_there_is_said_without_asking_the_hub(tmp_path, mon
     assert cli.main(["check", "--adapter", "owner/tiyn"]) == 2 and hub.requests != []
 
 
-def test_what_python_gets_for_a_wrong_name_is_one_error(hub, capfd):
+def test_what_python_gets_for_a_wrong_name_is_one_error(hub):
     for name, said in (("owner/tiyn", "neither on this disk nor on the Hub"), ("tiyn", "a Hub id is owner/name")):
         with pytest.raises(AdapterError, match=said) as raised:
             load_adapter(name)
         assert raised.value.__cause__ is None
         assert raised.value.__suppress_context__ or raised.value.__context__ is None
-    assert capfd.readouterr().err == ""
+
+
+def test_python_prints_nothing_but_the_error(tmp_path):
+    program = f"from cream_peft import load_adapter; load_adapter({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1 and done.stdout == ""
+    first, *_, last = done.stderr.splitlines()
+    assert first.startswith("Traceback") and "has no adapter_config.json" in last
+    assert done.stderr.count("Traceback") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import defaultdict
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 VALUES = 8
@@ -23,15 +24,14 @@ Read = Callable[[str, int], list[float] | None]
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file in `folder` that holds it; only files that are there."""
+    """Tensor name -> the safetensors file in `folder` that holds it. Damaged files are left to whoever loads them."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.is_file():
-        with safe_open(whole, "pt") as file:
-            return dict.fromkeys(file.keys(), whole)
-    if not index.is_file():
-        return {}
-    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return {name: folder / file for name, file in places.items() if (folder / file).is_file()}
+    with contextlib.suppress(OSError, ValueError, KeyError, SafetensorError):
+        if whole.is_file():
+            with safe_open(whole, "pt") as file:
+                return dict.fromkeys(file.keys(), whole)
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    return {}
 
 
 def spread(tensor: Any, shape: Iterable[int], count: int) -> list[float] | None:
@@ -49,11 +49,10 @@ def from_files(files: Mapping[str, Path]) -> Read:
     """Values from safetensors files, see `weight_files`. A row of a tensor is read for each."""
 
     def read(name: str, count: int) -> list[float] | None:
-        if name not in files:
-            return None
-        with safe_open(files[name], "pt") as file:
+        with contextlib.suppress(KeyError, OSError, SafetensorError), safe_open(files[name], "pt") as file:
             part = file.get_slice(name)
             return spread(part, part.get_shape(), count)
+        return None
 
     return read
 

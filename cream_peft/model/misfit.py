@@ -92,12 +92,12 @@ def refuse_misfit(adapter: Adapter, name: str) -> None:
         raise AdapterError(f"{CONFIG} of {name} does not fit {adapter.base_name}: {said:.300}") from None
     with safe_open(adapter.folder / WEIGHTS, "pt") as file:
         names = file.keys()
-        # PEFT saves adapted embeddings themselves beside their LoRA.
-        found = {key: tuple(file.get_slice(key).get_shape()) for key in names if ".base_layer." not in key}
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in names}
     for key in sorted(wanted.keys() | found.keys()):
-        if wanted.get(key) != found.get(key):
-            has, needs = found.get(key, "missing"), wanted.get(key, "no such tensor")
-            raise AdapterError(
-                f"{WEIGHTS} of {name} does not fit {CONFIG} on {adapter.base_name}: {key} is {has}, expected {needs}. "
-                "Get the adapter again"
-            )
+        # PEFT saves adapted embeddings themselves too, beside their LoRA.
+        if wanted.get(key) == found.get(key) or (key not in wanted and key.endswith(".base_layer.weight")):
+            continue
+        trouble = f"has no place in {adapter.base_name}" if key in found else "is missing"
+        if key in found and key in wanted:
+            trouble = f"has another shape in {adapter.base_name}, {wanted[key]} and not {found[key]}"
+        raise AdapterError(f"{key} of {WEIGHTS} in {name} {trouble}: it does not fit {CONFIG}; get the adapter again")
