@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from huggingface_hub import constants
@@ -88,6 +89,19 @@ def about(thing: str) -> Generator[None]:
         if not any(note.startswith(ABOUT) for note in getattr(error, "__notes__", ())):
             error.add_note(ABOUT + thing)
         raise
+
+
+def missing_folder(name: str) -> str | None:
+    """Why `name`, as a user types it, can only be a folder that is not there; None if it is there, or a Hub id."""
+    if Path(name).exists():
+        return None
+    if name.startswith("~"):
+        return "no such folder; ~ is not read here, write the whole path"
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    first = name.split("/")[0]
+    if is_path or ("/" in name and Path(first).is_dir()):
+        return "no such folder" if is_path else f"no such folder (there is a folder {first} here, so this is no Hub id)"
+    return None
 
 
 def _chain(error: BaseException) -> list[BaseException]:

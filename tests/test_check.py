@@ -8,9 +8,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cream_peft import cli, load_adapter, rope
+from cream_peft.model.adapter import open_adapter
 from cream_peft.model.check import check_adapter
 from cream_peft.model.record import AdapterError
 from cream_peft.publish.merge import merge_adapter
@@ -73,7 +74,7 @@ def test_the_table_is_also_json(adapter, tmp_path, capsys):
     assert cli.main(["check", "--adapter", str(adapter), "--json", str(tmp_path / "check.json")]) == 0
     rows, printed = json.loads((tmp_path / "check.json").read_text()), capsys.readouterr().out
     unwrapped = "".join(printed.split())
-    assert len(rows) == 6 and all("".join(row["found"].split()) in unwrapped for row in rows)
+    assert len(rows) == 7 and all("".join(row["found"].split()) in unwrapped for row in rows)
     assert all(row["item"] in printed for row in rows) and max(map(len, printed.splitlines())) <= 120
 
 
@@ -81,21 +82,106 @@ def test_a_merged_model_is_no_base_and_is_checked_for_what_it_is(adapter, tmp_pa
     merge_adapter(adapter, tmp_path / "merged")
     with pytest.raises(AdapterError, match="max_position_embeddings is 2048, trained with 256"):
         load_adapter(adapter, base_model=str(tmp_path / "merged"))
-    assert verdicts(tmp_path / "merged") == {"kind": "ok", "extended": "ok", "RoPE": "ok", "plain load": "ok"}
+    right = {"kind": "ok", "extended": "ok", "RoPE": "ok", "tokenizer": "ok", "plain load": "ok"}
+    assert verdicts(tmp_path / "merged") == right
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     (tmp_path / "merged" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
     assert verdicts(tmp_path / "merged") == {"RoPE": "wrong"}
 
 
-def test_another_base_of_the_same_shape_is_refused_by_its_weights(adapter, tmp_path):
+@pytest.fixture
+def other_base(tmp_path):
+    """A copy of the embedded base, and a function that changes its weights."""
     other = Path(shutil.copytree(base_folder(), tmp_path / "other"))
-    weights = load_file(other / "model.safetensors")
-    for dtype in (torch.bfloat16, torch.float16):
-        # Control: the same weights, rounded, are taken for what they are.
-        save_file({name: t.to(dtype) for name, t in weights.items()}, other / "model.safetensors", {"format": "pt"})
-        load_adapter(adapter, base_model=str(other), load_in_4bit=False)
+
+    def change(function):
+        weights = load_file(base_folder() / "model.safetensors")
+        changed = {name: function(name, tensor).contiguous() for name, tensor in weights.items()}
+        save_file(changed, other / "model.safetensors", {"format": "pt"})
+        return str(other)
+
+    return change
+
+
+def shifted(part, scale=0.02):
+    """A change of the tensors that have `part` in their names, as training them makes."""
     generator = torch.Generator().manual_seed(0)
-    moved = {name: t + 0.02 * t.std() * torch.randn(t.shape, generator=generator) for name, t in weights.items()}
-    save_file(moved, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(AdapterError, match="other weights than the base this adapter was trained on"):
-        load_adapter(adapter, base_model=str(other))
+
+    def change(name, tensor):
+        noise = torch.randn(tensor.shape, generator=generator) * tensor.abs().mean()
+        return tensor + scale * noise if part in name else tensor
+
+    return change
+
+
+KINDS = ("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KINDS += ("input_layernorm", "post_attention_layernorm", "model.norm", "lm_head")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_differs_in_one_kind_of_layer_is_refused_by_it(adapter, other_base, kind):
+    other = other_base(shifted(kind))
+    for in_4bit in (True, False):
+        with pytest.raises(AdapterError, match=rf"{kind}\S* differs.*right one"):
+            load_adapter(adapter, base_model=other, load_in_4bit=in_4bit)
+    with pytest.raises(AdapterError, match=rf"{kind}\S* differs"):
+        merge_adapter(adapter, Path(other).parent / "merged", base_model=other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_same_base_rounded_is_taken_for_what_it_is(adapter, other_base, dtype):
+    other = other_base(lambda name, tensor: tensor.to(dtype))
+    for in_4bit in (True, False):
+        load_adapter(adapter, base_model=other, load_in_4bit=in_4bit)
+
+
+def test_a_base_of_which_no_safetensors_are_here_is_compared_when_it_is_loaded(adapter, other_base, monkeypatch):
+    other = other_base(shifted("embed_tokens"))
+    monkeypatch.setattr("cream_peft.model.adapter.weight_files", lambda folder: {})
+    open_adapter(adapter, base_model=other)
+    with pytest.raises(AdapterError, match="embed_tokens"):
+        load_adapter(adapter, base_model=other)
+
+
+def test_the_fingerprint_of_an_earlier_adapter_is_still_compared(adapter, other_base):
+    weight = load_file(base_folder() / "model.safetensors")["model.embed_tokens.weight"].flatten()
+    places = torch.linspace(0, len(weight) - 1, 32, dtype=torch.float64).long()
+    record = json.loads((adapter / "cream.json").read_text())
+    record["base_fingerprint"] = [float(f"{value:.4g}") for value in weight[places].tolist()]
+    (adapter / "cream.json").write_text(json.dumps(record))
+    load_adapter(adapter, base_model=other_base(shifted("norm")), load_in_4bit=False)  # it says nothing of norms
+    other = other_base(shifted("embed_tokens"))
+    for opens in (load_adapter, lambda *given, **options: merge_adapter(given[0], adapter / "merged", **options)):
+        with pytest.raises(AdapterError, match="embed_tokens"):
+            opens(adapter, base_model=other)
+
+
+def test_a_checkpoint_is_right_with_its_optimizer_beside_it(tmp_path):
+    folder = tmp_path / "run"
+    steps = ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "2"]
+    run_recipe(parse_recipe([*steps, "--output_dir", str(folder)]))
+    assert (folder / "checkpoint-2" / "optimizer.pt").is_file()
+    assert set(verdicts(folder / "checkpoint-2").values()) == {"ok", "trap"}
+
+
+@pytest.mark.parametrize("name", ["cream-peft-tiny", str(base_folder())])
+def test_a_base_is_called_a_base(name, capsys):
+    assert cli.main(["check", "--adapter", name]) == 2
+    assert "is a base, not an adapter: `cream-peft train` makes" in capsys.readouterr().err
+
+
+def test_ntk_is_called_ntk(adapter):
+    rows = {row.item: row.found for row in check_adapter(adapter)}
+    assert rows["RoPE trained with"].startswith("ntk, theta 91,896")
+    assert "default, theta 10,000" in rows["plain PEFT load"]  # control: the base's own
+
+
+def test_a_tokenizer_with_ids_that_the_embeddings_lack_is_wrong(adapter):
+    assert verdicts(adapter)["tokenizer"] == "ok"
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(adapter)
+    row = next(row for row in check_adapter(adapter) if row.item == "tokenizer")
+    assert row.verdict == "wrong" and "largest id, 385, is outside the vocabulary of 385" in row.found
+    (adapter / "tokenizer.json").write_text("{}")
+    assert verdicts(adapter)["tokenizer"] == "wrong"

@@ -75,7 +75,7 @@ def test_a_base_beside_adapters_is_scaled_as_far_as_they_are(monkeypatch):
     trained, read = {"short": 512, "alike": 512, "long": 1024}, []
     open_model = models.open_model
 
-    def opened(spec, load_in_4bit):
+    def opened(spec, load_in_4bit, base_model):
         read.append(spec.name)
         found = open_model(ModelSpec(spec.label, TINY_ID, spec.rope_scaling_type), load_in_4bit)
         target = trained.get(spec.name)

@@ -170,10 +170,12 @@ def run_lm_eval(
     An unscaled base is measured at its own window, where the short benchmarks are. `options`: see `run_harness`.
     """
     found = {}
-    models = open_models(compare, target_length=target_length, load_in_4bit=load_in_4bit, within_window=True)
+    models = open_models(
+        compare, target_length=target_length, base_model=base_model, load_in_4bit=load_in_4bit, within_window=True
+    )
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     for opened in models:
-        model, tokenizer = opened.load(base_model)
+        model, tokenizer = opened.load()
         known = {key: value for key, value in asdict(opened.settings).items() if value is not None and key != "options"}
         header = {"model": opened.base, "adapter": opened.spec.name if opened.adapter else None, **known}
         label = opened.spec.label

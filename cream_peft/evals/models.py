@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import rope
-from ..errors import about
-from ..model.adapter import adapter_folder, load_adapter
-from ..model.base import load_base, load_tokenizer, resolve_base
+from ..errors import about, missing_folder
+from ..model.adapter import Adapter, open_adapter
+from ..model.base import load_base, load_tokenizer, refuse_quantized, resolve_base
 from ..model.record import Record, adapter_sha256, is_adapter
 from .results import Settings
 
@@ -46,52 +46,64 @@ class OpenedModel:
     """A model whose config was read, and none of its weights."""
 
     spec: ModelSpec
-    adapter: Path | None
-    """Folder of the adapter; None for a base or a merged model."""
+    adapter: Adapter | None
+    """None for a base or a merged model."""
     base: str
     """Hub id or folder of the base."""
     config: PreTrainedConfig
     settings: Settings
 
-    def load(self, base_model: str | None = None) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-        """The model with its RoPE scaled, and its tokenizer. An adapter's base is taken from `base_model` if given."""
+    def load(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+        """The model with its RoPE scaled, and its tokenizer."""
         in_4bit = bool(self.settings.load_in_4bit)
         if self.adapter:
-            return load_adapter(self.adapter, base_model=base_model, load_in_4bit=in_4bit)
+            return self.adapter.load(in_4bit)
         name, target, scaling = self.spec.name, self.settings.target_length, self.spec.rope_scaling_type
         model = load_base(name, target_length=target, rope_scaling_type=scaling, load_in_4bit=in_4bit)
-        return model.eval(), load_tokenizer(name)
+        return model.eval(), self.tokenizer()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone."""
+        return self.adapter.tokenizer() if self.adapter else load_tokenizer(self.spec.name)
 
 
-def _adapter(name: str) -> Path | None:
-    """The folder of an adapter, None for a base model. A folder that holds neither is refused."""
+def _is_adapter(name: str) -> bool:
+    """Whether it is an adapter, else a base or a merged model. A folder that holds none of them is refused."""
     path = Path(name)
     if is_adapter(path):
-        return path
+        return True
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} holds neither an adapter (adapter_config.json) nor a model (config.json)")
-        return None
-    if path.is_absolute() or name.startswith((".", "~")):
-        raise ValueError(f"no such model folder: {name}")
+        return False
+    if missing := missing_folder(name):
+        raise ValueError(f"{name}: {missing}")
     if Path(resolve_base(name)).is_dir() or "/" not in name:
-        return None
+        return False
     from huggingface_hub import file_exists
 
     with about(name):
-        return adapter_folder(name) if file_exists(name, "adapter_config.json") else None
+        return file_exists(name, "adapter_config.json")
 
 
-def open_model(spec: ModelSpec, load_in_4bit: bool = True) -> OpenedModel:
-    """Find a model and read its config. Of a base as it is the target length stays None."""
-    folder, name = _adapter(spec.name), spec.name
-    if folder and spec.rope_scaling_type:
-        raise ValueError(f"{name} is an adapter and brings its RoPE scaling: leave out +{spec.rope_scaling_type}")
-    is_ours = folder is not None or (Path(name) / "cream.json").is_file()
-    record = Record.read(folder or Path(name), name) if is_ours else None
-    with about(name):
-        config = rope.load_base_config(folder) if folder else AutoConfig.from_pretrained(resolve_base(name))
+def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | None = None) -> OpenedModel:
+    """Find a model and read its config. Of a base as it is the target length stays None.
+
+    An adapter's base is taken from `base_model` if given.
+    """
+    adapter, name = None, spec.name
     settings = Settings(label=spec.label, load_in_4bit=load_in_4bit, rope_scaling_type=spec.rope_scaling_type)
+    if _is_adapter(name):
+        if spec.rope_scaling_type:
+            raise ValueError(f"{name} is an adapter and brings its RoPE scaling: leave out +{spec.rope_scaling_type}")
+        adapter = open_adapter(name, base_model=base_model)
+        record, config, digest = adapter.record, adapter.scaled_config, adapter_sha256(adapter.folder)
+    else:
+        record = Record.read(Path(name), name) if (Path(name) / "cream.json").is_file() else None
+        digest = record.adapter_sha256 if record else None
+        with about(name):
+            config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False)
+        refuse_quantized(config, name)
     if record is None:
         settings = replace(settings, pretrained_window=rope.pretrained_window(config))
         return OpenedModel(spec, None, name, config, settings)
@@ -100,18 +112,24 @@ def open_model(spec: ModelSpec, load_in_4bit: bool = True) -> OpenedModel:
         pretrained_window=record.pretrained_window,
         target_length=record.target_length,
         rope_scaling_type=record.rope_scaling_type,
-        adapter_sha256=adapter_sha256(folder) if folder else record.adapter_sha256,
+        adapter_sha256=digest,
     )
-    return OpenedModel(spec, folder, record.base_model, config, settings)
+    return OpenedModel(spec, adapter, record.base_model, config, settings)
 
 
 def open_models(
-    texts: Iterable[str], *, target_length: int | None = None, load_in_4bit: bool = True, within_window: bool = False
+    texts: Iterable[str],
+    *,
+    target_length: int | None = None,
+    base_model: str | None = None,
+    load_in_4bit: bool = True,
+    within_window: bool = False,
 ) -> list[OpenedModel]:
-    """The models that are compared, in order.
+    """The models that are compared, in order, each with its base found.
 
     A base's target is `target_length` (tokens), else that of the adapters beside it, if they have one in common, else 8
-    windows. `within_window`: the target of a base whose RoPE is not scaled is its window.
+    windows. `base_model` is the base of all adapters, instead of those that they name. `within_window`: the target of a
+    base whose RoPE is not scaled is its window.
 
     Raises:
         ValueError: a model that is not there, or two models of one label.
@@ -120,7 +138,7 @@ def open_models(
     labels = [spec.label for spec in specs]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two models have the same label ({', '.join(labels)}): write LABEL=MODEL")
-    opened = [open_model(spec, load_in_4bit) for spec in specs]
+    opened = [open_model(spec, load_in_4bit, base_model) for spec in specs]
     trained = {model.settings.target_length for model in opened} - {None}
     beside = trained.pop() if len(trained) == 1 else None
     for place, model in enumerate(opened):

@@ -42,6 +42,14 @@ class Cell:
     answer_loss: list[float] | None = None
     """For each sample the loss of the right answer, in nats per token."""
 
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.length < 1 or self.depth > 1:
+            raise ValueError(
+                f"samples {self.samples} and length {self.length} must be at least 1, depth {self.depth:g} at most 1"
+            )
+        if self.correct is not None and (len(self.correct) != self.samples or self.correct.strip("01")):
+            raise ValueError(f"correct must be {self.samples} times 0 or 1, as there are samples")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -90,18 +98,20 @@ class Results:
                 raise ValueError(f"{', '.join(missing)} missing")
             if missing := sorted({key for cell in content["cells"] for key in NEEDED_OF_CELL if key not in cell}):
                 raise ValueError(f"cells without {', '.join(missing)}")
-            if content.get("format", 1) > FORMAT:
-                raise ValueError(f"it has format {content['format']}: upgrade cream-peft to read it")
             return cls.parse(content)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{lost}: {error}") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{lost}: {error}") from None
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Results:
         """The object that `asdict` made JSON of."""
-        cells = [Cell(**known_fields(Cell, cell)) for cell in content["cells"]]
-        head = {key: content[key] for key in ("model", "adapter", "versions", "seed")}
-        return cls(**head, settings=Settings(**known_fields(Settings, content["settings"])), cells=cells)
+        head = known_fields(cls, content)
+        if head.get("format", 1) > FORMAT:
+            raise ValueError(f"it has format {head['format']}: upgrade cream-peft to read it")
+        head["cells"] = [Cell(**known_fields(Cell, cell, f"cells[{n}].")) for n, cell in enumerate(head["cells"])]
+        head["settings"] = Settings(**known_fields(Settings, head["settings"], "settings."))
+        head["format"] = FORMAT
+        return cls(**head)
 
     def asdict(self) -> dict[str, Any]:
         """The JSON object: without what a cell has not, without tokens and local paths."""

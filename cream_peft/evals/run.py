@@ -11,7 +11,6 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from ..model.base import load_tokenizer
 from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
 from ..plan.memory import Reading
@@ -102,7 +101,8 @@ def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: s
 def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
     """Each model and the lengths it is asked at."""
     found = []
-    models = open_models(options.compare, target_length=options.target_length, load_in_4bit=options.load_in_4bit)
+    target, in_4bit = options.target_length, options.load_in_4bit
+    models = open_models(options.compare, target_length=target, base_model=options.base_model, load_in_4bit=in_4bit)
     for model in models:
         _refuse_other_vocabulary(options.tasks, model.config, model.spec.name)
         window, target = model.settings.pretrained_window or 0, model.settings.target_length or 0
@@ -115,7 +115,7 @@ def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
 
 
 def _measure(opened: OpenedModel, lengths: list[int], options: EvaluateOptions, documents: list[str] | None) -> Results:
-    model, tokenizer = opened.load(options.base_model)
+    model, tokenizer = opened.load()
     longest, kv_cache = max(lengths), options.kv_cache
     if kv_cache == "auto":
         kv_cache = fitting_kv_cache(opened.config, longest)
@@ -149,7 +149,7 @@ def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None
 def write_prompts(options: EvaluateOptions, folder: Path) -> None:
     """Write the prompts that each model would be asked to <folder>/LABEL-TASK-LENGTH.jsonl, and measure nothing."""
     for opened, lengths in _opened(options):
-        tokenizer = load_tokenizer(str(opened.adapter or opened.spec.name))
+        tokenizer = opened.tokenizer()
         for task in options.tasks:
             if not isinstance(TASKS[task], Task):
                 raise ValueError(f"task {task} has no prompts to write out: leave it out of --tasks")

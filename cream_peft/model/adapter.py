@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import rope
-from ..errors import about
-from .base import embeddings_of, load_base, load_tokenizer, resolve_base
-from .record import FINGERPRINT_TOLERANCE, REQUIRED_FILES, AdapterError, Record, fingerprint
+from ..errors import about, explain, missing_folder
+from ..tiny import TINY_ID
+from .base import (
+    embeddings_of,
+    extended_max_length,
+    load_base,
+    load_tokenizer,
+    local_snapshot,
+    refuse_quantized,
+    resolve_base,
+)
+from .fingerprint import Read, differing, from_files, from_model, weight_files
+from .misfit import read_peft_config, read_scaled_config, refuse_misfit
+from .record import BASE_FOLDER, REQUIRED_FILES, AdapterError, Record
 
 ADAPTER_FILES = [*REQUIRED_FILES, "config.json", "*token*", "*.jinja"]
 CHECKPOINTS = ["last-checkpoint/*", "checkpoint-*/*"]
-SHAPE_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-SHAPE_FIELDS += ("num_attention_heads", "num_key_value_heads", "head_dim")
 HUB_OPTIONS = ("token", "cache_dir", "trust_remote_code")
+
+
+@contextmanager
+def _in_one_line(thing: str) -> Generator[None]:
+    """Make an AdapterError, without a chain of others, of any error that is not of this package."""
+    try:
+        with about(thing):
+            yield
+    except (AdapterError, rope.RopeError):
+        raise
+    except Exception as error:
+        raise AdapterError(explain(error)) from None
 
 
 @dataclass
@@ -39,41 +62,124 @@ class Adapter:
     """The base's own config, unscaled, as found at base_name."""
     scaled_config: PreTrainedConfig
     """The config of the base that the adapter was trained on, its RoPE scaled."""
+    peft_config: PeftConfig
+    """adapter_config.json, whose tensors are those in the adapter's file."""
 
-    def refuse_other_weights(self, embeddings: torch.Tensor) -> None:
+    def refuse_other_weights(self, read: Read, embeddings: str | None = None) -> None:
         """Refuse a base with other weights than those trained on, such as a chat model in place of its base model.
 
+        Args:
+            read: the base's values, see `fingerprint.Read`.
+            embeddings: name of the input embeddings' tensor, all that earlier adapters recorded.
+
         Raises:
-            AdapterError: if the fingerprint of its input embeddings differs by more than rounding.
+            AdapterError: if its fingerprint differs by more than rounding; the tensor is named.
         """
-        wanted, found = torch.tensor(self.record.base_fingerprint), torch.tensor(fingerprint(embeddings))
-        if len(found) == len(wanted) and (found - wanted).norm() > FINGERPRINT_TOLERANCE * wanted.norm():
+        recorded = self.record.base_fingerprint
+        if isinstance(recorded, list):
+            recorded = {embeddings: recorded} if embeddings else {}
+        other = differing(recorded, read)
+        if other:
             raise AdapterError(
                 f"{self.base_name} has other weights than the base this adapter was trained on "
-                f"({self.record.base_model}): its embeddings differ. Pass base_model with the right one"
+                f"({self.record.base_model}): its {other} differs. Pass base_model with the right one"
             )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The adapter's tokenizer, which truncates at the target length.
+
+        Raises:
+            AdapterError: if it cannot be loaded, or its chat template does not come to an end.
+        """
+        trusted = self.base_options["trust_remote_code"]
+        with _in_one_line(str(self.folder)):
+            tokenizer = load_tokenizer(str(self.folder), trust_remote_code=trusted)
+        tokenizer.model_max_length = extended_max_length(tokenizer.model_max_length, self.record.target_length)
+        return tokenizer
+
+    def load(self, load_in_4bit: bool = True, **model_kwargs: Any) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """The adapter on its base, and its tokenizer, see `load_adapter`."""
+        tokenizer = self.tokenizer()
+        model = load_base(
+            self.base_name,
+            target_length=self.record.target_length,
+            rope_scaling_type=self.record.rope_scaling_type,
+            load_in_4bit=load_in_4bit,
+            config=copy.deepcopy(self.base_config),
+            **self.base_options,
+            **model_kwargs,
+        )
+        embeddings = embeddings_of(model)
+        name = next((name for name, weight in model.named_parameters() if weight is embeddings), None)
+        self.refuse_other_weights(from_model(model, self.base_files()), name)
+        config = copy.deepcopy(self.peft_config)
+        return PeftModel.from_pretrained(model, str(self.folder), config=config).eval(), tokenizer
+
+    def base_files(self) -> dict[str, Path]:
+        """Tensor name -> file of the base, as far as its files are on this disk and are safetensors."""
+        folder = local_snapshot(self.base_name, self.base_options.get("revision"), self.base_options.get("cache_dir"))
+        return weight_files(folder) if folder else {}
 
 
 def adapter_folder(repo_or_dir: str | Path, **hub_kwargs: Any) -> Path:
-    """The local folder of an adapter: itself, or the snapshot of a Hub repository."""
-    if Path(repo_or_dir).is_dir():
-        return Path(repo_or_dir)
-    with about(str(repo_or_dir)):
-        hub_kwargs |= {"allow_patterns": ADAPTER_FILES, "ignore_patterns": CHECKPOINTS}
-        return Path(snapshot_download(str(repo_or_dir), **hub_kwargs))
+    """The local folder of an adapter: itself, or the snapshot of a Hub repository.
+
+    Raises:
+        AdapterError: if there is none.
+    """
+    name = str(repo_or_dir)
+    if Path(name).is_dir():
+        return Path(name)
+    if name == TINY_ID:
+        raise AdapterError(f"{name} is a base, not an adapter: `cream-peft train` makes an adapter of it")
+    missing = missing_folder(name) or ("no such folder, and a Hub id is owner/name" if "/" not in name else None)
+    if missing:
+        raise AdapterError(f"{name}: {missing}")
+    hub_kwargs |= {"allow_patterns": ADAPTER_FILES, "ignore_patterns": CHECKPOINTS}
+    with _in_one_line(name):
+        return Path(snapshot_download(name, **hub_kwargs))
 
 
 def _refuse_other_base(found: PreTrainedConfig, trained: PreTrainedConfig, record: Record, name: str) -> None:
     scaled = rope.scaled_config(found, record.target_length, record.rope_scaling_type)
-    pairs = [(field, getattr(scaled, field, None), getattr(trained, field, None)) for field in SHAPE_FIELDS]
-    pairs.append(("max_position_embeddings", rope.pretrained_window(found), record.pretrained_window))
-    pairs.append(("rope_parameters", scaled.rope_parameters, trained.rope_parameters))
+    window, said = rope.pretrained_window(found), trained.max_position_embeddings
+    if window == record.pretrained_window and scaled.max_position_embeddings != said:
+        raise AdapterError(
+            f"cream.json says target_length {record.target_length}, and base_config/config.json beside it "
+            f"max_position_embeddings {said}: get the adapter again"
+        )
+    pairs: list[tuple[str, Any, Any]] = [
+        ("max_position_embeddings", window, record.pretrained_window),
+        ("rope_parameters", scaled.rope_parameters, trained.rope_parameters),
+    ]
     for field, got, wanted in pairs:
         if got != wanted:
             raise AdapterError(
                 f"{name} is not the base this adapter was trained on: its {field} is {got}, trained with {wanted}. "
                 "Pass base_model with the right Hub id or folder"
             )
+
+
+def _find_base(record: Record, folder: Path, name: str) -> str:
+    """The base that an adapter names: a Hub id, or the folder that it was trained on, if that is here."""
+    if record.base_is_local:
+        remembered = folder / BASE_FOLDER
+        base = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else ""
+        if base and Path(base).is_dir():
+            return base
+        gone = f", no longer at {base}" if base else ""
+        raise AdapterError(
+            f"{name} was trained on a local base, the folder {record.base_model!r}{gone}: say where it lies "
+            "with base_model (on a command line --base_model), or train with base_model_id, its Hub id"
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record.base_model) or ".." in record.base_model:
+        raise AdapterError(
+            f"cream.json of {name}: base_model is {record.base_model!r:.60}, which is no Hub id: say where the base is "
+            "with base_model (on a command line --base_model)"
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", record.base_revision or "main") or ".." in (record.base_revision or ""):
+        raise AdapterError(f"cream.json of {name}: base_revision is {record.base_revision!r:.60}, which is no commit")
+    return record.base_model
 
 
 def open_adapter(
@@ -84,36 +190,43 @@ def open_adapter(
     trust_remote_code: bool = False,
     **hub_kwargs: Any,
 ) -> Adapter:
-    """Find an adapter and its base, and make sure that they belong together; no weights of the base are read.
+    """Find an adapter and its base, and make sure that they belong together. Every command opens adapters here. Of the
+    base's weights no more than some values are read, where they are on this disk.
 
     Args:
         repo_or_dir: Hub id or local folder of the adapter.
         base_model: Hub id or folder to take the base from, instead of the one that the adapter names.
         revision: branch, tag or commit of the adapter's repository. The base's is the one trained on.
+        trust_remote_code: whether code that the base's repository brings may run.
         hub_kwargs: token, cache_dir.
 
     Raises:
-        AdapterError: when files are missing, or when the base differs in a field that matters; the field is named.
+        AdapterError: when files are missing, damaged or do not fit one another, or when the base differs in a field or
+            tensor that matters; it is named.
     """
-    folder = adapter_folder(repo_or_dir, revision=revision, **hub_kwargs)
-    record = Record.read(folder, str(repo_or_dir))
+    adapter = str(repo_or_dir)
+    folder = adapter_folder(adapter, revision=revision, **hub_kwargs)
+    record = Record.read(folder, adapter)
     if record.merged:
         raise AdapterError(
-            f"{repo_or_dir} is a merged model, not an adapter: load it with AutoModelForCausalLM.from_pretrained"
+            f"{adapter} is a merged model, not an adapter: load it with AutoModelForCausalLM.from_pretrained"
         )
-    if base_model is None and record.base_is_local:
-        raise AdapterError(
-            f"{repo_or_dir} was trained on a local base, the folder {record.base_model!r}: say where it lies "
-            "with base_model (on a command line --base_model), or train with base_model_id, its Hub id"
-        )
-    base_options = hub_kwargs | ({"trust_remote_code": True} if trust_remote_code else {})
+    missing = missing_folder(base_model) if base_model else None
+    if missing:
+        raise AdapterError(f"base_model {base_model}: {missing}")
+    name = base_model or _find_base(record, folder, adapter)
+    options: dict[str, Any] = hub_kwargs | {"trust_remote_code": trust_remote_code}
     if base_model is None and record.base_revision:
-        base_options["revision"] = record.base_revision
-    name, trained = base_model or record.base_model, rope.load_base_config(folder)
-    with about(name):
-        base_config = AutoConfig.from_pretrained(resolve_base(name), **base_options)
+        options["revision"] = record.base_revision
+    with _in_one_line(name):
+        base_config = AutoConfig.from_pretrained(resolve_base(name), **options)
+        refuse_quantized(base_config, name)
+    trained = read_scaled_config(folder, adapter, base_config, name)
     _refuse_other_base(base_config, trained, record, name)
-    return Adapter(folder, record, name, base_options, base_config, trained)
+    opened = Adapter(folder, record, name, options, base_config, trained, read_peft_config(folder, adapter))
+    refuse_misfit(opened, adapter)
+    opened.refuse_other_weights(from_files(opened.base_files()))
+    return opened
 
 
 def load_adapter(
@@ -136,14 +249,4 @@ def load_adapter(
     """
     hub_kwargs = {key: model_kwargs.pop(key) for key in HUB_OPTIONS if key in model_kwargs}
     adapter = open_adapter(repo_or_dir, base_model=base_model, revision=revision, **hub_kwargs)
-    model = load_base(
-        adapter.base_name,
-        target_length=adapter.record.target_length,
-        rope_scaling_type=adapter.record.rope_scaling_type,
-        load_in_4bit=load_in_4bit,
-        config=copy.deepcopy(adapter.base_config),
-        **adapter.base_options,
-        **model_kwargs,
-    )
-    adapter.refuse_other_weights(embeddings_of(model))
-    return PeftModel.from_pretrained(model, str(adapter.folder)).eval(), load_tokenizer(str(adapter.folder))
+    return adapter.load(load_in_4bit, **model_kwargs)

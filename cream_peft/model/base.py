@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import importlib.util
 import json
+import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -32,12 +36,35 @@ from ..tiny import TINY_ID, base_folder
 GIB = 2**30
 EMBEDDED_CONFIGS = json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
 """Hub id -> config of the recipes' bases, so that planning needs no network."""
+TIME_LIMIT = 20
+"""Seconds that a chat template or the module names of an adapter may take."""
+PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def resolve_base(name: str) -> str:
     """Where to load `name` from: the embedded model has a name of its own, the rest stand for themselves."""
     return str(base_folder()) if name == TINY_ID else name
+
+
+def local_snapshot(name: str, revision: str | None = None, cache_dir: Any = None) -> Path | None:
+    """The folder of a base on this disk: its own, or the snapshot in the Hub's cache; None if there is none yet."""
+    source = Path(resolve_base(name))
+    if source.is_dir():
+        return source
+    found = try_to_load_from_cache(name, "config.json", revision=revision, cache_dir=cache_dir)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def refuse_quantized(config: PreTrainedConfig, name: str) -> None:
+    """Raise a ValueError for a base whose files are quantized (bnb-4bit, GPTQ, AWQ, FP8, ...)."""
+    settings = getattr(config, "quantization_config", None)
+    if settings:
+        method = (settings if isinstance(settings, dict) else settings.to_dict()).get("quant_method", "unknown method")
+        raise ValueError(
+            f"{name} is quantized already ({method}): use the 16-bit model "
+            "that it was made from, which is put into 4 bits here (model_name_or_path in training, else base_model)"
+        )
 
 
 def default_dtype() -> torch.dtype:
@@ -142,16 +169,25 @@ def load_base(
 
     Embeddings, norms and head are loaded in `dtype` and stay there: no fp32 copies are made. `config` is the unscaled
     config to use instead of the one found beside the weights; with a `state_dict` too nothing is read from `name`.
-    Other keyword arguments go to from_pretrained, which quantizes one weight at a time.
+    Other keyword arguments go to from_pretrained, which quantizes one weight at a time. The model's config._commit_hash
+    is the commit of a base from the Hub.
 
     Raises:
         RopeError: a base without RoPE, or a scaling that does not fit it.
+        ValueError: a base that is quantized already.
         OSError: a base that cannot be found or reached.
     """
     source = resolve_base(name)
+    kwargs.setdefault("trust_remote_code", False)
     hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in kwargs}
     with about(name):
         unscaled = config if config is not None else AutoConfig.from_pretrained(source, **hub_kwargs)
+    refuse_quantized(unscaled, name)
+    found = local_snapshot(name, kwargs.get("revision"), kwargs.get("cache_dir"))
+    commit = found.name if found and not Path(source).is_dir() else None
+    if commit:
+        # Its branch may move on before the weights are read.
+        kwargs["revision"] = commit
     scaled = rope.scaled_config(unscaled, target_length or rope.pretrained_window(unscaled), rope_scaling_type)
     dtype = cast(torch.dtype, getattr(torch, str(dtype), dtype) or default_dtype())
     if load_in_4bit:
@@ -172,6 +208,8 @@ def load_base(
         )
     # transformers keeps the path it loaded from; the embedded model goes by its name.
     model.config._name_or_path = name
+    # transformers 5 does not say it.
+    model.config._commit_hash = commit
     model.unscaled_config = unscaled
     keep_4bit_trainable_on_cpu(model)
     rope.check_scaling(model, scaled)
@@ -179,9 +217,37 @@ def load_base(
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a pad token."""
+    """The base's tokenizer, with a pad token.
+
+    Raises:
+        ValueError: a chat template that does not come to an end.
+    """
     with about(name):
-        return with_pad_token(AutoTokenizer.from_pretrained(resolve_base(name), **kwargs))
+        tokenizer = with_pad_token(
+            AutoTokenizer.from_pretrained(resolve_base(name), **({"trust_remote_code": False} | kwargs))
+        )
+    if tokenizer.chat_template and not ends_in_time(lambda: tokenizer.apply_chat_template(PROBE, tokenize=False)):
+        raise ValueError(f"the chat template of {name} does not come to an end: do not use it")
+    return tokenizer
+
+
+def ends_in_time(task: Callable[[], Any]) -> bool:
+    """Whether `task`, with or without an error, ends within TIME_LIMIT seconds. It is tried in a child process, since a
+    loop inside of a regular expression or a template cannot be broken off."""
+
+    def attempt() -> None:
+        with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            task()
+
+    child = multiprocessing.get_context("fork").Process(target=attempt, daemon=True)
+    child.start()
+    child.join(TIME_LIMIT)
+    ended = not child.is_alive()
+    child.kill()
+    child.join()
+    # What takes all memory is killed.
+    return ended and child.exitcode == 0
 
 
 def with_pad_token(tokenizer: Any) -> Any:
@@ -197,8 +263,9 @@ def embeddings_of(model: Any) -> torch.Tensor:
     return model.get_input_embeddings().weight
 
 
-def make_tokenizer_readable(folder: Path) -> None:
-    """Put names that transformers 4 knows too into <folder>/tokenizer_config.json, if there is one."""
+def make_tokenizer_readable(folder: Path, target_length: int) -> None:
+    """Put names that transformers 4 knows too into <folder>/tokenizer_config.json, if there is one, and the length in
+    tokens at which it truncates."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
@@ -207,7 +274,15 @@ def make_tokenizer_readable(folder: Path) -> None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings["model_max_length"] = extended_max_length(settings.get("model_max_length"), target_length)
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def extended_max_length(found: Any, target_length: int) -> int:
+    """model_max_length of a tokenizer: below the target it is the base's window, and 1e30 is none; another one is
+    somebody's choice."""
+    is_chosen = isinstance(found, int | float) and target_length <= found < 1e20
+    return int(found) if is_chosen else target_length
 
 
 def lora_config(arguments: Any) -> LoraConfig:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import rope
+from ..errors import explain
 from .adapter import adapter_folder, open_adapter
+from .base import load_tokenizer
 from .record import Record, is_adapter
 
-PRIVATE_FILES = ("training_args.bin", "optimizer.pt")
+PRIVATE_FILE = "training_args.bin"
 UNSCALED = (
     "{rope}: UNSCALED. PeftModel and AutoModelForCausalLM give this without a word; it looks right on short prompts "
     "and is not the model that was trained. Beyond {window:,} tokens it fails. Use cream_peft.load_adapter, or pass "
@@ -32,15 +35,16 @@ class Finding:
     found: str
 
 
-def describe_rope(config: PreTrainedConfig) -> str:
-    """RoPE of a config in one line."""
+def describe_rope(config: PreTrainedConfig, scaling: str | None = None) -> str:
+    """RoPE of a config in one line; `scaling` by its name, which is not in the config if it is ntk."""
     parameters = dict(config.rope_parameters or {})
     kind, theta = parameters.pop("rope_type", "default"), parameters.pop("rope_theta")
+    named = kind if scaling in (None, kind) else scaling if kind == "default" else f"{scaling} on {kind}"
     rest = "".join(f", {key} {value:g}" for key, value in parameters.items() if isinstance(value, int | float))
-    return f"{kind}, theta {theta:,.0f}{rest}, max_position_embeddings {config.max_position_embeddings:,}"
+    return f"{named}, theta {theta:,.0f}{rest}, max_position_embeddings {config.max_position_embeddings:,}"
 
 
-def _weights(path: Path) -> Finding:
+def check_weights(path: Path) -> Finding:
     """Whether the adapter's tensors are finite, and have moved: lora_B starts at zero."""
     item = "adapter weights"
     with safe_open(path, "pt") as file:
@@ -56,17 +60,28 @@ def _weights(path: Path) -> Finding:
     return Finding(item, "ok", f"{len(tensors)} tensors, {size / 1e6:.2f} M parameters, {', '.join(kinds)}")
 
 
+def _tokenizer(load: Callable[[], PreTrainedTokenizerBase], config: PreTrainedConfig) -> Finding:
+    """Whether it loads, and has no id that the embeddings lack."""
+    try:
+        tokenizer = load()
+    except Exception as error:  # of the libraries' many kinds
+        return Finding("tokenizer", "wrong", explain(error))
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= config.vocab_size:
+        found = f"its largest id, {largest:,}, is outside the vocabulary of {config.vocab_size:,}: take the base's"
+        return Finding("tokenizer", "wrong", found)
+    return Finding("tokenizer", "ok", f"{largest + 1:,} ids, truncates at {tokenizer.model_max_length:,} tokens")
+
+
 def _private_files(folder: Path) -> list[Finding]:
-    found = [name for name in PRIVATE_FILES if (folder / name).exists()]
-    return [Finding("other files", "wrong", f"{n} may hold tokens and paths: remove it before sharing") for n in found]
+    if not (folder / PRIVATE_FILE).exists():
+        return []
+    return [Finding("other files", "wrong", f"{PRIVATE_FILE} may hold tokens and paths: remove it before sharing")]
 
 
 def _check_merged(folder: Path, record: Record) -> list[Finding]:
-    config, scaling, target = (
-        rope.load_base_config(folder / "config.json"),
-        record.rope_scaling_type,
-        record.target_length,
-    )
+    config, target = rope.load_base_config(folder / "config.json"), record.target_length
+    scaling = record.rope_scaling_type
     kind = scaling if scaling in ("linear", "yarn") else config.rope_parameters["rope_type"]
     if config.rope_parameters["rope_type"] != kind or config.max_position_embeddings != target:
         found = f"{describe_rope(config)}: config.json is not that of the merge ({scaling}, {target:,} tokens)"
@@ -74,34 +89,46 @@ def _check_merged(folder: Path, record: Record) -> list[Finding]:
     return [
         Finding("kind", "ok", f"a merged model of {record.base_model}"),
         Finding("extended", "ok", f"{record.pretrained_window:,} to {target:,} tokens"),
-        Finding("RoPE", "ok", describe_rope(config)),
+        Finding("RoPE", "ok", describe_rope(config, scaling)),
+        _tokenizer(lambda: load_tokenizer(str(folder)), config),
         Finding("plain load", "ok", "AutoModelForCausalLM.from_pretrained is right as it is"),
         *_private_files(folder),
     ]
 
 
-def check_adapter(repo_or_dir: str | Path, *, base_model: str | None = None, **hub_kwargs: Any) -> list[Finding]:
-    """Findings on an adapter or a merged model. Reads no weights of the base.
+def check_adapter(
+    repo_or_dir: str | Path,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **hub_kwargs: Any,
+) -> list[Finding]:
+    """Findings on an adapter or a merged model. Options: see `open_adapter`.
 
     Raises:
-        AdapterError: if the adapter is not complete, such as one that plain PEFT saved, or the base is not the one
-            trained on.
+        AdapterError: as `open_adapter`: if the adapter is not complete, such as one that plain PEFT saved, if its files
+            do not fit one another, or the base is not the one trained on.
     """
-    folder = adapter_folder(repo_or_dir, **hub_kwargs)
+    folder = adapter_folder(repo_or_dir, revision=revision, **hub_kwargs)
     if not is_adapter(folder) and (folder / "config.json").is_file():
         return _check_merged(folder, Record.read(folder, str(repo_or_dir)))
-    adapter = open_adapter(repo_or_dir, base_model=base_model, **hub_kwargs)
+    adapter = open_adapter(
+        repo_or_dir, base_model=base_model, revision=revision, trust_remote_code=trust_remote_code, **hub_kwargs
+    )
     record, trained, plain = adapter.record, adapter.scaled_config, adapter.base_config
     load = Finding("plain PEFT load", "ok", "the base's RoPE is not scaled, so nothing is lost")
     if plain.rope_parameters != trained.rope_parameters:
         said = UNSCALED.format(rope=describe_rope(plain), window=record.pretrained_window, name=str(repo_or_dir))
         load = Finding("plain PEFT load", "trap", said)
+    at = f" at {record.base_revision[:12]}" if record.base_revision else ""
     return [
-        Finding("files", "ok", "complete"),
-        Finding("base", "ok", f"{adapter.base_name}, shape and vocabulary as trained on"),
+        Finding("files", "ok", "complete, and the adapter's tensors are those that its base takes"),
+        Finding("base", "ok", f"{adapter.base_name}{at}, shape and vocabulary as trained on"),
         Finding("extended", "ok", f"{record.pretrained_window:,} to {record.target_length:,} tokens"),
-        Finding("RoPE trained with", "ok", describe_rope(trained)),
-        _weights(adapter.folder / "adapter_model.safetensors"),
+        Finding("RoPE trained with", "ok", describe_rope(trained, record.rope_scaling_type)),
+        check_weights(adapter.folder / "adapter_model.safetensors"),
+        _tokenizer(adapter.tokenizer, trained),
         *_private_files(adapter.folder),
         load,
     ]

@@ -9,28 +9,33 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import __version__
+from ..rope import ROPE_SCALING_TYPES
 
 FORMAT = 2
 FILE = "cream.json"
 REQUIRED_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_config/config.json", FILE]
+BASE_FOLDER = "base_folder.txt"
+"""Beside an adapter of a local base: where that lies on this machine. Never published."""
 MERGED_FILES = ["config.json", FILE]
 NEEDED = ("base_model", "pretrained_window", "target_length", "rope_scaling_type")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
-FINGERPRINT_VALUES = 32
-FINGERPRINT_TOLERANCE = 0.01
-"""Relative; rounding to bfloat16 changes a value by at most 0.004."""
+LARGEST_FILE = 2**20
+"""Bytes of a JSON file that describes an adapter."""
+DEEPEST = 20
+LARGEST_NUMBER = 2**53
 
 
 class AdapterError(ValueError):
-    """An adapter folder that is incomplete, or a base that is not the one it was trained on."""
+    """An adapter folder that is incomplete or damaged, or a base that is not the one it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ class Record:
     base_is_local: bool = False
     """Whether base_model is the name of a folder, which nobody else has."""
     base_revision: str | None = None
-    base_fingerprint: list[float] = field(default_factory=list)
-    """See `fingerprint`."""
+    base_fingerprint: dict[str, list[float]] | list[float] = field(default_factory=dict)
+    """See `fingerprint`. Earlier files have a list: values of the input embeddings alone."""
     positions: Positions = field(default_factory=Positions)
     load_in_4bit: bool = False
     license: str | None = None
@@ -99,22 +104,39 @@ class Record:
             AdapterError: a file that is missing or damaged, a record that lacks a needed key or is of a later format.
         """
         is_merged = (folder / "config.json").is_file() and not is_adapter(folder)
+        if is_merged and not (folder / FILE).is_file():
+            raise AdapterError(f"{name} is a base, not an adapter: `cream-peft train` makes an adapter of it")
         for required in MERGED_FILES if is_merged else REQUIRED_FILES:
             if not (folder / required).is_file():
                 raise AdapterError(
-                    f"{name} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter "
-                    "does not say how its base was scaled; train it again with `cream-peft train`"
+                    f"{name} has no {required}: it is not a complete adapter of cream-peft. A plain PEFT adapter, as "
+                    "save_pretrained writes it, does not say how its base was scaled: use the folder that `cream-peft "
+                    "train` left (`cream-peft push` publishes it whole), or train again"
                 )
         refuse_damaged(folder, name)
-        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        content = read_json(folder, FILE, name)
         missing = [key for key in NEEDED if key not in content]
         if missing:
             raise AdapterError(f"{FILE} of {name} does not say {', '.join(missing)}: get the adapter again")
-        if content.get("format", 1) > FORMAT:
-            raise AdapterError(f"{FILE} of {name} has format {content['format']}: upgrade cream-peft to read it")
-        positions = Positions(**known_fields(Positions, content.get("positions") or {}))
-        known: dict[str, Any] = known_fields(cls, content) | {"positions": positions, "format": FORMAT}
-        return cls(**known)
+        try:
+            known = known_fields(cls, content)
+            if known.get("format", 1) > FORMAT:
+                raise AdapterError(f"{FILE} of {name} has format {known['format']}: upgrade cream-peft to read it")
+            known["positions"] = Positions(**known_fields(Positions, known.get("positions", {}), "positions."))
+            known["format"] = FORMAT
+            return cls(**known)
+        except AdapterError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"{FILE} of {name}: {error}: get the adapter again") from None
+
+    def __post_init__(self) -> None:
+        for key in ("pretrained_window", "target_length"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}, and must be at least 1 token")
+        if self.rope_scaling_type not in (None, *ROPE_SCALING_TYPES):
+            wrong, allowed = _shown(self.rope_scaling_type), ", ".join(ROPE_SCALING_TYPES)
+            raise ValueError(f"rope_scaling_type is {wrong}, and must be null or one of {allowed}")
 
     def write(self, folder: Path) -> None:
         """Write it to <folder>/cream.json, without tokens and local paths."""
@@ -124,18 +146,83 @@ class Record:
         """Put the base's public name into <folder>/adapter_config.json, if there is one."""
         file = folder / "adapter_config.json"
         if file.is_file():
-            content = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": self.base_model}
+            content = json.loads(file.read_text(encoding="utf-8"))
+            content |= {"base_model_name_or_path": self.base_model, "revision": self.base_revision}
             write_json(file, dict(sorted(content.items())))
 
 
-def known_fields(kind: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(
+    kind: type[Any], content: Mapping[str, Any], within: str = "", null_is_default: bool = True
+) -> dict[str, Any]:
     """Of a JSON object the fields that the dataclass has; other versions may write more. What is null takes its
-    default, where there is one."""
+    default, where there is one. `within` stands before the fields' names in errors.
+
+    Raises:
+        ValueError: naming a field of another type than the dataclass has, or a number that is negative or absurd.
+    """
+    hints = get_type_hints(kind)
     has_default = {
         known.name: known.default is not MISSING or known.default_factory is not MISSING for known in fields(kind)
     }
     known = {key: value for key, value in content.items() if key in has_default}
-    return {key: value for key, value in known.items() if value is not None or not has_default[key]}
+    if null_is_default:
+        known = {key: value for key, value in known.items() if value is not None or not has_default[key]}
+    for key, value in known.items():
+        if not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", "") if isinstance(hints[key], type) else str(hints[key])
+            raise ValueError(f"{within}{key} is {_shown(value)}, and must be {wanted.replace('typing.', '')}")
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{within}{key} is {value}, and must be at least 0")
+    return known
+
+
+def _shown(value: Any) -> str:
+    """A value from a file that may be hostile, as an error shows it."""
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that was read from JSON is of the type that a dataclass's hint asks for."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return not _too_deep(value)
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:
+        return value in inner
+    if kind in (int, float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # NaN is not smaller either.
+        return is_number and abs(value) < LARGEST_NUMBER and (kind is float or value == int(value))
+    if kind in (list, tuple):
+        return isinstance(value, list) and all(_fits(one, inner[0] if inner else Any) for one in value)
+    if kind is dict or is_dataclass(kind):
+        return isinstance(value, dict) and all(_fits(one, inner[1] if inner else Any) for one in value.values())
+    if kind is str or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        return isinstance(value, str) and "\0" not in value
+    return isinstance(value, kind) if kind is not NoneType else value is None
+
+
+def _too_deep(value: Any, left: int = DEEPEST) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left == 0 or any(_too_deep(one, left - 1) for one in inner)
+
+
+def read_json(folder: Path, file: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file that describes the adapter or model `name`.
+
+    Raises:
+        AdapterError: a file that is missing, damaged, far too large or deep, or holds something else.
+    """
+    try:
+        if (folder / file).stat().st_size > LARGEST_FILE:
+            raise ValueError(f"it is larger than {LARGEST_FILE:,} bytes")
+        content = json.loads((folder / file).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or _too_deep(content):
+            raise ValueError("it holds no JSON object, or one that is too deep")
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} of {name} is missing or damaged ({error}): get it again") from None
+    return content
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -179,15 +266,6 @@ def is_adapter(repo_or_dir: str | Path) -> bool:
     return (Path(repo_or_dir) / "adapter_config.json").is_file()
 
 
-def fingerprint(embeddings: torch.Tensor) -> list[float]:
-    """Some values of the input embeddings, which quantization leaves alone: they tell bases of one shape apart."""
-    weight = embeddings.detach().flatten()
-    if not weight.is_floating_point() or weight.is_meta or len(weight) < FINGERPRINT_VALUES:
-        return []
-    places = torch.linspace(0, len(weight) - 1, FINGERPRINT_VALUES, dtype=torch.float64).long()
-    return [float(f"{value:.4g}") for value in weight[places.to(weight.device)].float().tolist()]
-
-
 def adapter_sha256(folder: Path) -> str | None:
     """The digest by which results name the adapter they were measured on."""
     path = folder / "adapter_model.safetensors"
@@ -215,13 +293,14 @@ def refuse_damaged(folder: Path, name: str) -> None:
             json.loads(file.read_text(encoding="utf-8"))
         weights = list(folder.glob("*.safetensors"))
         if index.is_file():
+            file = index
             weights += [folder / part for part in set(json.loads(index.read_text())["weight_map"].values())]
         for file in weights:
             # The header is held against the file's length.
             with safe_open(file, "pt"):
                 pass
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(f"{file.name} of {name} is missing or damaged ({error}): get it again") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
+        raise AdapterError(f"{file.name} of {name} is missing or damaged ({error}): get it again") from None
 
 
 def versions() -> dict[str, str]:

@@ -76,7 +76,8 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
     rank = next((rank for rank in VLLM_RANKS if rank >= adapter["r"]), adapter["r"])
     return " \\\n  ".join(
         [
-            f"vllm serve {shlex.quote(record.base_model)}",
+            f"vllm serve {shlex.quote(record.base_model)}"
+            + (f" --revision {shlex.quote(record.base_revision)}" if record.base_revision else ""),
             f"--hf-overrides {shlex.quote(json.dumps(overrides))}",
             f"--max-model-len {record.target_length}",
             f"--enable-lora --max-lora-rank {rank} --lora-modules {name.split('/')[-1]}={name}",

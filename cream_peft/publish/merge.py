@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .. import rope
 from ..errors import about
 from ..model.adapter import Adapter, open_adapter
-from ..model.base import GIB, load_tokenizer, make_tokenizer_readable, resolve_base
+from ..model.base import GIB, make_tokenizer_readable, resolve_base
+from ..model.fingerprint import from_files, weight_files
 from ..model.record import FILE, adapter_sha256, write_json
 from .card import write_card
 
@@ -180,12 +181,8 @@ def _changed(name: str, change: Change, base: Weights, given: Weights) -> torch.
 def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: str, dtype: str) -> None:
     """Write everything but the weights; config.json last, because nothing loads without it."""
     target, window = adapter.record.target_length, adapter.record.pretrained_window
-    tokenizer = load_tokenizer(str(adapter.folder))
-    # Below the target it is the base's window, and 1e30 is none; another one is somebody's choice.
-    if not target <= tokenizer.model_max_length < 1e20:
-        tokenizer.model_max_length = target
-    tokenizer.save_pretrained(folder)
-    make_tokenizer_readable(folder)
+    adapter.tokenizer().save_pretrained(folder)
+    make_tokenizer_readable(folder, target)
     if (base_folder / SENTENCEPIECE).is_file():
         shutil.copyfile(base_folder / SENTENCEPIECE, folder / SENTENCEPIECE)
     if (base_folder / GENERATION).is_file():
@@ -290,17 +287,14 @@ def merge_adapter(
     if dtype not in (None, *DTYPES):
         raise MergeError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}, or leave it out to keep the base's")
     adapter = open_adapter(repo_or_dir, base_model=base_model, revision=revision, **hub_kwargs)
-    if getattr(adapter.base_config, "quantization_config", None):
-        raise MergeError(f"{adapter.base_name} is quantized: pass the 16-bit model it was made from as base_model")
     output, base_folder = Path(output_dir).absolute(), _base_folder(adapter)
     _refuse_output(output, base_folder)
     base, given = _base_weights(base_folder, adapter.base_name), Weights([adapter.folder / ADAPTER])
-    config, remote = _read_config(adapter.folder), "trust_remote_code" in adapter.base_options
+    config, remote = _read_config(adapter.folder), adapter.base_options["trust_remote_code"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(adapter.scaled_config), trust_remote_code=remote)
     embeddings = next(f"{path}.weight" for path, part in model.named_modules() if part is model.get_input_embeddings())
-    if embeddings in base.like:
-        adapter.refuse_other_weights(base.read(embeddings))
+    adapter.refuse_other_weights(from_files(weight_files(base_folder)), embeddings)
     changes = _changes(config, model, base, given)
     if dtype:
         wanted = getattr(torch, dtype)

@@ -7,15 +7,14 @@ import os
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.training_args import ParallelMode
 
 from .. import rope
-from ..errors import about
-from ..model.base import embedded_config, resolve_base
+from ..errors import about, missing_folder
+from ..model.base import embedded_config, refuse_quantized, resolve_base
 from ..plan import advice, fit, memory
 from ..plan.memory import ATTENTION, Training, Validation
 from .config import CREAMConfig
@@ -32,16 +31,17 @@ def base_config(recipe: Recipe) -> PreTrainedConfig:
     name = recipe.model.model_name_or_path
     if name is None:
         raise RecipeError("model_name_or_path is missing: a Hub id or a local folder")
-    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).exists():
-        hint = "; ~ is not read here, write the whole path" if name.startswith("~") else ""
-        raise RecipeError(f"model_name_or_path={name}: no such folder{hint}")
+    if missing := missing_folder(name):
+        raise RecipeError(f"model_name_or_path={name}: {missing}")
     embedded = embedded_config(name)
     if embedded is not None:
         return embedded
     with about(name):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             resolve_base(name), revision=recipe.model.model_revision, trust_remote_code=recipe.run.trust_remote_code
         )
+    refuse_quantized(config, name)
+    return config
 
 
 def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:

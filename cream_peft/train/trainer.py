@@ -19,18 +19,19 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from .. import rope
 from ..model.base import (
     check_module_names,
-    embeddings_of,
     keep_4bit_trainable_on_cpu,
     keep_adapter_in_fp32,
     load_base,
     load_tokenizer,
+    local_snapshot,
     make_tokenizer_readable,
     with_pad_token,
 )
+from ..model.fingerprint import fingerprint, weight_files
 from ..model.record import (
+    BASE_FOLDER,
     Positions,
     Record,
-    fingerprint,
     machine,
     model_sha256,
     peak_gib,
@@ -118,7 +119,11 @@ class CREAMTrainer(PublishingTrainer):
         is_peft = peft_config is not None or isinstance(base, PeftModel)
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(base.config.get_text_config().hidden_size, is_peft)
-        tokenizer = with_pad_token(processing_class or load_tokenizer(base.config._name_or_path))
+        if processing_class is None:
+            commit = getattr(base.config, "_commit_hash", None)
+            trusted = args.trust_remote_code
+            processing_class = load_tokenizer(base.config._name_or_path, revision=commit, trust_remote_code=trusted)
+        tokenizer = with_pad_token(processing_class)
         collator = self._collator(args, tokenizer)
         self._refuse_other_collator(data_collator, collator)
         if isinstance(train_dataset, IterableDataset) and args.dataloader_num_workers:
@@ -176,6 +181,7 @@ class CREAMTrainer(PublishingTrainer):
             options: dict[str, Any] = dict(args.model_init_kwargs or {})  # ty: ignore[no-matching-overload] no text by now
             if quantization_config is not None:
                 options["quantization_config"] = quantization_config
+            options.setdefault("trust_remote_code", args.trust_remote_code)
             model = load_base(model, load_in_4bit=False, **options)
             args.model_init_kwargs = None
         unscaled: Any = getattr(model, "unscaled_config", None) or copy.deepcopy(model.config)
@@ -184,7 +190,11 @@ class CREAMTrainer(PublishingTrainer):
         self.scaled_config = rope.scaled_config(unscaled, self.lengths.target_length, args.rope_scaling_type)
         rope.apply_scaling(model, self.scaled_config)
         model.unscaled_config = unscaled
-        self.base_fingerprint = fingerprint(embeddings_of(model))
+        # Of a model that load_base did not load nothing says which commit it is of.
+        name, commit = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+        self.base_revision = commit if args.base_model_id in (None, name) else None
+        folder = local_snapshot(name, commit) if name else None
+        self.base_fingerprint = fingerprint(model, weight_files(folder) if folder else {})
         return model
 
     @staticmethod
@@ -272,7 +282,7 @@ class CREAMTrainer(PublishingTrainer):
         return Record(
             base_model=self.base_model_name(),
             base_is_local=self.base_is_local(),
-            base_revision=getattr(self.unwrapped_config(), "_commit_hash", None),
+            base_revision=self.base_revision,
             base_fingerprint=self.base_fingerprint,
             pretrained_window=self.pretrained_window,
             target_length=self.lengths.target_length,
@@ -300,7 +310,7 @@ class CREAMTrainer(PublishingTrainer):
         folder = Path(output_dir or str(self.args.output_dir))
         # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
         (folder / "training_args.bin").unlink(missing_ok=True)
-        make_tokenizer_readable(folder)
+        make_tokenizer_readable(folder, self.lengths.target_length)
         record = self.describe()
         if record.full:
             record = replace(record, adapter_sha256=model_sha256(folder))
@@ -310,4 +320,7 @@ class CREAMTrainer(PublishingTrainer):
             rope.save_base_config(self.scaled_config, folder)
         record.name_base_in(folder)
         record.write(folder)
+        if record.base_is_local:
+            base = Path(self.unwrapped_config()._name_or_path).absolute()
+            (folder / BASE_FOLDER).write_text(f"{base}\n", encoding="utf-8")
         write_card(folder, record, self.published_name())
