@@ -466,10 +466,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step_and_keeps_the_l
 
 
 def test_training_that_changes_no_weight_is_no_training(make_trainer):
-    # The first step of a warm-up has a rate of 0.
-    with pytest.raises(TrainingError, match=r"changed no weight.*warmup_steps \(5\)"):
-        make_trainer(max_steps=1, warmup_steps=5).train()
-    make_trainer(max_steps=1).train()  # control
+    class NoRate(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+
+    trainer = make_trainer(max_steps=1)
+    trainer.add_callback(NoRate())
+    with pytest.raises(TrainingError, match=r"changed no weight.*learning_rate \(0.01\)"):
+        trainer.train()
+    make_trainer(max_steps=1, warmup_steps=5).train()  # control; a warm-up would leave its only step without a rate
 
 
 def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(make_trainer):
