@@ -85,7 +85,11 @@ class Record:
     dtype: str | None = None
     """Of a merged model's weights."""
     adapter_sha256: str | None = None
-    """Of the adapter that a merged model is made of."""
+    """Of the adapter's weights; of a merged model, of those that it is made of."""
+    run_id: str | None = None
+    """The same in all that one training run saved, also when it was resumed."""
+    data: str | None = None
+    """What tells the training documents from others: their number and a digest, or a name."""
     format: int = FORMAT
 
     @classmethod
@@ -111,7 +115,10 @@ class Record:
             raise AdapterError(f"{FILE} of {name} has format {content['format']}: upgrade cream-peft to read it")
         positions = Positions(**known_fields(Positions, content.get("positions") or {}))
         known: dict[str, Any] = known_fields(cls, content) | {"positions": positions, "format": FORMAT}
-        return cls(**known)
+        record = cls(**known)
+        if not record.merged and record.adapter_sha256 not in (None, adapter_sha256(folder)):
+            raise AdapterError(f"{FILE} of {name} belongs to other weights than those beside it: get the adapter again")
+        return record
 
     def write(self, folder: Path) -> None:
         """Write it to <folder>/cream.json, without tokens and local paths."""

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from ..model.base import (
     make_tokenizer_readable,
     with_pad_token,
 )
-from ..model.record import Positions, Record, fingerprint, machine, peak_gib, versions
+from ..model.record import Positions, Record, adapter_sha256, fingerprint, machine, peak_gib, versions
 from ..positions import SIGMA_PER_FACTOR
 from ..publish.card import write_card
+from .checkpoints import ResumingTrainer, saved_whole
 from .collator import ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig
 from .data import fit_short_documents, training_chat_template
 from .preflight import check_positions
-from .publishing import PublishingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class _SetEpoch(TrainerCallback):
         self.epoch += 1
 
 
-class CREAMTrainer(PublishingTrainer):
+class CREAMTrainer(ResumingTrainer):
     """SFTTrainer whose training examples are draws of CREAM positions (arXiv 2406.07138) from whole documents.
 
     It takes SFTTrainer's arguments (`kwargs` are passed on), with a CREAMConfig. What it changes: the base's RoPE is
@@ -241,18 +242,20 @@ class CREAMTrainer(PublishingTrainer):
             seed=args.seed,
             versions=versions(),
             recipe=self.recipe,
+            run_id=self.run_id,
+            data=self.data_identity,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        make_tokenizer_readable(folder)
-        rope.save_base_config(self.scaled_config, folder)
-        record = self.describe()
-        record.name_base_in(folder)
-        record.write(folder)
-        write_card(folder, record, self.published_name())
+        with saved_whole(Path(output_dir or str(self.args.output_dir)), self.args.should_save) as folder:
+            super()._save(str(folder), state_dict)
+            if not self.args.should_save:
+                return
+            # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            make_tokenizer_readable(folder)
+            rope.save_base_config(self.scaled_config, folder)
+            record = replace(self.describe(), adapter_sha256=adapter_sha256(folder))
+            record.name_base_in(folder)
+            record.write(folder)
+            write_card(folder, record, self.published_name())
