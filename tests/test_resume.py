@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cream_peft import CREAMTrainer
 from cream_peft.evals.results import Results, Settings
 from cream_peft.evals.run import evaluate
+from cream_peft.locks import LockedError
+from cream_peft.model.record import AdapterError, Record, adapter_sha256
 from cream_peft.tiny import base_folder
-from cream_peft.train.checkpoints import CheckpointError, newest_checkpoint
+from cream_peft.train.checkpoints import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint, saved_whole
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.run import run_recipe
 
@@ -155,8 +158,176 @@ def test_a_checkpoint_that_says_less_is_resumed(run):
     assert_equal(load_file(run / "adapter_model.safetensors"), before)
 
 
+def interrupt(*arguments, **keywords):
+    raise KeyboardInterrupt
+
+
 def assert_equal(one, other):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)
+
+
+EPOCHS = ["--max_steps", "-1", "--num_train_epochs", "2", "--max_documents", "6"]
+SETUPS = {
+    "steps": [],
+    "a last checkpoint between two": ["--save_steps", "3"],
+    "epochs": [*EPOCHS, "--save_strategy", "epoch"],
+    "the best model": ["--held_out_documents", "4", "--eval_strategy", "steps", "--eval_steps", "2",
+                       "--load_best_model_at_end", "true"],
+    "no checkpoints": ["--save_strategy", "no"],
+    "a stream": ["--dataset_streaming", "true", "--dataset_name", "documents.jsonl"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_finished_run_is_not_trained_further(setup, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("documents.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(9)))
+    folder = tmp_path / "run"
+    steps = train(folder, *SETUPS[setup]).steps
+    before = contents(folder)
+    caplog.set_level("INFO", logger="cream_peft")
+    summary = resume(folder, *SETUPS[setup])
+    assert (summary.steps, summary.trained) == (steps, 0) and contents(folder) == before
+    assert f"finished at step {steps} of {steps}" in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "cream.json", "base_config/config.json"])
+def test_a_final_save_that_is_missing_is_written_from_the_last_checkpoint(lost, run):
+    before = contents(run)
+    (run / lost).unlink()
+    assert resume(run).trained == 0
+    assert contents(run).keys() == before.keys()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "base_config/config.json"):
+        assert (run / name).read_bytes() == before[Path(name)]
+    assert Record.read(run, "run").steps == 4
+
+
+def test_an_earlier_runs_adapter_is_not_taken_for_the_final_save(run, tmp_path):
+    """As after a kill between the last checkpoint and the final save of a run that overwrites another."""
+    other = ["--learning_rate", "0.001"]
+    train(tmp_path / "other", *other)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.rmtree(run / name)
+        shutil.copytree(tmp_path / "other" / name, run / name)
+    assert resume(run, *other).trained == 0
+    assert adapter_sha256(run) == adapter_sha256(tmp_path / "other")
+
+
+PARTS = ["adapter_model.safetensors", "adapter_config.json", "base_config/config.json", "cream.json", "optimizer.pt",
+         "scheduler.pt", "rng_state.pth", "trainer_state.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_checkpoint_without_a_part_is_passed_over(part, damage, run, caplog):
+    file = run / "checkpoint-4" / part
+    assert newest_checkpoint(run).step == 4  # control
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    os.utime(run / "checkpoint-4")
+    assert newest_checkpoint(run).step == 2
+    (line,) = caplog.messages
+    assert line.startswith(f"passed over: {run}/checkpoint-4 ") and Path(part).stem in line
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 .*choose another checkpoint"):
+        train(run, "--resume_from_checkpoint", str(run / "checkpoint-4"))
+
+
+def test_of_models_alone_no_optimizer_is_asked(tmp_path):
+    train(tmp_path, "--save_only_model", "true")
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path, only_model=True).step == 4
+    assert resume(tmp_path, "--save_only_model", "true").trained == 0
+
+
+def test_deleting_from_a_checkpoint_does_not_make_it_the_newest(run):
+    (run / "checkpoint-2" / "tokenizer.json").unlink()
+    assert (run / "checkpoint-2").stat().st_mtime_ns > (run / "checkpoint-4").stat().st_mtime_ns  # control
+    assert newest_checkpoint(run).step == 4
+
+
+def test_a_run_that_overwrites_another_removes_its_checkpoints_with_its_own_first(run, monkeypatch, caplog):
+    before = contents(run)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(CREAMTrainer, "training_step", interrupt)
+        train(run, "--seed", "3")
+    assert contents(run) == before
+    train(run, "--max_steps", "3", "--save_steps", "1", "--seed", "3")
+    assert "holds an earlier run, which is overwritten" in caplog.text
+    found = [Checkpoint.open(path) for path in checkpoint_folders(run)]
+    assert [one.step for one in found] == [1, 2, 3] and {one.record.seed for one in found} == {3}
+    # One that is resumed, here with other save_steps, keeps its own, up to where it is resumed.
+    changed = ["--max_steps", "3", "--save_steps", "3", "--seed", "3"]
+    train(run, *changed, "--resume_from_checkpoint", str(run / "checkpoint-1"))
+    assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_the_newest_checkpoint_is_of_the_last_run_not_of_the_one_it_overwrote(run, tmp_path):
+    """Where an earlier version left both."""
+    train(tmp_path / "other", "--max_steps", "3", "--save_steps", "1")
+    for step in (2, 1, 3):  # copied without their times
+        shutil.copytree(tmp_path / "other" / f"checkpoint-{step}", run / f"checkpoint-{step}", dirs_exist_ok=True)
+        (run / f"checkpoint-{step}" / "trainer_state.json").touch()
+    (run / "checkpoint-1" / "trainer_state.json").touch()
+    assert newest_checkpoint(run).step == 3
+
+
+@pytest.mark.parametrize("stopped_at", range(8))
+def test_a_final_save_that_is_killed_leaves_no_mixture(stopped_at, finished, tmp_path, monkeypatch):
+    older = {name: f"older {name}".encode() for name in ("adapter_model.safetensors", "adapter_config.json", "x.jinja")}
+    older |= {"cream.json": b"{}", "mine.txt": b"stays"}
+    for name, content in older.items():
+        (tmp_path / name).write_bytes(content)
+    calls, replace = [], os.replace
+
+    def stop(*names):
+        if len(calls) == stopped_at:
+            raise KeyboardInterrupt
+        calls.append(names)
+        replace(*names)
+
+    def save():
+        with saved_whole(tmp_path) as aside:
+            shutil.copytree(finished, aside, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
+            assert {name: (tmp_path / name).read_bytes() for name in older} == older
+
+    monkeypatch.setattr(os, "replace", stop)
+    if stopped_at < 7:
+        with pytest.raises(KeyboardInterrupt):
+            save()
+        with pytest.raises(AdapterError, match=r"has no"):
+            Record.read(tmp_path, "run")
+        assert not (tmp_path / "cream.json").exists()
+    else:
+        save()
+        assert Record.read(tmp_path, "run").steps == 4
+        whole = {name: content for name, content in contents(finished).items() if name.parts[0][:5] != "check"}
+        assert contents(tmp_path) == whole | {Path("mine.txt"): b"stays"}
+
+
+def test_weights_beside_another_cream_json_are_refused(run):
+    Record.read(run, "run")  # control
+    shutil.copy(run / "checkpoint-2" / "adapter_model.safetensors", run)
+    with pytest.raises(AdapterError, match=r"cream\.json of run belongs to other weights"):
+        Record.read(run, "run")
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_ends_however(run):
+    program = (
+        f"import sys, time; sys.path[:] = {sys.path!r}\nfrom pathlib import Path\nfrom cream_peft.locks import locked\n"
+    )
+    program += f"with locked(Path({str(run / '.lock')!r}), 'no'):\n    print(flush=True)\n    time.sleep(60)"
+    before = contents(run)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with pytest.raises(LockedError, match=r"output_dir=.*another run is training there: wait"):
+        resume(run)
+    process.kill()
+    process.wait()
+    assert (run / ".lock").exists()
+    resume(run)
+    assert contents(run) == before
 
 
 @pytest.mark.slow

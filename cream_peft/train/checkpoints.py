@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 ASIDE = ".saving"
 STATE = "trainer_state.json"
 TRAINING_FILES = ["optimizer*", "scheduler.pt", "rng_state*.pth"]
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "*.jinja")
+"""What an earlier save may have left that the new one has not."""
 SAMPLED_ROWS = 16
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights")
 FREE_FIELDS += ("auto_mapping", "peft_version", "task_type")
@@ -73,14 +75,22 @@ class Checkpoint:
         for pattern in [*needed, *([] if only_model else wanted), STATE]:
             if not any(folder.glob(pattern)):
                 raise CheckpointError(f"{folder} has no {pattern.replace('*', '')}")
+        state_file, base_file = folder / STATE, folder / "base_config" / "config.json"
+        read = [state_file, *([] if is_full else [base_file])]
+        read += [file for pattern in wanted for file in sorted(folder.glob(pattern)) if file.is_file()]
         try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            int(state["global_step"])
-            for file in (file for pattern in wanted for file in folder.glob(pattern) if file.is_file()):
-                zipfile.ZipFile(file).close()
-            return cls(folder, Record.read(folder, str(folder)), state)
-        except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+            record = Record.read(folder, str(folder))
+        except ValueError as error:
             raise CheckpointError(f"{folder} is damaged: {error}") from error
+        for file in read:
+            try:
+                if file.suffix == ".json":
+                    json.loads(file.read_text(encoding="utf-8"))
+                else:
+                    zipfile.ZipFile(file).close()
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise CheckpointError(f"{folder} has a damaged {file.relative_to(folder)} ({error})") from error
+        return cls(folder, record, json.loads(state_file.read_text(encoding="utf-8")))
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -220,8 +230,10 @@ def saved_whole(folder: Path, is_writer: bool = True) -> Generator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     yield aside
-    written: Iterable[Path] = sorted(path for path in aside.rglob("*") if path.is_file())
     (folder / FILE).unlink(missing_ok=True)
+    for path in (path for pattern in REPLACED for path in folder.glob(pattern)):
+        path.unlink()
+    written = [path for path in aside.rglob("*") if path.is_file()]
     for path in sorted(written, key=lambda path: path.name == FILE):
         target = folder / path.relative_to(aside)
         target.parent.mkdir(exist_ok=True)
@@ -264,8 +276,9 @@ class ResumingTrainer(PublishingTrainer):
         self._is_first_checkpoint = True
         return super().train(str(checkpoint.folder) if checkpoint else None, *args, **kwargs)
 
-    # transformers would train one step more each time a finished run is resumed.
+    # transformers would train one step more each time a finished run is resumed, and keep the checkpoint's save_steps.
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.state.compute_steps(self.args, self.state.max_steps)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
