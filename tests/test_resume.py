@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cream_peft import CREAMTrainer
+from cream_peft import CREAMTrainer, cli
 from cream_peft.evals.results import Results, Settings
 from cream_peft.evals.run import evaluate
 from cream_peft.locks import LockedError
@@ -372,3 +373,28 @@ def test_an_evaluation_goes_on_where_it_stopped_and_is_not_replaced_by_another_m
     with pytest.raises(ValueError, match=r"other settings, adapter_sha256 .*choose another --output_dir"):
         evaluate(None, None, {"t": task}, unmeasured(adapter_sha256="another"), **arguments)
     assert Results.read(tmp_path / "r.json") == results and calls == [10, 20, 30, 30]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("command", ["train", "evaluate", "chat"])
+def test_a_signal_ends_every_command_as_ctrl_c_does(command, number, code, monkeypatch, capsys):
+    def stay(arguments):
+        signal.raise_signal(number)
+        time.sleep(5)
+        raise AssertionError("the command went on")
+
+    def unhandled(*arguments):
+        raise AssertionError("the signal would have killed the command")
+
+    earlier = {number: signal.signal(number, unhandled) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setitem(cli.COMMANDS, command, stay)
+    try:
+        assert cli.main([command]) == code
+        assert signal.getsignal(signal.SIGTERM) is unhandled
+        assert re.fullmatch(r"interrupted(, .* resumes.*)?\n", capsys.readouterr().err)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        monkeypatch.setitem(cli.COMMANDS, command, lambda arguments: signal.raise_signal(signal.SIGHUP))
+        assert cli.main([command]) == 0
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
