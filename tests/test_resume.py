@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cream_peft import CREAMTrainer, cli
+from cream_peft.evals.models import OpenedModel
 from cream_peft.evals.results import Results, Settings
 from cream_peft.evals.run import evaluate
 from cream_peft.locks import LockedError
@@ -314,14 +315,28 @@ def test_weights_beside_another_cream_json_are_refused(run):
         Record.read(run, "run")
 
 
-def test_a_second_run_in_one_folder_is_refused_until_the_first_ends_however(run):
-    program = (
-        f"import sys, time; sys.path[:] = {sys.path!r}\nfrom pathlib import Path\nfrom cream_peft.locks import locked\n"
-    )
-    program += f"with locked(Path({str(run / '.lock')!r}), 'no'):\n    print(flush=True)\n    time.sleep(60)"
-    before = contents(run)
+HOLD = """
+import sys, time
+sys.path[:] = {path!r}
+from pathlib import Path
+from cream_peft.locks import locked
+with locked(Path({lock!r}), "no"):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(lock):
+    """Another process that holds the lock file."""
+    program = HOLD.format(path=sys.path, lock=str(lock))
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     process.stdout.readline()
+    return process
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_ends_however(run):
+    before = contents(run)
+    process = hold(run / ".lock")
     with pytest.raises(LockedError, match=r"output_dir=.*another run is training there: wait"):
         resume(run)
     process.kill()
@@ -373,6 +388,51 @@ def test_an_evaluation_goes_on_where_it_stopped_and_is_not_replaced_by_another_m
     with pytest.raises(ValueError, match=r"other settings, adapter_sha256 .*choose another --output_dir"):
         evaluate(None, None, {"t": task}, unmeasured(adapter_sha256="another"), **arguments)
     assert Results.read(tmp_path / "r.json") == results and calls == [10, 20, 30, 30]
+    retrained = unmeasured(adapter_sha256="another", samples=2)
+    anew = evaluate(None, None, {"t": task}, retrained, **arguments, overwrite=True)
+    assert calls[4:] == [10, 20, 30] and anew.settings.adapter_sha256 == "another"
+    # What was measured with the same settings is resumed all the same.
+    assert evaluate(None, None, {"t": task}, retrained, **arguments, overwrite=True) == anew and len(calls) == 7
+
+
+EVALUATE = ["evaluate", "--tasks", "kv_retrieval", "--lengths", "256", "--depths", "0.5", "--no_4bit"]
+
+
+def test_all_results_files_are_checked_before_a_model_is_measured(tmp_path, capsys, monkeypatch):
+    common = [*EVALUATE, "--output_dir", str(tmp_path), "--compare"]
+    assert cli.main([*common, "b=cream-peft-tiny+ntk", "--samples", "2"]) == 0
+    loaded = []
+    monkeypatch.setattr(OpenedModel, "load", lambda *_: loaded.append(1) or interrupt())
+    both = ["a=cream-peft-tiny", "b=cream-peft-tiny+ntk", "--samples", "3"]
+    assert cli.main([*common, *both]) == 2 and not loaded
+    said = f"error: {tmp_path}/b.json was measured with other settings, samples (2, now 3): choose another --output_dir"
+    assert capsys.readouterr().err.splitlines()[-1] == said + ", or replace it with --overwrite"
+    before = Results.read(tmp_path / "b.json")
+    assert cli.main([*common, *both, "--overwrite"]) == 130 and loaded  # control
+    assert Results.read(tmp_path / "b.json") == before
+    assert cli.main([*common, "a b=cream-peft-tiny", "a-b=cream-peft-tiny+ntk"]) == 2
+    assert "two labels have one results file (a b, a-b): choose others" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json"]
+
+
+def test_results_that_another_process_writes_are_refused(tmp_path, capsys):
+    process = hold(tmp_path / ".m.json.lock")
+    assert cli.main([*EVALUATE, "--output_dir", str(tmp_path), "--compare", "m=cream-peft-tiny"]) == 2
+    assert f"{tmp_path}/m.json is being written by another `cream-peft evaluate`: wait" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+
+
+def test_a_failing_data_set_leaves_no_folder_and_its_key_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("none.jsonl", "o/none"):
+        assert cli.main(["train", *SHORT, "--dataset_name", name, "--output_dir", "run"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: dataset_name: ") and name in line
+        assert not Path("run").exists()
+    Path("run").mkdir()
+    assert cli.main(["train", *SHORT, "--dataset_name", name, "--output_dir", "run"]) == 2
+    assert Path("run").exists()  # control: it was there before
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])

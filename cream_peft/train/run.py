@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
+from ..errors import explain
 from ..locks import locked
 from ..model.base import base_options, load_base, load_tokenizer, lora_config
 from ..model.record import AdapterError, Record, peak_gib
@@ -98,9 +99,12 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
             )
         return documents
 
-    documents = load(data.dataset_train_split)
-    if data.dataset_test_split:
-        return documents, load(data.dataset_test_split)
+    try:
+        documents = load(data.dataset_train_split)
+        if data.dataset_test_split:
+            return documents, load(data.dataset_test_split)
+    except Exception as error:
+        raise DataError(f"dataset_name: {explain(error)}") from error
     held_out = data.held_out_documents
     if not held_out:
         return documents, None
