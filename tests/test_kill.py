@@ -26,7 +26,8 @@ TRAIN = ["train", "--max_steps", "8", "--save_steps", "2", "--save_total_limit",
          "--per_device_train_batch_size", "2", "--context_length", "64", "--target_length", "512", "--load_in_4bit",
          "false", "--resume_from_checkpoint", "true", "--output_dir"]  # fmt: skip
 EVALUATE = ["evaluate", "--tasks", "kv_retrieval", "needle", "--lengths", "256", "512", "--depths", "0.1", "0.9",
-            "--samples", "4", "--no_4bit", "--compare", "a=cream-peft-tiny", "b=cream-peft-tiny+ntk", "--output_dir"]  # fmt: skip
+            "--samples", "4", "--no_4bit", "--compare", "a=cream-peft-tiny", "b=cream-peft-tiny+ntk",
+            "--output_dir"]  # fmt: skip
 
 
 def call(log, function, *arguments):
@@ -111,13 +112,15 @@ def test_killed_final_saves_leave_a_whole_adapter_or_an_incomplete_one(kills, tm
 
 
 def save_again_and_again(folder):
-    recipe = parse_recipe([*TRAIN[1:], folder])
-    trainer = run._make_trainer(recipe, recipe.run.resolve(256))
-    for _ in itertools.count():
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_B" in name:
-                parameter.data += 1
-        trainer.save_model()
+    def save(trainer, checkpoint):
+        for _ in itertools.count():
+            for name, parameter in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data += 1
+            trainer.save_model()
+
+    run._train_and_save = save
+    run.run_recipe(parse_recipe([*TRAIN[1:], folder]))
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])

@@ -61,6 +61,13 @@ def _private_files(folder: Path) -> list[Finding]:
     return [Finding("other files", "wrong", f"{n} may hold tokens and paths: remove it before sharing") for n in found]
 
 
+def _mixture(folder: Path, record: Record) -> list[Finding]:
+    """What is wrong with weights that were put beside another adapter's cream.json."""
+    if record.is_of(folder):
+        return []
+    return [Finding("cream.json", "wrong", "was written for other weights than those beside it: get the adapter again")]
+
+
 def _check_merged(folder: Path, record: Record) -> list[Finding]:
     config, scaling, target = (
         rope.load_base_config(folder / "config.json"),
@@ -102,6 +109,7 @@ def check_adapter(repo_or_dir: str | Path, *, base_model: str | None = None, **h
         Finding("extended", "ok", f"{record.pretrained_window:,} to {record.target_length:,} tokens"),
         Finding("RoPE trained with", "ok", describe_rope(trained)),
         _weights(adapter.folder / "adapter_model.safetensors"),
+        *_mixture(adapter.folder, record),
         *_private_files(adapter.folder),
         load,
     ]

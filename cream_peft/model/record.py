@@ -115,10 +115,11 @@ class Record:
             raise AdapterError(f"{FILE} of {name} has format {content['format']}: upgrade cream-peft to read it")
         positions = Positions(**known_fields(Positions, content.get("positions") or {}))
         known: dict[str, Any] = known_fields(cls, content) | {"positions": positions, "format": FORMAT}
-        record = cls(**known)
-        if not record.merged and record.adapter_sha256 not in (None, adapter_sha256(folder)):
-            raise AdapterError(f"{FILE} of {name} belongs to other weights than those beside it: get the adapter again")
-        return record
+        return cls(**known)
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether it was written for the adapter's weights in `folder`, as far as it says."""
+        return self.merged or self.adapter_sha256 in (None, adapter_sha256(folder))
 
     def write(self, folder: Path) -> None:
         """Write it to <folder>/cream.json, without tokens and local paths."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..model.record import FILE, FINGERPRINT_TOLERANCE, MERGED_FILES, REQUIRED_FILES, Record, is_adapter
+from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Record, is_adapter
 from .collator import ROW_COLUMN
 from .config import CREAMConfig
 from .publishing import PublishingTrainer
@@ -41,6 +42,8 @@ OPTIONAL += ("dataset_name",)
 """What an earlier version may not have recorded: compared where both runs say it."""
 KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 """What may change too, with one line that says so."""
+ROUNDING = 0.01
+"""Of a base's values, relative; rounding to bfloat16 changes them by at most 0.004."""
 START_ANEW = "set it back, choose another output_dir, or train anew without resume_from_checkpoint"
 
 
@@ -82,6 +85,8 @@ class Checkpoint:
             record = Record.read(folder, str(folder))
         except ValueError as error:
             raise CheckpointError(f"{folder} is damaged: {error}") from error
+        if not record.is_of(folder):
+            raise CheckpointError(f"{folder} has other weights than those that its {FILE} was written for")
         for file in read:
             try:
                 if file.suffix == ".json":
@@ -150,6 +155,7 @@ def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
         "model_name_or_path": None if record.base_is_local else record.base_model,
         "model_revision": record.base_revision,
         "load_in_4bit": record.load_in_4bit,
+        "use_peft": bool(adapter),
         "rope_scaling_type": record.rope_scaling_type or "none",
         "target_length": record.target_length,
         "context_length": positions.context_length,
@@ -179,17 +185,20 @@ def difference(folder: Path, record: Record, trainer: ResumingTrainer) -> str | 
     now, file = trainer.describe(), folder / "adapter_config.json"
     config = getattr(trainer.accelerator.unwrap_model(trainer.model), "active_peft_config", None)
     adapter = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    ours = {key: value for key, value in (config.to_dict() if config else {}).items() if key in adapter}
+    ours = config.to_dict() if config else {}
     was, new = _settings(record, adapter), _settings(now, ours)
     for key in (key for key in new if key in was):
         one, other = _plain(was[key]), _plain(new[key])
         if one != other and (key not in OPTIONAL or None not in (one, other)):
             return f"{key}={one}, now {other}"
-    pairs = list(zip(record.base_fingerprint, now.base_fingerprint, strict=False))
-    size = sum(one**2 for one, _ in pairs)
-    if sum((one - other) ** 2 for one, other in pairs) > FINGERPRINT_TOLERANCE**2 * size:
-        one, other = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
-        return f"another base in model_name_or_path (base_fingerprint {one}, now {other})"
+    one, other = (
+        found if isinstance(found, dict) else {"embeddings": found}
+        for found in (record.base_fingerprint, now.base_fingerprint)
+    )
+    for name in (name for name in one if name in other):
+        for was_value, value in zip(one[name], other[name], strict=False):
+            if not math.isclose(was_value, value, rel_tol=ROUNDING, abs_tol=1e-7):
+                return f"another base in model_name_or_path ({name} {was_value}, now {value})"
     return None
 
 

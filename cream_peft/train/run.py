@@ -12,7 +12,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
-from ..errors import explain
 from ..locks import locked
 from ..model.base import base_options, load_base, load_tokenizer, lora_config
 from ..model.record import AdapterError, Record, peak_gib
@@ -35,10 +34,8 @@ class RunSummary:
 
     output_dir: str
     steps: int
-    trained: int
-    """Steps of this run; 0 if it was resumed at its end."""
-    loss: float
-    """Mean over them, in nats per token."""
+    loss: float | None
+    """Mean over the steps of this run, in nats per token; None if it was finished already."""
     seconds: float
     peak_gib: float | None
     """None without a GPU."""
@@ -99,12 +96,9 @@ def load_data(recipe: Recipe, tokenizer: Any) -> tuple[Any, Any]:
             )
         return documents
 
-    try:
-        documents = load(data.dataset_train_split)
-        if data.dataset_test_split:
-            return documents, load(data.dataset_test_split)
-    except Exception as error:
-        raise DataError(f"dataset_name: {explain(error)}") from error
+    documents = load(data.dataset_train_split)
+    if data.dataset_test_split:
+        return documents, load(data.dataset_test_split)
     held_out = data.held_out_documents
     if not held_out:
         return documents, None
@@ -215,15 +209,14 @@ def _train_and_save(trainer: CREAMTrainer, checkpoint: Checkpoint | None) -> Run
     return _summary(trainer, output.global_step, output.training_loss)
 
 
-def _summary(trainer: CREAMTrainer, steps: int, loss: float = 0.0) -> RunSummary:
+def _summary(trainer: CREAMTrainer, steps: int, loss: float | None = None) -> RunSummary:
     collator: Any = trainer.data_collator
-    trained = trainer.state.global_step - trainer.resumed_step
-    if not trained:
+    if trainer.state.global_step == trainer.resumed_step:
+        loss = None
         logger.info(f"finished at step {steps:,} of {trainer.state.max_steps or steps:,}: nothing is left to train")
     return RunSummary(
         output_dir=str(trainer.args.output_dir),
         steps=steps,
-        trained=trained,
         loss=loss,
         seconds=trainer.seconds or 0.0,
         peak_gib=peak_gib(),
