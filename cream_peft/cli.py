@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
 
 from .commands import COMMANDS
 from .terminal import UserError, close_progress_bars, quiet_libraries
@@ -34,8 +39,37 @@ RESUMES = {
 }
 
 
+class Stopped(SystemExit):
+    """SIGTERM or SIGHUP, which end a command as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.exit_code = 128 + number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+@contextmanager
+def _stopped_by_signals() -> Generator[None]:
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # What is ignored stays ignored, as under nohup. Outside the main thread nothing can be set.
+    is_main = threading.current_thread() is threading.main_thread()
+    earlier = {number: signal.getsignal(number) for number in numbers if is_main}
+    earlier = {number: handler for number, handler in earlier.items() if handler is not signal.SIG_IGN}
+    for number in earlier:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 after an error of one line, 130 after Ctrl-C."""
+    """Run one command. Returns the exit code: 0, 2 after an error of one line, 130 after Ctrl-C, 143 after SIGTERM, 129
+    after SIGHUP."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -50,11 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
-        COMMANDS[arguments[0]](arguments[1:])
-    except KeyboardInterrupt:
+        with _stopped_by_signals():
+            COMMANDS[arguments[0]](arguments[1:])
+    except (KeyboardInterrupt, Stopped) as stopped:
         close_progress_bars()
         print(f"interrupted{RESUMES.get(arguments[0], '')}", file=sys.stderr)
-        return 130
+        return stopped.exit_code if isinstance(stopped, Stopped) else 130
     except Exception as error:
         close_progress_bars()
         if debug:

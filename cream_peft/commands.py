@@ -33,7 +33,8 @@ def train_command(arguments: list[str]) -> None:
     if not is_first_process():
         return
     peak = "" if summary.peak_gib is None else f", peak memory {summary.peak_gib:.2f} GiB"
-    print(f"\n{summary.steps:,} steps in {summary.seconds:.0f} s, mean loss {summary.loss:.3f}{peak}")
+    if summary.loss is not None:
+        print(f"\n{summary.steps:,} steps in {summary.seconds:.0f} s, mean loss {summary.loss:.3f}{peak}")
     if summary.redrawn:
         print(f"{summary.redrawn:,} draws held no label and were drawn again: raise context_length if these are many")
     if summary.unlabelled:

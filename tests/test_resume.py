@@ -2,19 +2,29 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from cream_peft import CREAMTrainer, cli
+from cream_peft.evals.models import OpenedModel
 from cream_peft.evals.results import Results, Settings
 from cream_peft.evals.run import evaluate
+from cream_peft.locks import LockedError
+from cream_peft.model.check import check_adapter
+from cream_peft.model.record import AdapterError, Record, adapter_sha256
+from cream_peft.tiny import base_folder
+from cream_peft.train.checkpoints import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint, saved_whole
 from cream_peft.train.recipe import parse_recipe
-from cream_peft.train.run import newest_checkpoint, run_recipe
+from cream_peft.train.run import run_recipe
 
 TRAIN = ["--max_steps", "9", "--save_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4",
          "--held_out_documents", "8", "--eval_strategy", "steps", "--eval_steps", "2"]  # fmt: skip
@@ -45,24 +55,297 @@ def test_a_run_killed_between_two_checkpoints_ends_with_the_weights_of_an_uninte
     assert not (killed / "adapter_model.safetensors").exists() and not (killed / "checkpoint-9").exists()
     (killed / "checkpoint-8").mkdir()  # what a kill in the middle of writing leaves
     (killed / "checkpoint-8" / "adapter_model.safetensors").write_bytes(b"half")
-    assert newest_checkpoint(killed).name in ("checkpoint-3", "checkpoint-6")
+    assert newest_checkpoint(killed).folder.name in ("checkpoint-3", "checkpoint-6")
     run_recipe(parse_recipe([*TRAIN, "--output_dir", str(killed), "--resume_from_checkpoint", "true"]))
     run_recipe(parse_recipe([*TRAIN, "--output_dir", str(whole)]))
     resumed, uninterrupted = (load_file(folder / "adapter_model.safetensors") for folder in (killed, whole))
-    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+    assert_equal(resumed, uninterrupted)
     early = load_file(whole / "checkpoint-3" / "adapter_model.safetensors")
     assert not all(torch.equal(early[name], uninterrupted[name]) for name in early)  # control: the rest of it counts
     one, other = (json.loads((folder / "cream.json").read_text()) for folder in (killed, whole))
     assert one["steps"] == other["steps"] == 9
 
 
-def test_the_newest_checkpoint_is_of_the_last_run_not_of_the_one_it_overwrote(tmp_path):
-    for age, name in enumerate(["checkpoint-24", "checkpoint-9", "checkpoint-12"]):  # 24 is of an earlier run
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text("{}")
-        os.utime(folder, ns=(age, age))
-    assert newest_checkpoint(tmp_path).name == "checkpoint-12"
+SHORT = ["--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "2", "--context_length", "64",
+         "--target_length", "512", "--load_in_4bit", "false", "--learning_rate", "0.01"]  # fmt: skip
+
+
+def train(folder, *extra):
+    return run_recipe(parse_recipe([*SHORT, "--output_dir", str(folder), *extra]))
+
+
+def resume(folder, *extra):
+    return train(folder, "--resume_from_checkpoint", "true", *extra)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of four steps with checkpoints 2 and 4. Not to be changed: take `run`."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(folder)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of `finished` of one's own."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+OTHER_SETTINGS = {
+    "rope_scaling_type": (["--rope_scaling_type", "yarn"], "rope_scaling_type=ntk, now yarn"),
+    "target_length": (["--target_length", "1024"], "target_length=512, now 1024"),
+    "context_length": (["--context_length", "32"], "context_length=64, now 32"),
+    "position_strategy": (["--position_strategy", "pose"], "position_strategy=cream, now pose"),
+    "sigma": (["--sigma", "1.5"], "sigma=3.0, now 1.5"),
+    "short_documents": (["--short_documents", "skip"], "short_documents=shrink, now skip"),
+    "seed": (["--seed", "7"], "seed=0, now 7"),
+    "data_seed": (["--data_seed", "7"], "data_seed=0, now 7"),
+    "quantization": (["--load_in_4bit", "true"], "load_in_4bit=False, now True"),
+    "rank": (["--lora_r", "8"], "lora_r=16, now 8"),
+    "alpha": (["--lora_alpha", "64"], "lora_alpha=32, now 64"),
+    "modules": (["--lora_target_modules", "q_proj"], "lora_target_modules=['k_proj', 'o_proj', 'q_proj', 'v_proj'], "),
+    "rslora": (["--use_rslora", "true"], "use_rslora=False, now True"),
+    "fewer documents": (["--max_documents", "100"], "dataset_name=2,500 rows, sha256 "),
+    "as many other documents": (["--dataset_name", "other.jsonl"], "now 2,500 rows, sha256 "),
+    "another base": (["--model_name_or_path", "./base"], "model_name_or_path (embeddings "),
+}
+"""What differs from `finished` -> (options, what the line must say)."""
+
+
+@pytest.mark.parametrize("setting", OTHER_SETTINGS)
+def test_a_checkpoint_of_other_settings_is_refused_before_training(setting, finished, monkeypatch, tmp_path):
+    options, said = OTHER_SETTINGS[setting]
+    monkeypatch.chdir(tmp_path)
+    if "other.jsonl" in options:
+        rows = [json.dumps({"input_ids": [1 + index % 300] * 70}) for index in range(2500)]
+        Path("other.jsonl").write_text("\n".join(rows))
+    if "./base" in options:
+        shutil.copytree(base_folder(), "base")
+        weights = load_file("base/model.safetensors")
+        save_file({name: -tensor for name, tensor in weights.items()}, "base/model.safetensors", {"format": "pt"})
+    before = contents(finished)
+    with pytest.raises(CheckpointError) as refused:
+        resume(finished, *options)
+    line = str(refused.value)
+    assert line.startswith(f"{finished}/checkpoint-4 was trained with ") and said in line
+    assert "set it back, choose another output_dir" in line and contents(finished) == before
+
+
+def test_more_steps_another_batch_and_learning_rate_are_fine_and_said_in_one_line(run, caplog):
+    caplog.set_level("INFO", logger="cream_peft")
+    changes = ["--max_steps", "5", "--save_steps", "1", "--logging_steps", "1", "--dataloader_num_workers", "1"]
+    assert resume(run, *changes).loss is not None
+    assert "was trained with" not in caplog.text
+    changes = ["--max_steps", "6", "--per_device_train_batch_size", "1", "--learning_rate", "0.1"]
+    assert resume(run, *changes).loss is not None
+    (line,) = (message for message in caplog.messages if "was trained with" in message)
+    assert "learning_rate=0.01, now 0.1; per_device_train_batch_size=2, now 1" in line
+    # What that line says.
+    groups = torch.load(run / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {0.01}
+
+
+def test_a_checkpoint_that_says_less_is_resumed(run):
+    """As earlier versions wrote them."""
+    shutil.rmtree(run / "checkpoint-4")
+    path = run / "checkpoint-2" / "cream.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in content.items() if k not in ("run_id", "data", "adapter_sha256")}))
+    before = load_file(run / "adapter_model.safetensors")
+    assert resume(run).loss is not None
+    assert_equal(load_file(run / "adapter_model.safetensors"), before)
+
+
+def interrupt(*arguments, **keywords):
+    raise KeyboardInterrupt
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)
+
+
+EPOCHS = ["--max_steps", "-1", "--num_train_epochs", "2", "--max_documents", "6"]
+SETUPS = {
+    "steps": [],
+    "a last checkpoint between two": ["--save_steps", "3"],
+    "epochs": [*EPOCHS, "--save_strategy", "epoch"],
+    "the best model": ["--held_out_documents", "4", "--eval_strategy", "steps", "--eval_steps", "2",
+                       "--load_best_model_at_end", "true"],
+    "no checkpoints": ["--save_strategy", "no"],
+    "a stream": ["--dataset_streaming", "true", "--dataset_name", "documents.jsonl"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_finished_run_is_not_trained_further(setup, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("documents.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(9)))
+    folder = tmp_path / "run"
+    steps = train(folder, *SETUPS[setup]).steps
+    before = contents(folder)
+    caplog.set_level("INFO", logger="cream_peft")
+    summary = resume(folder, *SETUPS[setup])
+    assert (summary.steps, summary.loss) == (steps, None) and contents(folder) == before
+    assert f"finished at step {steps} of {steps}" in caplog.text
+
+
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "cream.json", "base_config/config.json"])
+def test_a_final_save_that_is_missing_is_written_from_the_last_checkpoint(lost, run):
+    before = contents(run)
+    (run / lost).unlink()
+    assert resume(run).loss is None
+    assert contents(run).keys() == before.keys()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "base_config/config.json"):
+        assert (run / name).read_bytes() == before[Path(name)]
+    assert Record.read(run, "run").steps == 4
+
+
+def test_an_earlier_runs_adapter_is_not_taken_for_the_final_save(run, tmp_path):
+    """As after a kill between the last checkpoint and the final save of a run that overwrites another."""
+    other = ["--learning_rate", "0.001"]
+    train(tmp_path / "other", *other)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.rmtree(run / name)
+        shutil.copytree(tmp_path / "other" / name, run / name)
+    assert resume(run, *other).loss is None
+    assert adapter_sha256(run) == adapter_sha256(tmp_path / "other")
+
+
+PARTS = ["adapter_model.safetensors", "adapter_config.json", "base_config/config.json", "cream.json", "optimizer.pt",
+         "scheduler.pt", "rng_state.pth", "trainer_state.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_checkpoint_without_a_part_is_passed_over(part, damage, run, caplog):
+    file = run / "checkpoint-4" / part
+    assert newest_checkpoint(run).step == 4  # control
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    os.utime(run / "checkpoint-4")
+    assert newest_checkpoint(run).step == 2
+    (line,) = caplog.messages
+    assert line.startswith(f"passed over: {run}/checkpoint-4 ") and Path(part).stem in line
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 .*choose another checkpoint"):
+        train(run, "--resume_from_checkpoint", str(run / "checkpoint-4"))
+
+
+def test_of_models_alone_no_optimizer_is_asked(tmp_path):
+    train(tmp_path, "--save_only_model", "true")
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path, only_model=True).step == 4
+    assert resume(tmp_path, "--save_only_model", "true").loss is None
+
+
+def test_deleting_from_a_checkpoint_does_not_make_it_the_newest(run):
+    (run / "checkpoint-2" / "tokenizer.json").unlink()
+    assert (run / "checkpoint-2").stat().st_mtime_ns > (run / "checkpoint-4").stat().st_mtime_ns  # control
+    assert newest_checkpoint(run).step == 4
+
+
+def test_a_run_that_overwrites_another_removes_its_checkpoints_with_its_own_first(run, monkeypatch, caplog):
+    before = contents(run)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(CREAMTrainer, "training_step", interrupt)
+        train(run, "--seed", "3")
+    assert contents(run) == before
+    train(run, "--max_steps", "3", "--save_steps", "1", "--seed", "3")
+    assert "holds an earlier run, which is overwritten" in caplog.text
+    found = [Checkpoint.open(path) for path in checkpoint_folders(run)]
+    assert [one.step for one in found] == [1, 2, 3] and {one.record.seed for one in found} == {3}
+    # One that is resumed, here with other save_steps, keeps its own, up to where it is resumed.
+    changed = ["--max_steps", "3", "--save_steps", "3", "--seed", "3"]
+    train(run, *changed, "--resume_from_checkpoint", str(run / "checkpoint-1"))
+    assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_the_newest_checkpoint_is_of_the_last_run_not_of_the_one_it_overwrote(run, tmp_path):
+    """Where an earlier version left both."""
+    train(tmp_path / "other", "--max_steps", "3", "--save_steps", "1")
+    for step in (2, 1, 3):  # copied without their times
+        shutil.copytree(tmp_path / "other" / f"checkpoint-{step}", run / f"checkpoint-{step}", dirs_exist_ok=True)
+        (run / f"checkpoint-{step}" / "trainer_state.json").touch()
+    (run / "checkpoint-1" / "trainer_state.json").touch()
+    assert newest_checkpoint(run).step == 3
+
+
+@pytest.mark.parametrize("stopped_at", range(8))
+def test_a_final_save_that_is_killed_leaves_no_mixture(stopped_at, finished, tmp_path, monkeypatch):
+    older = {name: f"older {name}".encode() for name in ("adapter_model.safetensors", "adapter_config.json", "x.jinja")}
+    older |= {"cream.json": b"{}", "mine.txt": b"stays"}
+    for name, content in older.items():
+        (tmp_path / name).write_bytes(content)
+    calls, replace = [], os.replace
+
+    def stop(*names):
+        if len(calls) == stopped_at:
+            raise KeyboardInterrupt
+        calls.append(names)
+        replace(*names)
+
+    def save():
+        with saved_whole(tmp_path) as aside:
+            shutil.copytree(finished, aside, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
+            assert {name: (tmp_path / name).read_bytes() for name in older} == older
+
+    monkeypatch.setattr(os, "replace", stop)
+    if stopped_at < 7:
+        with pytest.raises(KeyboardInterrupt):
+            save()
+        with pytest.raises(AdapterError, match=r"has no"):
+            Record.read(tmp_path, "run")
+        assert not (tmp_path / "cream.json").exists()
+    else:
+        save()
+        assert Record.read(tmp_path, "run").steps == 4
+        whole = {name: content for name, content in contents(finished).items() if name.parts[0][:5] != "check"}
+        assert contents(tmp_path) == whole | {Path("mine.txt"): b"stays"}
+
+
+def test_weights_beside_another_cream_json_are_wrong(run):
+    assert "wrong" not in {finding.verdict for finding in check_adapter(run)}  # control
+    for folder, other in ((run, run / "checkpoint-2"), (run / "checkpoint-4", run / "checkpoint-2")):
+        shutil.copy(other / "adapter_model.safetensors", folder)
+    assert [finding.item for finding in check_adapter(run) if finding.verdict == "wrong"] == ["cream.json"]
+    assert newest_checkpoint(run).step == 2
+
+
+HOLD = """
+import sys, time
+sys.path[:] = {path!r}
+from pathlib import Path
+from cream_peft.locks import locked
+with locked(Path({lock!r}), "no"):
+    print(flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(lock):
+    """Another process that holds the lock file."""
+    program = HOLD.format(path=sys.path, lock=str(lock))
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_ends_however(run):
+    before = contents(run)
+    process = hold(run / ".lock")
+    with pytest.raises(LockedError, match=r"output_dir=.*another run is training there: wait"):
+        resume(run)
+    process.kill()
+    process.wait()
+    assert (run / ".lock").exists()
+    resume(run)
+    assert contents(run) == before
 
 
 @pytest.mark.slow
@@ -107,3 +390,71 @@ def test_an_evaluation_goes_on_where_it_stopped_and_is_not_replaced_by_another_m
     with pytest.raises(ValueError, match=r"other settings, adapter_sha256 .*choose another --output_dir"):
         evaluate(None, None, {"t": task}, unmeasured(adapter_sha256="another"), **arguments)
     assert Results.read(tmp_path / "r.json") == results and calls == [10, 20, 30, 30]
+    retrained = unmeasured(adapter_sha256="another", samples=2)
+    anew = evaluate(None, None, {"t": task}, retrained, **arguments, overwrite=True)
+    assert calls[4:] == [10, 20, 30] and anew.settings.adapter_sha256 == "another"
+    # What was measured with the same settings is resumed all the same.
+    assert evaluate(None, None, {"t": task}, retrained, **arguments, overwrite=True) == anew and len(calls) == 7
+
+
+EVALUATE = ["evaluate", "--tasks", "kv_retrieval", "--lengths", "256", "--depths", "0.5", "--no_4bit"]
+
+
+def test_all_results_files_are_checked_before_a_model_is_measured(tmp_path, capsys, monkeypatch):
+    common = [*EVALUATE, "--output_dir", str(tmp_path), "--compare"]
+    assert cli.main([*common, "b=cream-peft-tiny+ntk", "--samples", "2"]) == 0
+    loaded = []
+    monkeypatch.setattr(OpenedModel, "load", lambda *_: loaded.append(1) or interrupt())
+    both = ["a=cream-peft-tiny", "b=cream-peft-tiny+ntk", "--samples", "3"]
+    assert cli.main([*common, *both]) == 2 and not loaded
+    said = f"error: {tmp_path}/b.json was measured with other settings, samples (2, now 3): choose another --output_dir"
+    assert capsys.readouterr().err.splitlines()[-1] == said + ", or replace it with --overwrite"
+    before = Results.read(tmp_path / "b.json")
+    assert cli.main([*common, *both, "--overwrite"]) == 130 and loaded  # control
+    assert Results.read(tmp_path / "b.json") == before
+    assert cli.main([*common, "a b=cream-peft-tiny", "a-b=cream-peft-tiny+ntk"]) == 2
+    assert "two labels have one results file (a b, a-b): choose others" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json"]
+
+
+def test_results_that_another_process_writes_are_refused(tmp_path, capsys):
+    process = hold(tmp_path / ".m.json.lock")
+    assert cli.main([*EVALUATE, "--output_dir", str(tmp_path), "--compare", "m=cream-peft-tiny"]) == 2
+    assert f"{tmp_path}/m.json is being written by another `cream-peft evaluate`: wait" in capsys.readouterr().err
+    process.kill()
+    process.wait()
+
+
+def test_a_failing_data_set_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("none.jsonl", "o/none"):
+        assert cli.main(["train", *SHORT, "--dataset_name", name, "--output_dir", "run"]) == 2
+        assert name in capsys.readouterr().err.splitlines()[-1] and not Path("run").exists()
+    Path("run").mkdir()
+    assert cli.main(["train", *SHORT, "--dataset_name", name, "--output_dir", "run"]) == 2
+    assert Path("run").exists()  # control: it was there before
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("command", ["train", "evaluate", "chat"])
+def test_a_signal_ends_every_command_as_ctrl_c_does(command, number, code, monkeypatch, capsys):
+    def stay(arguments):
+        signal.raise_signal(number)
+        time.sleep(5)
+        raise AssertionError("the command went on")
+
+    def unhandled(*arguments):
+        raise AssertionError("the signal would have killed the command")
+
+    earlier = {number: signal.signal(number, unhandled) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setitem(cli.COMMANDS, command, stay)
+    try:
+        assert cli.main([command]) == code
+        assert signal.getsignal(signal.SIGTERM) is unhandled
+        assert re.fullmatch(r"interrupted(, .* resumes.*)?\n", capsys.readouterr().err)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        monkeypatch.setitem(cli.COMMANDS, command, lambda arguments: signal.raise_signal(signal.SIGHUP))
+        assert cli.main([command]) == 0
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -29,6 +29,7 @@ class EvaluateOptions:
     base_model: str | None = None
     load_in_4bit: bool = True
     kv_cache: str = "auto"
+    overwrite: bool = False
     depths: list[float] | None = None
     """This option and those below are of single tasks; None: the task's default."""
     keys: int | None = None
@@ -96,5 +97,6 @@ def add_options(parser: CommandParser) -> None:
     parser.option("kv_cache", "auto: 16-bit where it fits, else quantized", choices=caches, default="auto")
     parser.option("dump-prompts", "write the prompts, measure nothing", metavar="DIR")
     parser.option("output_dir", "folder of the results", default="runs/evaluate")
+    parser.option("overwrite", "replace results measured with other settings", action="store_true")
     parser.option("details", "also print accuracy by depth, intervals, differences", action="store_true")
     parser.option("paper", "print what the paper reports for the same tasks", action="store_true")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
+from ..locks import locked
 from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
 from ..plan.memory import Reading
@@ -21,17 +23,34 @@ from .results import Cell, Results, file_name
 from .tasks import TASKS, Task
 
 
-def _refuse_other_settings(path: Path, earlier: Results, now: Results, tasks: Iterable[str]) -> None:
-    """A ValueError that names what differs between the results in a file and those that would be added to it."""
+def _differing(earlier: Results, now: Results, tasks: Iterable[str]) -> list[str]:
+    """What differs between the results in a file and those that would be added to it, in words."""
     found, wanted = (_flat(one.asdict(), set(tasks) & {cell.task for cell in earlier.cells}) for one in (earlier, now))
-    differing = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-    if earlier.cells and differing:
-        was, new = found.get(differing[0]), wanted.get(differing[0])
-        told = f" ({was}, now {new})" if isinstance(new, int | str | list) else ""
-        told = " (the adapter was trained again)" if differing[0] == "adapter_sha256" else told
+    differing = []
+    for key in {**wanted, **found} if earlier.cells else ():
+        was, new = found.get(key), wanted.get(key)
+        if was != new:
+            told = f" ({was}, now {new})" if isinstance(new, int | str | list) else ""
+            differing.append(key + (" (the adapter was trained again)" if key == "adapter_sha256" else told))
+    return differing
+
+
+def _with_earlier(results: Results, path: Path, tasks: Iterable[str], overwrite: bool, unknown: str = "") -> Results:
+    """`results` with what is at `path` already, if that was measured with the same settings; `unknown` begins those
+    that are not known yet. Else a ValueError, or with `overwrite` nothing of what is there."""
+    if not path.is_file():
+        return results
+    earlier = Results.read(path)
+    differing = [told for told in _differing(earlier, results, tasks) if not unknown or not told.startswith(unknown)]
+    if differing and overwrite:
+        return results
+    if differing:
         raise ValueError(
-            f"{path} was measured with other settings, {differing[0]}{told}: choose another --output_dir, or delete it"
+            f"{path} was measured with other settings, {differing[0]}: choose another --output_dir, or replace it "
+            "with --overwrite"
         )
+    both = earlier.settings.options | results.settings.options
+    return replace(results, settings=replace(results.settings, options=both), cells=list(earlier.cells))
 
 
 def _flat(content: dict[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
@@ -51,21 +70,19 @@ def evaluate(
     lengths: list[int],
     samples: int,
     options: Mapping[str, dict[str, Any]] | None = None,
+    overwrite: bool = False,
 ) -> Results:
     """Measure every task at every length (tokens) and return the results, written to `path` after each cell.
 
     `results` says of which model and with which settings; a file at `path` of the same is resumed, and its other tasks
-    and lengths stay. `options`: task -> keyword arguments of its own.
+    and lengths stay. `options`: task -> keyword arguments of its own. `overwrite`: replace a file that was measured
+    with other settings, once the first cell is measured.
 
     Raises:
-        ValueError: if the file at `path` was measured otherwise: nothing that was measured is thrown away.
+        ValueError: if the file at `path` was measured otherwise, without `overwrite`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        earlier = Results.read(path)
-        _refuse_other_settings(path, earlier, results, tasks)
-        both = earlier.settings.options | results.settings.options
-        results = replace(results, settings=replace(results.settings, options=both), cells=list(earlier.cells))
+    results = _with_earlier(results, path, tasks, overwrite)
     pending = [(name, length) for name in tasks for length in lengths]
     # By tokens, not by cells: one at 32K takes as long as eight at 4K.
     total = sum(length for _, length in pending)
@@ -110,15 +127,16 @@ def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
         if options.lengths is None and (options.keys or options.lines):
             # So many keys are as long as they are; the longest length has room for them.
             lengths = [target]
+        if not lengths:
+            raise ValueError(f"{model.spec.name} has a window of {window:,} tokens, above its target: set --lengths")
         found.append((model, lengths))
     return found
 
 
-def _measure(opened: OpenedModel, lengths: list[int], options: EvaluateOptions, documents: list[str] | None) -> Results:
-    model, tokenizer = opened.load()
-    longest, kv_cache = max(lengths), options.kv_cache
-    if kv_cache == "auto":
-        kv_cache = fitting_kv_cache(opened.config, longest)
+def _planned(
+    opened: OpenedModel, longest: int, options: EvaluateOptions, kv_cache: str
+) -> tuple[Results, dict[str, dict[str, Any]]]:
+    """What the results will say of the model and of how it is asked, and the options of each task."""
     shown = {task: options.of_task(task) for task in options.tasks}
     for task in shown:
         if "chunk_length" in TASKS[task].options:
@@ -126,24 +144,55 @@ def _measure(opened: OpenedModel, lengths: list[int], options: EvaluateOptions, 
     if "perplexity" in shown:
         # Every length scores the same documents.
         shown["perplexity"]["min_tokens"] = longest
+    settings = replace(opened.settings, samples=options.samples, machine=machine(), options=shown)
+    adapter = opened.spec.name if opened.adapter else None
+    return Results(opened.base, adapter, versions(), options.seed, settings), shown
+
+
+def _measure(
+    opened: OpenedModel, lengths: list[int], options: EvaluateOptions, documents: list[str] | None, path: Path
+) -> Results:
+    model, tokenizer = opened.load()
+    longest, kv_cache = max(lengths), options.kv_cache
+    if kv_cache == "auto":
+        kv_cache = fitting_kv_cache(opened.config, longest)
+    results, shown = _planned(opened, longest, options, kv_cache)
     given = {
         task: own | ({"text": documents} if documents and task == "perplexity" else {}) for task, own in shown.items()
     }
-    settings = replace(opened.settings, samples=options.samples, machine=machine(), options=shown)
-    adapter = opened.spec.name if opened.adapter else None
-    results = Results(opened.base, adapter, versions(), options.seed, settings)
-    tasks, path = {name: TASKS[name] for name in options.tasks}, Path(options.output_dir) / file_name(opened.spec.label)
+    common: dict[str, Any] = {"lengths": lengths, "samples": options.samples, "overwrite": options.overwrite}
+    tasks = {name: TASKS[name] for name in options.tasks}
     reading = Reading(length=longest, load_in_4bit=options.load_in_4bit, kv_cache=kv_cache)
     with reading_explained(opened.config, reading):
-        return evaluate(model, tokenizer, tasks, results, path, lengths=lengths, samples=options.samples, options=given)
+        return evaluate(model, tokenizer, tasks, results, path, options=given, **common)
 
 
 def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None) -> dict[str, Results]:
     """Label -> results of every model in `options.compare`, each kept in its own file of `options.output_dir`.
 
     `documents`: the texts that `options.text` names, where it is a data set.
+
+    Raises:
+        ValueError: before any model is measured, if two have one file, or a file was measured with other settings.
+        LockedError: if another process writes one of the files.
     """
-    return {opened.spec.label: _measure(opened, lengths, options, documents) for opened, lengths in _opened(options)}
+    found = _opened(options)
+    files = {opened.spec.label: Path(options.output_dir) / file_name(opened.spec.label) for opened, _ in found}
+    if len(set(files.values())) < len(files):
+        raise ValueError(f"two labels have one results file ({', '.join(files)}): choose others, LABEL=MODEL")
+    with ExitStack() as locks:
+        for path in files.values():
+            refusal = f"{path} is being written by another `cream-peft evaluate`: wait, or choose another --output_dir"
+            locks.enter_context(locked(path.with_name(f".{path.name}.lock"), refusal))
+        for opened, lengths in found:
+            planned, _ = _planned(opened, max(lengths), options, options.kv_cache)
+            # Which cache fits is known once the model is loaded.
+            unknown = "kv_cache of " if options.kv_cache == "auto" else ""
+            _with_earlier(planned, files[opened.spec.label], options.tasks, options.overwrite, unknown)
+        return {
+            opened.spec.label: _measure(opened, lengths, options, documents, files[opened.spec.label])
+            for opened, lengths in found
+        }
 
 
 def write_prompts(options: EvaluateOptions, folder: Path) -> None:

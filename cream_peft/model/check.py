@@ -79,6 +79,13 @@ def _private_files(folder: Path) -> list[Finding]:
     return [Finding("other files", "wrong", f"{PRIVATE_FILE} may hold tokens and paths: remove it before sharing")]
 
 
+def _mixture(folder: Path, record: Record) -> list[Finding]:
+    """What is wrong with weights that were put beside another adapter's cream.json."""
+    if record.is_of(folder):
+        return []
+    return [Finding("cream.json", "wrong", "was written for other weights than those beside it: get the adapter again")]
+
+
 def _check_merged(folder: Path, record: Record) -> list[Finding]:
     config, target = rope.load_base_config(folder / "config.json"), record.target_length
     scaling = record.rope_scaling_type
@@ -128,6 +135,7 @@ def check_adapter(
         Finding("extended", "ok", f"{record.pretrained_window:,} to {record.target_length:,} tokens"),
         Finding("RoPE trained with", "ok", describe_rope(trained, record.rope_scaling_type)),
         check_weights(adapter.folder / "adapter_model.safetensors"),
+        *_mixture(adapter.folder, record),
         _tokenizer(adapter.tokenizer, trained),
         *_private_files(adapter.folder),
         load,

@@ -93,7 +93,11 @@ class Record:
     dtype: str | None = None
     """Of a whole model's weights."""
     adapter_sha256: str | None = None
-    """Of the adapter that a merged model is made of; of the weights of a model trained as a whole."""
+    """Of the adapter's weights; of a merged model, of those that it is made of; of all weights that were trained."""
+    run_id: str | None = None
+    """The same in all that one training run saved, also when it was resumed."""
+    data: str | None = None
+    """What tells the training documents from others: their number and a digest, or a name."""
     format: int = FORMAT
 
     @classmethod
@@ -137,6 +141,12 @@ class Record:
         if self.rope_scaling_type not in (None, *ROPE_SCALING_TYPES):
             wrong, allowed = _shown(self.rope_scaling_type), ", ".join(ROPE_SCALING_TYPES)
             raise ValueError(f"rope_scaling_type is {wrong}, and must be null or one of {allowed}")
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether it was written for the weights in `folder`, as far as it says."""
+        if self.merged and not self.full:
+            return True
+        return self.adapter_sha256 in (None, model_sha256(folder) if self.full else adapter_sha256(folder))
 
     def write(self, folder: Path) -> None:
         """Write it to <folder>/cream.json, without tokens and local paths."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedConfig, PrinterCallback, ProgressCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from ..locks import locked
 from ..model.base import base_options, load_base, load_tokenizer, lora_config
-from ..model.record import peak_gib
+from ..model.record import AdapterError, Record, peak_gib
 from ..publish.push import PushError
 from ..rope import pretrained_window
+from ..terminal import is_first_process
+from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
 from .config import Lengths
 from .data import load_data, summary_of
 from .machine import base_config, check_machine, memory_explained, refuse_separate_runs
@@ -32,8 +35,8 @@ class RunSummary:
 
     output_dir: str
     steps: int
-    loss: float
-    """Mean over the run, in nats per token."""
+    loss: float | None
+    """Mean over the steps of this run, in nats per token; None if it was finished already."""
     seconds: float
     peak_gib: float | None
     """None without a GPU."""
@@ -75,47 +78,20 @@ def _load_tokenizer(recipe: Recipe, name: str) -> Any:
     return tokenizer
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint-N in `folder`; trainer_state.json is written last.
-
-    By time, as transformers deletes them: a checkpoint of an earlier run in this folder may have a higher number.
-    """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+@contextmanager
+def _locked_output(folder: Path) -> Generator[None]:
+    """Before anything is downloaded or trained, find out whether the adapter can be written, and that nobody else is
+    training there."""
+    if not is_first_process():
+        yield
+        return
+    with ExitStack() as stack:
+        refusal = f"output_dir={folder}: another run is training there: wait until it has ended, or choose another"
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s is incomplete: it is not used", path)
-            continue
-        return path
-    return None
-
-
-def _checkpoint(wanted: str | None, folder: Path) -> str | None:
-    """The checkpoint to resume from: `resume_from_checkpoint` names a folder, or is true for the newest in `folder`."""
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        found = newest_checkpoint(folder)
-        logger.info(f"resuming from {found}" if found else f"no checkpoint in {folder} yet: starting from step 0")
-        return str(found) if found else None
-    if not Path(wanted).is_dir():
-        raise RecipeError(f"resume_from_checkpoint={wanted}: no such folder")
-    return str(wanted)
-
-
-def _make_output_dir(folder: Path, resuming: bool) -> None:
-    """Before anything is downloaded or trained, find out whether the adapter can be written."""
-    if not resuming and (newest_checkpoint(folder) or (folder / "cream.json").exists()):
-        logger.warning(
-            "%s holds an earlier run, which is overwritten; --resume_from_checkpoint true resumes it", folder
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"output_dir={folder} cannot be made ({error.strerror}): choose another") from error
-    if not os.access(folder, os.W_OK):
-        raise RecipeError(f"output_dir={folder} cannot be written to: choose another")
+            stack.enter_context(locked(folder / ".lock", refusal))
+        except OSError as error:
+            raise RecipeError(f"output_dir={folder} cannot be written to ({error.strerror}): choose another") from error
+        yield
 
 
 def _check_reporting(recipe: Recipe) -> None:
@@ -138,18 +114,23 @@ def _check_reporting(recipe: Recipe) -> None:
 
 
 def run_recipe(recipe: Recipe) -> RunSummary:
-    """Train the recipe's adapter and save it complete in output_dir."""
+    """Train the recipe's adapter and save it complete in output_dir; nothing is done where that is done already."""
     if recipe.run.model_init_kwargs:
         raise RecipeError("model_init_kwargs is for Python: a recipe has dtype, attn_implementation, model_revision")
     _check_reporting(recipe)
-    config, folder = base_config(recipe), Path(str(recipe.run.output_dir))
-    lengths = recipe.run.resolve(pretrained_window(config))
+    config, folder, run = base_config(recipe), Path(str(recipe.run.output_dir)), recipe.run
+    lengths = run.resolve(pretrained_window(config))
     check_machine(recipe, config)
-    refuse_separate_runs(recipe.run)
-    checkpoint = _checkpoint(recipe.run.resume_from_checkpoint, folder)
-    _make_output_dir(folder, checkpoint is not None)
-    with memory_explained(recipe, config):
+    refuse_separate_runs(run)
+    with _locked_output(folder), memory_explained(recipe, config):
+        checkpoint = find_checkpoint(run.resume_from_checkpoint, folder, run.save_only_model)
         trainer = _make_trainer(recipe, config, lengths)
+        if checkpoint is None and (checkpoint_folders(folder) or (folder / "cream.json").exists()):
+            if wants_newest(run.resume_from_checkpoint) and run.max_steps > 0 and _is_saved(trainer, run.max_steps):
+                return _summary(trainer, run.max_steps)
+            logger.warning(
+                "%s holds an earlier run, which is overwritten; --resume_from_checkpoint true resumes it", folder
+            )
         return _train_and_save(trainer, checkpoint)
 
 
@@ -200,9 +181,23 @@ def _announce(trainer: CREAMTrainer) -> None:
     logger.info(f"on {summary_of(documents, run.context_length or 0, examples)}")
 
 
-def _train_and_save(trainer: CREAMTrainer, checkpoint: str | None) -> RunSummary:
+def _is_saved(trainer: CREAMTrainer, steps: int) -> bool:
+    """Whether output_dir holds the whole adapter of this run, of so many steps or more."""
+    folder = Path(str(trainer.args.output_dir))
+    try:
+        record = Record.read(folder, str(folder))
+    except AdapterError:
+        return False
+    # Without checkpoints, the settings say whether it is this run's.
+    is_own = record.run_id == trainer.run_id if trainer.run_id else difference(folder, record, trainer) is None
+    return is_own and record.steps >= steps
+
+
+def _train_and_save(trainer: CREAMTrainer, checkpoint: Checkpoint | None) -> RunSummary:
     output_dir = str(trainer.args.output_dir)
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    output = trainer.train(str(checkpoint.folder) if checkpoint else None)
+    if checkpoint and output.global_step == checkpoint.step and _is_saved(trainer, checkpoint.step):
+        return _summary(trainer, checkpoint.step)
     try:
         trainer.save_model()
     except PushError as error:
@@ -212,11 +207,18 @@ def _train_and_save(trainer: CREAMTrainer, checkpoint: str | None) -> RunSummary
         ) from error
     if trainer.base_is_local():
         logger.warning("the base is a local folder: before sharing the adapter set base_model_id, its Hub id")
+    return _summary(trainer, output.global_step, output.training_loss)
+
+
+def _summary(trainer: CREAMTrainer, steps: int, loss: float | None = None) -> RunSummary:
     collator: Any = trainer.data_collator
+    if trainer.state.global_step == trainer.resumed_step:
+        loss = None
+        logger.info(f"finished at step {steps:,} of {trainer.state.max_steps or steps:,}: nothing is left to train")
     return RunSummary(
-        output_dir=output_dir,
-        steps=output.global_step,
-        loss=output.training_loss,
+        output_dir=str(trainer.args.output_dir),
+        steps=steps,
+        loss=loss,
         seconds=trainer.seconds or 0.0,
         peak_gib=peak_gib(),
         redrawn=collator.redrawn(),

@@ -32,6 +32,7 @@ from ..model.record import (
     BASE_FOLDER,
     Positions,
     Record,
+    adapter_sha256,
     machine,
     model_sha256,
     peak_gib,
@@ -40,11 +41,11 @@ from ..model.record import (
 )
 from ..positions import SIGMA_PER_FACTOR
 from ..publish.card import write_card
+from .checkpoints import ResumingTrainer, saved_whole
 from .collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
 from .data import fit_short_documents, prepare_columns, refuse_empty, training_chat_template
 from .preflight import check_positions
-from .publishing import PublishingTrainer
 from .watch import StopIfNotFinite, digest, refuse_useless
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class _SetEpoch(TrainerCallback):
         self.epoch += 1
 
 
-class CREAMTrainer(PublishingTrainer):
+class CREAMTrainer(ResumingTrainer):
     """SFTTrainer whose training examples are draws of CREAM positions (arXiv 2406.07138) from whole documents.
 
     It takes SFTTrainer's arguments (`kwargs` are passed on), with a CREAMConfig. What it changes: the base's RoPE is
@@ -298,29 +299,33 @@ class CREAMTrainer(PublishingTrainer):
             seed=args.seed,
             versions=versions(),
             recipe=self.recipe,
+            run_id=self.run_id,
+            data=self.data_identity,
             merged=is_full,
             full=is_full,
             dtype=str(self.model.dtype).removeprefix("torch.") if is_full else None,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        make_tokenizer_readable(folder, self.lengths.target_length)
-        record = self.describe()
-        if record.full:
-            record = replace(record, adapter_sha256=model_sha256(folder))
-            own = {"dtype": record.dtype, "architectures": [type(self.accelerator.unwrap_model(self.model)).__name__]}
-            write_json(folder / "config.json", rope.published_config(self.scaled_config) | own)
-        else:
-            rope.save_base_config(self.scaled_config, folder)
-        record.name_base_in(folder)
-        record.write(folder)
-        if record.base_is_local:
-            base = Path(self.unwrapped_config()._name_or_path).absolute()
-            (folder / BASE_FOLDER).write_text(f"{base}\n", encoding="utf-8")
-        write_card(folder, record, self.published_name())
+        with saved_whole(Path(output_dir or str(self.args.output_dir)), self.args.should_save) as folder:
+            super()._save(str(folder), state_dict)
+            if not self.args.should_save:
+                return
+            # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            make_tokenizer_readable(folder, self.lengths.target_length)
+            record = self.describe()
+            if record.full:
+                kind = type(self.accelerator.unwrap_model(self.model)).__name__
+                own = {"dtype": record.dtype, "architectures": [kind]}
+                write_json(folder / "config.json", rope.published_config(self.scaled_config) | own)
+            else:
+                rope.save_base_config(self.scaled_config, folder)
+            digest = model_sha256(folder) if record.full else adapter_sha256(folder)
+            record = replace(record, adapter_sha256=digest)
+            record.name_base_in(folder)
+            record.write(folder)
+            if record.base_is_local:
+                base = Path(self.unwrapped_config()._name_or_path).absolute()
+                (folder / BASE_FOLDER).write_text(f"{base}\n", encoding="utf-8")
+            write_card(folder, record, self.published_name())

@@ -39,7 +39,7 @@ class StopIfNotFinite(TrainerCallback):
 
 def digest(model: nn.Module) -> list[tuple[float, float]]:
     """Two sums over each trained parameter, which tell whether it has changed."""
-    trained = [p.detach().float() for p in model.parameters() if p.requires_grad]
+    trained = (p.detach().float() for p in model.parameters() if p.requires_grad)
     return [(p.sum(dtype=torch.float64).item(), p.abs().sum(dtype=torch.float64).item()) for p in trained]
 
 

@@ -1,0 +1,312 @@
+"""Checkpoints that are whole and of this run, and adapters that are saved whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Record, is_adapter
+from .collator import ROW_COLUMN
+from .config import CREAMConfig
+from .publishing import PublishingTrainer
+
+logger = logging.getLogger(__name__)
+
+ASIDE = ".saving"
+STATE = "trainer_state.json"
+TRAINING_FILES = ["optimizer*", "scheduler.pt", "rng_state*.pth"]
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "*.jinja")
+"""What an earlier save may have left that the new one has not."""
+SAMPLED_ROWS = 16
+FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights")
+FREE_FIELDS += ("auto_mapping", "peft_version", "task_type")
+"""Of adapter_config.json: what may differ when a run is resumed."""
+OPTIONAL = ("model_name_or_path", "model_revision", "context_length", "sigma", "short_documents", "seed", "data_seed")
+OPTIONAL += ("dataset_name",)
+"""What an earlier version may not have recorded: compared where both runs say it."""
+KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+"""What may change too, with one line that says so."""
+ROUNDING = 0.01
+"""Of a base's values, relative; rounding to bfloat16 changes them by at most 0.004."""
+START_ANEW = "set it back, choose another output_dir, or train anew without resume_from_checkpoint"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not whole, or of another run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: all that training resumes from is there and can be read."""
+
+    folder: Path
+    record: Record
+    state: dict[str, Any]
+    """The content of trainer_state.json."""
+
+    @property
+    def step(self) -> int:
+        return int(self.state["global_step"])
+
+    @classmethod
+    def open(cls, folder: Path, only_model: bool = False) -> Checkpoint:
+        """The checkpoint in `folder`; with `only_model` it needs no optimizer, scheduler and random states.
+
+        Raises:
+            CheckpointError: a part that is missing or damaged.
+        """
+        is_full = (folder / "config.json").is_file() and not is_adapter(folder)
+        # DeepSpeed keeps its optimizer and scheduler in a folder of its own.
+        wanted = TRAINING_FILES[2:] if any(folder.glob("global_step*")) else TRAINING_FILES
+        needed = [*MERGED_FILES, "*.safetensors"] if is_full else REQUIRED_FILES
+        for pattern in [*needed, *([] if only_model else wanted), STATE]:
+            if not any(folder.glob(pattern)):
+                raise CheckpointError(f"{folder} has no {pattern.replace('*', '')}")
+        state_file, base_file = folder / STATE, folder / "base_config" / "config.json"
+        read = [state_file, *([] if is_full else [base_file])]
+        read += [file for pattern in wanted for file in sorted(folder.glob(pattern)) if file.is_file()]
+        try:
+            record = Record.read(folder, str(folder))
+        except ValueError as error:
+            raise CheckpointError(f"{folder} is damaged: {error}") from error
+        if not record.is_of(folder):
+            raise CheckpointError(f"{folder} has other weights than those that its {FILE} was written for")
+        for file in read:
+            try:
+                if file.suffix == ".json":
+                    json.loads(file.read_text(encoding="utf-8"))
+                else:
+                    zipfile.ZipFile(file).close()
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise CheckpointError(f"{folder} has a damaged {file.relative_to(folder)} ({error})") from error
+        return cls(folder, record, json.loads(state_file.read_text(encoding="utf-8")))
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders checkpoint-N, by N."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def newest_checkpoint(folder: Path, only_model: bool = False) -> Checkpoint | None:
+    """The last whole checkpoint of the last run in `folder`; one line says which were passed over, and why."""
+    whole, passed_over = [], []
+    for path in checkpoint_folders(folder):
+        try:
+            whole.append(Checkpoint.open(path, only_model))
+        except CheckpointError as error:
+            passed_over.append(str(error))
+    if passed_over:
+        logger.warning("passed over: %s", "; ".join(passed_over))
+    if not whole:
+        return None
+    # The time of this file: deleting from a folder renews the folder's.
+    last = max(whole, key=lambda found: (found.folder / STATE).stat().st_mtime_ns)
+    own = [found for found in whole if found.record.run_id and found.record.run_id == last.record.run_id]
+    return max(own, key=lambda found: found.step) if own else last
+
+
+def wants_newest(wanted: Any) -> bool:
+    """Whether resume_from_checkpoint=`wanted` names no folder, but asks for the newest checkpoint."""
+    return str(wanted).lower() == "true"
+
+
+def find_checkpoint(wanted: Any, folder: Path, only_model: bool = False) -> Checkpoint | None:
+    """The checkpoint to resume from: `wanted` names a folder, or is true for the newest in `folder`.
+
+    Raises:
+        CheckpointError: a folder that is not there, or no whole checkpoint.
+    """
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if wants_newest(wanted):
+        found = newest_checkpoint(folder, only_model)
+        logger.info(f"resuming from {found.folder}" if found else f"no checkpoint in {folder} yet")
+        return found
+    if not Path(wanted).is_dir():
+        raise CheckpointError(f"resume_from_checkpoint={wanted}: no such folder")
+    try:
+        return Checkpoint.open(Path(wanted), only_model)
+    except CheckpointError as error:
+        raise CheckpointError(f"resume_from_checkpoint: {error}: choose another checkpoint") from error
+
+
+def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
+    """Key of a recipe -> what a run must not change when it is resumed; None where it is not known."""
+    positions = record.positions
+    return {
+        # The name of a local folder says nothing; the fingerprint does.
+        "model_name_or_path": None if record.base_is_local else record.base_model,
+        "model_revision": record.base_revision,
+        "load_in_4bit": record.load_in_4bit,
+        "use_peft": bool(adapter),
+        "rope_scaling_type": record.rope_scaling_type or "none",
+        "target_length": record.target_length,
+        "context_length": positions.context_length,
+        "position_strategy": positions.strategy,
+        "sigma": positions.sigma,
+        "short_documents": positions.short_documents,
+        "seed": record.seed,
+        "data_seed": positions.seed,
+        **{
+            f"lora_{key}" if key in ("r", "target_modules", "modules_to_save") else key: value
+            for key, value in adapter.items()
+            if key not in FREE_FIELDS
+        },
+        "dataset_name": record.data,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, the order of names aside, which PEFT keeps in sets."""
+    if isinstance(value, set | list | tuple):
+        return sorted(map(str, value))
+    return getattr(value, "value", value)
+
+
+def difference(folder: Path, record: Record, trainer: ResumingTrainer) -> str | None:
+    """What the run that left `folder` and `record` had and `trainer` has otherwise, in words; None if nothing."""
+    now, file = trainer.describe(), folder / "adapter_config.json"
+    config = getattr(trainer.accelerator.unwrap_model(trainer.model), "active_peft_config", None)
+    adapter = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ours = config.to_dict() if config else {}
+    was, new = _settings(record, adapter), _settings(now, ours)
+    for key in (key for key in new if key in was):
+        one, other = _plain(was[key]), _plain(new[key])
+        if one != other and (key not in OPTIONAL or None not in (one, other)):
+            return f"{key}={one}, now {other}"
+    one, other = (
+        found if isinstance(found, dict) else {"embeddings": found}
+        for found in (record.base_fingerprint, now.base_fingerprint)
+    )
+    for name in (name for name in one if name in other):
+        for was_value, value in zip(one[name], other[name], strict=False):
+            if not math.isclose(was_value, value, rel_tol=ROUNDING, abs_tol=1e-7):
+                return f"another base in model_name_or_path ({name} {was_value}, now {value})"
+    return None
+
+
+def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(CREAMConfig)}
+    recipe = checkpoint.record.recipe
+    pairs = [(key, recipe.get(key, defaults[key]), getattr(args, key)) for key in KEPT_SETTINGS if recipe]
+    changed = [f"{key}={was}, now {new}" for key, was, new in pairs if was not in (None, new)]
+    if changed:
+        logger.warning(
+            "%s was trained with %s; the optimizer keeps the learning rate that it was saved with",
+            checkpoint.folder, "; ".join(changed),
+        )  # fmt: skip
+
+
+def rows_identity(dataset: Any) -> str | None:
+    """The number of rows and a digest of some of them; None of a stream."""
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return None
+    digest = sha256()
+    for index in np.linspace(0, len(dataset) - 1, SAMPLED_ROWS).astype(int).tolist():
+        row = dataset[index]
+        for column in sorted(set(row) - {ROW_COLUMN}):
+            digest.update(column.encode() + json.dumps(np.asarray(row[column]).tolist(), default=str).encode())
+    return f"{len(dataset):,} rows, sha256 {digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def saved_whole(folder: Path, is_writer: bool = True) -> Generator[Path]:
+    """Yield a folder beside the files in `folder`; at the end what was written there takes their place.
+
+    A kill leaves the old adapter whole, or no cream.json, which makes a folder complete, but never a mixture.
+    """
+    if not is_writer:
+        yield folder
+        return
+    aside = folder / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    (folder / FILE).unlink(missing_ok=True)
+    for path in (path for pattern in REPLACED for path in folder.glob(pattern)):
+        path.unlink()
+    written = [path for path in aside.rglob("*") if path.is_file()]
+    for path in sorted(written, key=lambda path: path.name == FILE):
+        target = folder / path.relative_to(aside)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(aside)
+
+
+class ResumingTrainer(PublishingTrainer):
+    """A trainer that resumes only a whole checkpoint of its own run, and stops where the run ends."""
+
+    recipe: dict[str, Any]
+    run_id: str | None = None
+    """The same in all that one run saves, resumed or not."""
+    resumed_step = 0
+    _is_first_checkpoint = False
+
+    def describe(self) -> Record:
+        raise NotImplementedError
+
+    @cached_property
+    def data_identity(self) -> str | None:
+        """What tells one set of training documents from another; of a stream its name."""
+        return rows_identity(self.train_dataset) or self.recipe.get("dataset_name")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """Train; `resume_from_checkpoint` is a folder, or true for the newest checkpoint in output_dir.
+
+        Raises:
+            CheckpointError: a checkpoint that is not whole or was trained with other settings; one is named.
+        """
+        folder, only_model = Path(str(self.args.output_dir)), self.args.save_only_model
+        checkpoint = find_checkpoint(resume_from_checkpoint, folder, only_model)
+        self.run_id, self.resumed_step = secrets.token_hex(8), 0
+        if checkpoint:
+            found = difference(checkpoint.folder, checkpoint.record, self)
+            if found:
+                raise CheckpointError(f"{checkpoint.folder} was trained with {found}: {START_ANEW}")
+            _say_what_changed(checkpoint, self.args)
+            self.run_id, self.resumed_step = checkpoint.record.run_id, checkpoint.step
+        self._is_first_checkpoint = True
+        return super().train(str(checkpoint.folder) if checkpoint else None, *args, **kwargs)
+
+    # transformers would train one step more each time a finished run is resumed, and keep the checkpoint's save_steps.
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._is_first_checkpoint:
+            self._is_first_checkpoint = False
+            if self.args.should_save:
+                self._remove_other_checkpoints(Path(self._get_output_dir(trial)))
+            self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _remove_other_checkpoints(self, folder: Path) -> None:
+        """All but those that this run was resumed over: then the highest whole one is always the newest."""
+        for path in checkpoint_folders(folder):
+            try:
+                found = Checkpoint.open(path, self.args.save_only_model)
+            except CheckpointError:
+                found = None
+            if not found or found.record.run_id != self.run_id or found.step > self.resumed_step:
+                shutil.rmtree(path, ignore_errors=True)
