@@ -24,6 +24,7 @@ from ..model.base import (
     load_tokenizer,
     local_snapshot,
     make_tokenizer_readable,
+    resolve_base,
     with_pad_token,
 )
 from ..model.fingerprint import fingerprint, weight_files
@@ -166,7 +167,9 @@ class CREAMTrainer(PublishingTrainer):
         # Of a model that load_base did not load nothing says which commit it is of.
         name, commit = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
         self.base_revision = commit if args.base_model_id in (None, name) else None
-        folder = local_snapshot(name, commit) if name else None
+        # Of a quantized model the files say what it was made of, if they are known to be its own.
+        is_known = commit is not None or Path(resolve_base(name)).is_dir()
+        folder = local_snapshot(name, commit) if name and is_known else None
         self.base_fingerprint = fingerprint(model, weight_files(folder) if folder else {})
         return model
 
