@@ -178,8 +178,8 @@ def _find_base(record: Record, folder: Path, name: str) -> str:
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record.base_model) or ".." in record.base_model:
         raise AdapterError(
-            f"cream.json of {name}: base_model is {shown(record.base_model)}, which is no Hub id: say where the base is "
-            "with base_model (on a command line --base_model)"
+            f"cream.json of {name}: base_model is {shown(record.base_model)}, which is no Hub id: say where the base "
+            "is with base_model (on a command line --base_model)"
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", record.base_revision or "main") or ".." in (record.base_revision or ""):
         raise AdapterError(f"cream.json of {name}: base_revision is {shown(record.base_revision)}, which is no commit")
