@@ -111,7 +111,18 @@ def scaled_config(config: PreTrainedConfig, target_length: int, rope_scaling_typ
     scaled.max_position_embeddings = max(window, target_length)
     if rope_scaling_type is not None and target_length > window:
         scaled.rope_parameters = _scaled_parameters(config, parameters, target_length, rope_scaling_type)
+    if target_length > window:
+        # For `unscaled_config`; other readers pass over it.
+        scaled.cream_unscaled = {"max_position_embeddings": window, "rope_parameters": copy.deepcopy(parameters)}
     return scaled
+
+
+def unscaled_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config from which `scaled_config` made this one, or a copy of another."""
+    config = copy.deepcopy(config)
+    for name, value in (getattr(config, "cream_unscaled", None) or {}).items():
+        setattr(config, name, value)
+    return config
 
 
 def _scaled_parameters(

@@ -82,8 +82,13 @@ def test_a_merged_model_is_no_base_and_is_checked_for_what_it_is(adapter, tmp_pa
     merge_adapter(adapter, tmp_path / "merged")
     with pytest.raises(AdapterError, match="max_position_embeddings is 2048, trained with 256"):
         load_adapter(adapter, base_model=str(tmp_path / "merged"))
-    right = {"kind": "ok", "extended": "ok", "RoPE": "ok", "tokenizer": "ok", "plain load": "ok"}
-    assert verdicts(tmp_path / "merged") == right
+    items = ("kind", "extended", "RoPE", "weights", "tokenizer", "plain load")
+    assert verdicts(tmp_path / "merged") == dict.fromkeys(items, "ok")
+    file = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("q_proj", "query"): tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+    assert verdicts(tmp_path / "merged")["weights"] == "wrong"
+    save_file(tensors, file, {"format": "pt"})
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     (tmp_path / "merged" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
     assert verdicts(tmp_path / "merged") == {"RoPE": "wrong"}

@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import cream_peft
-from cream_peft import CREAMConfig, CREAMTrainer, rope
+from cream_peft import CREAMConfig, CREAMTrainer, load_adapter, rope
 from cream_peft.model.base import keep_4bit_trainable_on_cpu, quantization_config
 from cream_peft.model.record import Record, is_adapter, model_sha256
+from cream_peft.tiny import base_folder
 from cream_peft.train.collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 from cream_peft.train.config import default_learning_rate
 from cream_peft.train.preflight import PositionError
+from cream_peft.train.recipe import RecipeError, parse_recipe
+from cream_peft.train.run import run_recipe
 from cream_peft.train.watch import TrainingError
 
 
@@ -563,3 +566,52 @@ def test_every_weight_is_trained_saved_and_resumed_as_a_whole_model(make_trainer
     resumed = make_trainer(peft_config=None, learning_rate=1e-3)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
     assert all(torch.equal(p, resumed.model.get_parameter(n)) for n, p in trainer.model.named_parameters())
+
+
+# A second stage
+
+
+def test_an_adapter_is_trained_further_to_a_longer_target(adapter, make_documents, make_config, tmp_path):
+    model, tokenizer = load_adapter(adapter, is_trainable=True, load_in_4bit=False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert before and all("lora" in name for name in before)
+    lengths = {"context_length": 256, "target_length": 4096}
+    with pytest.raises(ValueError, match="rope_scaling_type=yarn, and the adapter was trained with ntk"):
+        CREAMTrainer(model=model, args=make_config(rope_scaling_type="yarn"), train_dataset=make_documents())
+    trainer = CREAMTrainer(
+        model=model, args=make_config(**lengths), train_dataset=make_documents(tokens=300), processing_class=tokenizer
+    )
+    trainer.train()
+    trainer.save_model()
+    record = Record.read(tmp_path / "run", "run")
+    # The window is that of the base, not the first target, to which the model's config had been scaled.
+    assert (record.pretrained_window, record.target_length, record.positions.factor) == (256, 4096, 16.0)
+    earlier = Record.read(adapter, "adapter")
+    assert [stage["adapter_sha256"] for stage in record.stages] == [earlier.adapter_sha256]
+    assert record.stages[0]["target_length"] == 2048 and record.stages[0]["steps"] == 2
+    assert not any(torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
+    loaded, _ = load_adapter(tmp_path / "run", load_in_4bit=False)
+    ids = torch.arange(300)[None] % 385
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_a_model_loaded_with_the_saved_base_config_has_the_bases_window(adapter, make_documents, make_config):
+    config = AutoConfig.from_pretrained(adapter, subfolder="base_config")
+    base = AutoModelForCausalLM.from_pretrained(base_folder(), config=config)
+    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+    args = make_config(context_length=None, target_length=2048)
+    trainer = CREAMTrainer(model=model, args=args, train_dataset=make_documents())
+    assert (trainer.pretrained_window, trainer.args.context_length) == (256, 256)
+    assert rope.pretrained_window(config) == 2048  # control: what its config says
+
+
+def test_a_recipe_trains_an_adapter_further(adapter, tmp_path):
+    arguments = ["--adapter_name_or_path", str(adapter), "--max_steps", "1", "--output_dir", str(tmp_path / "second")]
+    arguments += ["--dataset_name", "cream-peft-tiny", "--per_device_train_batch_size", "2", "--context_length", "128"]
+    run_recipe(parse_recipe([*arguments, "--gradient_accumulation_steps", "1"]))
+    record, earlier = (Record.read(folder, "x") for folder in (tmp_path / "second", adapter))
+    assert (record.rope_scaling_type, record.target_length) == (earlier.rope_scaling_type, earlier.target_length)
+    assert record.stages == [earlier.as_stage()]
+    with pytest.raises(RecipeError, match="lora_r cannot go with adapter_name_or_path"):
+        run_recipe(parse_recipe([*arguments, "--lora_r", "8"]))

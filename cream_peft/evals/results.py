@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..model.record import known_fields, without_secrets
+from ..model.fields import known_fields
+from ..model.record import without_secrets
 
 FORMAT = 2
 NEEDED = ("model", "adapter", "versions", "seed", "settings", "cells")

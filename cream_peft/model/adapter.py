@@ -26,6 +26,7 @@ from .base import (
     refuse_quantized,
     resolve_base,
 )
+from .fields import shown
 from .fingerprint import Read, differing, from_files, from_model, weight_files
 from .misfit import read_peft_config, read_scaled_config, refuse_misfit
 from .record import BASE_FOLDER, REQUIRED_FILES, AdapterError, Record
@@ -97,7 +98,9 @@ class Adapter:
         tokenizer.model_max_length = extended_max_length(tokenizer.model_max_length, self.record.target_length)
         return tokenizer
 
-    def load(self, load_in_4bit: bool = True, **model_kwargs: Any) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    def load(
+        self, load_in_4bit: bool = True, is_trainable: bool = False, **model_kwargs: Any
+    ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """The adapter on its base, and its tokenizer, see `load_adapter`."""
         tokenizer = self.tokenizer()
         model = load_base(
@@ -113,7 +116,13 @@ class Adapter:
         name = next((name for name, weight in model.named_parameters() if weight is embeddings), None)
         self.refuse_other_weights(from_model(model, self.base_files()), name)
         config = copy.deepcopy(self.peft_config)
-        return PeftModel.from_pretrained(model, str(self.folder), config=config).eval(), tokenizer
+        if is_trainable:
+            # When it is saved, PEFT looks there for the size of the vocabulary.
+            config.base_model_name_or_path = resolve_base(self.base_name)
+        adapted = PeftModel.from_pretrained(model, str(self.folder), is_trainable=is_trainable, config=config)
+        # What a trainer that trains it further needs to know.
+        adapted.trained_record = self.record  # ty: ignore[invalid-assignment] - no tensor, no module
+        return adapted.train(is_trainable), tokenizer
 
     def base_files(self) -> dict[str, Path]:
         """Tensor name -> file of the base, as far as its files are on this disk and are safetensors."""
@@ -174,11 +183,11 @@ def _find_base(record: Record, folder: Path, name: str) -> str:
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record.base_model) or ".." in record.base_model:
         raise AdapterError(
-            f"cream.json of {name}: base_model is {record.base_model!r:.60}, which is no Hub id: say where the base is "
-            "with base_model (on a command line --base_model)"
+            f"cream.json of {name}: base_model is {shown(record.base_model)}, which is no Hub id: say where the base "
+            "is with base_model (on a command line --base_model)"
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", record.base_revision or "main") or ".." in (record.base_revision or ""):
-        raise AdapterError(f"cream.json of {name}: base_revision is {record.base_revision!r:.60}, which is no commit")
+        raise AdapterError(f"cream.json of {name}: base_revision is {shown(record.base_revision)}, which is no commit")
     return record.base_model
 
 
@@ -234,6 +243,7 @@ def load_adapter(
     *,
     base_model: str | None = None,
     load_in_4bit: bool = True,
+    is_trainable: bool = False,
     revision: str | None = None,
     **model_kwargs: Any,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -242,6 +252,7 @@ def load_adapter(
     Args:
         repo_or_dir, base_model, revision: see `open_adapter`.
         load_in_4bit: NF4 base, or one in `dtype`.
+        is_trainable: train the adapter further, with a CREAMTrainer; else it is frozen.
         model_kwargs: for `load_base` (dtype, attn_implementation, token, device_map, ...).
 
     Raises:
@@ -249,4 +260,4 @@ def load_adapter(
     """
     hub_kwargs = {key: model_kwargs.pop(key) for key in HUB_OPTIONS if key in model_kwargs}
     adapter = open_adapter(repo_or_dir, base_model=base_model, revision=revision, **hub_kwargs)
-    return adapter.load(load_in_4bit, **model_kwargs)
+    return adapter.load(load_in_4bit, is_trainable, **model_kwargs)

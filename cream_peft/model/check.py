@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import rope
 from ..errors import explain
 from .adapter import adapter_folder, open_adapter
 from .base import load_tokenizer
+from .fingerprint import shape_in, weight_files
 from .record import Record, is_adapter
 
 PRIVATE_FILE = "training_args.bin"
@@ -86,7 +88,31 @@ def _mixture(folder: Path, record: Record) -> list[Finding]:
     return [Finding("cream.json", "wrong", "was written for other weights than those beside it: get the adapter again")]
 
 
-def _check_merged(folder: Path, record: Record) -> list[Finding]:
+def _check_whole(folder: Path, config: PreTrainedConfig) -> Finding:
+    """Whether a model's files hold the tensors that its config asks for, and all of them are finite."""
+    item, files = "weights", weight_files(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    # Of experts, transformers makes other tensors than the files hold.
+    wanted = {name: list(one.shape) for name, one in model.state_dict().items() if ".experts." not in name}
+    found = {name: shape_in(files[name], name) for name in files if ".experts." not in name}
+    if config.tie_word_embeddings:
+        wanted = {name: shape for name, shape in wanted.items() if name in found or not name.endswith("lm_head.weight")}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            said = (
+                f"{name} is {found.get(name, 'missing')}, and config.json asks for {wanted.get(name, 'no such tensor')}"
+            )
+            return Finding(item, "wrong", f"{said}: merge again")
+    for path in sorted(set(files.values())):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    return Finding(item, "wrong", f"{name} holds values that are not finite: train it again")
+    return Finding(item, "ok", f"{len(files)} tensors, as config.json asks for")
+
+
+def _check_merged(folder: Path, record: Record, is_here: bool) -> list[Finding]:
     config, target = rope.load_base_config(folder / "config.json"), record.target_length
     scaling = record.rope_scaling_type
     kind = scaling if scaling in ("linear", "yarn") else config.rope_parameters["rope_type"]
@@ -94,9 +120,11 @@ def _check_merged(folder: Path, record: Record) -> list[Finding]:
         found = f"{describe_rope(config)}: config.json is not that of the merge ({scaling}, {target:,} tokens)"
         return [Finding("RoPE", "wrong", f"{found}: merge again")]
     return [
-        Finding("kind", "ok", f"a merged model of {record.base_model}"),
+        Finding("kind", "ok", f"{'a fully trained' if record.full else 'a merged'} model of {record.base_model}"),
         Finding("extended", "ok", f"{record.pretrained_window:,} to {target:,} tokens"),
         Finding("RoPE", "ok", describe_rope(config, scaling)),
+        # Those of a model on the Hub are not downloaded for this.
+        *([_check_whole(folder, config), *_mixture(folder, record)] if is_here else []),
         _tokenizer(lambda: load_tokenizer(str(folder)), config),
         Finding("plain load", "ok", "AutoModelForCausalLM.from_pretrained is right as it is"),
         *_private_files(folder),
@@ -119,7 +147,7 @@ def check_adapter(
     """
     folder = adapter_folder(repo_or_dir, revision=revision, **hub_kwargs)
     if not is_adapter(folder) and (folder / "config.json").is_file():
-        return _check_merged(folder, Record.read(folder, str(repo_or_dir)))
+        return _check_merged(folder, Record.read(folder, str(repo_or_dir)), Path(repo_or_dir).is_dir())
     adapter = open_adapter(
         repo_or_dir, base_model=base_model, revision=revision, trust_remote_code=trust_remote_code, **hub_kwargs
     )

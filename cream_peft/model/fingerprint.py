@@ -34,6 +34,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     return {}
 
 
+def shape_in(file: Path, name: str) -> list[int]:
+    """The shape of a tensor in a safetensors file."""
+    with safe_open(file, "pt") as opened:
+        return opened.get_slice(name).get_shape()
+
+
 def spread(tensor: Any, shape: Iterable[int], count: int) -> list[float] | None:
     """`count` values spread over a tensor, or over a slice of a safetensors file, of this shape."""
     rows, *rest = shape

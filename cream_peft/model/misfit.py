@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .. import rope
 from .base import check_module_names, ends_in_time
-from .record import REQUIRED_FILES, AdapterError, known_fields, read_json
+from .fields import known_fields, shown
+from .record import REQUIRED_FILES, AdapterError, read_json
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -32,11 +33,11 @@ def read_scaled_config(folder: Path, name: str, base: PreTrainedConfig, base_nam
         found, wanted = getattr(base, field, None), content.get(field)
         if wanted is not None and type(found) is not type(wanted):
             kind = type(found).__name__
-            raise AdapterError(f"{BASE_CONFIG} of {name}: {field} is {wanted!r:.40}, and must be {kind}: get it again")
+            raise AdapterError(f"{BASE_CONFIG} of {name}: {field} is {shown(wanted)}, and must be {kind}: get it again")
         if wanted is not None and found != wanted:
             raise AdapterError(
                 f"{base_name} is not the base this adapter was trained on: its {field} is {found!r}, trained with "
-                f"{wanted!r:.40} ({BASE_CONFIG}). Pass base_model with the right Hub id or folder"
+                f"{shown(wanted)} ({BASE_CONFIG}). Pass base_model with the right Hub id or folder"
             )
     try:
         return rope.load_base_config(folder)

@@ -8,17 +8,16 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import __version__
 from ..rope import ROPE_SCALING_TYPES
+from .fields import known_fields, shown, too_deep
 
 FORMAT = 2
 FILE = "cream.json"
@@ -30,8 +29,6 @@ NEEDED = ("base_model", "pretrained_window", "target_length", "rope_scaling_type
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 LARGEST_FILE = 2**20
 """Bytes of a JSON file that describes an adapter."""
-DEEPEST = 20
-LARGEST_NUMBER = 2**53
 
 
 class AdapterError(ValueError):
@@ -88,6 +85,8 @@ class Record:
     """The keys that the recipe and the command line set."""
     merged: bool = False
     """Whether the folder holds a whole model: base and adapter in one, or with `full` one trained as a whole."""
+    stages: list[Any] = field(default_factory=list)
+    """Of an adapter that was trained further: what each earlier stage was, oldest first, see `as_stage`."""
     full: bool = False
     """Whether every weight was trained (use_peft: false)."""
     dtype: str | None = None
@@ -139,8 +138,13 @@ class Record:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}, and must be at least 1 token")
         if self.rope_scaling_type not in (None, *ROPE_SCALING_TYPES):
-            wrong, allowed = _shown(self.rope_scaling_type), ", ".join(ROPE_SCALING_TYPES)
+            wrong, allowed = shown(self.rope_scaling_type), ", ".join(ROPE_SCALING_TYPES)
             raise ValueError(f"rope_scaling_type is {wrong}, and must be null or one of {allowed}")
+
+    def as_stage(self) -> dict[str, Any]:
+        """What the record of a later stage says of this one."""
+        kept = ("adapter_sha256", "steps", "target_length", "rope_scaling_type", "data")
+        return {key: getattr(self, key) for key in kept} | {"position_strategy": self.positions.strategy}
 
     def is_of(self, folder: Path) -> bool:
         """Whether it was written for the weights in `folder`, as far as it says."""
@@ -161,63 +165,6 @@ class Record:
             write_json(file, dict(sorted(content.items())))
 
 
-def known_fields(
-    kind: type[Any], content: Mapping[str, Any], within: str = "", null_is_default: bool = True
-) -> dict[str, Any]:
-    """Of a JSON object the fields that the dataclass has; other versions may write more. What is null takes its
-    default, where there is one. `within` stands before the fields' names in errors.
-
-    Raises:
-        ValueError: naming a field of another type than the dataclass has, or a number that is negative or absurd.
-    """
-    hints = get_type_hints(kind)
-    has_default = {
-        known.name: known.default is not MISSING or known.default_factory is not MISSING for known in fields(kind)
-    }
-    known = {key: value for key, value in content.items() if key in has_default}
-    if null_is_default:
-        known = {key: value for key, value in known.items() if value is not None or not has_default[key]}
-    for key, value in known.items():
-        if not _fits(value, hints[key]):
-            wanted = getattr(hints[key], "__name__", "") if isinstance(hints[key], type) else str(hints[key])
-            raise ValueError(f"{within}{key} is {_shown(value)}, and must be {wanted.replace('typing.', '')}")
-        if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{within}{key} is {value}, and must be at least 0")
-    return known
-
-
-def _shown(value: Any) -> str:
-    """A value from a file that may be hostile, as an error shows it."""
-    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that was read from JSON is of the type that a dataclass's hint asks for."""
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind is Any:
-        return not _too_deep(value)
-    if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if kind is Literal:
-        return value in inner
-    if kind in (int, float):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # NaN is not smaller either.
-        return is_number and abs(value) < LARGEST_NUMBER and (kind is float or value == int(value))
-    if kind in (list, tuple):
-        return isinstance(value, list) and all(_fits(one, inner[0] if inner else Any) for one in value)
-    if kind is dict or is_dataclass(kind):
-        return isinstance(value, dict) and all(_fits(one, inner[1] if inner else Any) for one in value.values())
-    if kind is str or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        return isinstance(value, str) and "\0" not in value
-    return isinstance(value, kind) if kind is not NoneType else value is None
-
-
-def _too_deep(value: Any, left: int = DEEPEST) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return left == 0 or any(_too_deep(one, left - 1) for one in inner)
-
-
 def read_json(folder: Path, file: str, name: str) -> dict[str, Any]:
     """The JSON object in a file that describes the adapter or model `name`.
 
@@ -228,7 +175,7 @@ def read_json(folder: Path, file: str, name: str) -> dict[str, Any]:
         if (folder / file).stat().st_size > LARGEST_FILE:
             raise ValueError(f"it is larger than {LARGEST_FILE:,} bytes")
         content = json.loads((folder / file).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or _too_deep(content):
+        if not isinstance(content, dict) or too_deep(content):
             raise ValueError("it holds no JSON object, or one that is too deep")
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file} of {name} is missing or damaged ({error}): get it again") from None

@@ -72,7 +72,7 @@ def random_weights(config: PreTrainedConfig, dtype: torch.dtype, load_in_4bit: b
     more than that beside the 4-bit weights.
     """
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config).state_dict()
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
     generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:

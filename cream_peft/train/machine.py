@@ -7,13 +7,15 @@ import os
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
+from peft import LoraConfig
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.training_args import ParallelMode
 
 from .. import rope
 from ..errors import about, missing_folder
+from ..model.adapter import Adapter, open_adapter
 from ..model.base import embedded_config, refuse_quantized, resolve_base
 from ..plan import advice, fit, memory
 from ..plan.memory import ATTENTION, Training, Validation
@@ -26,8 +28,36 @@ CPU_PARAMETERS = 1e9
 """Above this many parameters, training on a CPU takes weeks, and the recipe is refused there."""
 
 
+def find_adapter(recipe: Recipe) -> Adapter | None:
+    """The adapter that the recipe trains further, opened, its base and settings put into the recipe; None without one.
+
+    Raises:
+        RecipeError: a key that contradicts the adapter.
+    """
+    run, model, name = recipe.run, recipe.model, recipe.model.adapter_name_or_path
+    if name is None:
+        return None
+    own = [key for key in recipe.keys if key.startswith("lora_") or key in ("use_rslora", "use_dora", "model_revision")]
+    if own:
+        raise RecipeError(f"{own[0]} cannot go with adapter_name_or_path={name}, which brings its own: leave it out")
+    base = model.model_name_or_path if "model_name_or_path" in recipe.keys else None
+    adapter = open_adapter(name, base_model=base, trust_remote_code=run.trust_remote_code)
+    record, lora = adapter.record, cast(LoraConfig, adapter.peft_config)
+    model.model_name_or_path = adapter.base_name
+    model.model_revision = record.base_revision or model.model_revision
+    model.lora_r, model.lora_alpha, model.lora_dropout = lora.r, lora.lora_alpha, lora.lora_dropout
+    modules = lora.target_modules
+    model.lora_target_modules = sorted(modules) if isinstance(modules, set) else modules  # ty: ignore[invalid-assignment]
+    if "rope_scaling_type" not in recipe.keys:
+        run.rope_scaling_type = record.rope_scaling_type
+    if "target_length" not in recipe.keys:
+        run.target_length = record.target_length
+    return adapter
+
+
 def base_config(recipe: Recipe) -> PreTrainedConfig:
     """The base's unscaled config: the embedded copy where there is one, else the one beside the weights."""
+    find_adapter(recipe)
     name = recipe.model.model_name_or_path
     if name is None:
         raise RecipeError("model_name_or_path is missing: a Hub id or a local folder")

@@ -22,7 +22,7 @@ from ..terminal import is_first_process
 from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
 from .config import Lengths
 from .data import load_data, summary_of
-from .machine import base_config, check_machine, memory_explained, refuse_separate_runs
+from .machine import base_config, check_machine, find_adapter, memory_explained, refuse_separate_runs
 from .recipe import Recipe, RecipeError
 from .trainer import CREAMTrainer
 
@@ -138,21 +138,25 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths) ->
     run, name = recipe.run, str(recipe.model.model_name_or_path)
     tokenizer = _load_tokenizer(recipe, name)
     documents, held_out = load_data(recipe, tokenizer, config.get_text_config().vocab_size)
-    model = load_base(
-        name,
-        target_length=lengths.target_length,
-        rope_scaling_type=run.rope_scaling_type,
-        trust_remote_code=run.trust_remote_code,
-        revision=recipe.model.model_revision,
-        **base_options(recipe.model),
-    )
+    options, adapter = base_options(recipe.model), find_adapter(recipe)
+    if adapter:
+        model, _ = adapter.load(is_trainable=True, **options)
+    else:
+        model = load_base(
+            name,
+            target_length=lengths.target_length,
+            rope_scaling_type=run.rope_scaling_type,
+            trust_remote_code=run.trust_remote_code,
+            revision=recipe.model.model_revision,
+            **options,
+        )
     trainer = CREAMTrainer(
         model=model,
         args=run,
         train_dataset=documents,
         eval_dataset=held_out if run.eval_strategy != "no" else None,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.model) if recipe.model.use_peft else None,
+        peft_config=lora_config(recipe.model) if recipe.model.use_peft and not adapter else None,
     )
     trainer.recipe = recipe.settings()
     if not run.disable_tqdm:

@@ -25,6 +25,7 @@ from ..model.base import (
     load_tokenizer,
     local_snapshot,
     make_tokenizer_readable,
+    resolve_base,
     with_pad_token,
 )
 from ..model.fingerprint import fingerprint, weight_files
@@ -185,7 +186,15 @@ class CREAMTrainer(ResumingTrainer):
             options.setdefault("trust_remote_code", args.trust_remote_code)
             model = load_base(model, load_in_4bit=False, **options)
             args.model_init_kwargs = None
-        unscaled: Any = getattr(model, "unscaled_config", None) or copy.deepcopy(model.config)
+        unscaled: Any = getattr(model, "unscaled_config", None) or rope.unscaled_config(model.config)
+        self.earlier: Record | None = getattr(model, "trained_record", None)
+        if self.earlier and self.earlier.rope_scaling_type != args.rope_scaling_type:
+            raise ValueError(
+                f"rope_scaling_type={args.rope_scaling_type or 'none'}, and the adapter was trained with "
+                f"{self.earlier.rope_scaling_type or 'none'}: set the same"
+            )
+        if self.earlier and args.target_length is None:
+            args.target_length = self.earlier.target_length
         self.pretrained_window = rope.pretrained_window(unscaled)
         self.lengths = args.resolve(self.pretrained_window)
         self.scaled_config = rope.scaled_config(unscaled, self.lengths.target_length, args.rope_scaling_type)
@@ -194,7 +203,9 @@ class CREAMTrainer(ResumingTrainer):
         # Of a model that load_base did not load nothing says which commit it is of.
         name, commit = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
         self.base_revision = commit if args.base_model_id in (None, name) else None
-        folder = local_snapshot(name, commit) if name else None
+        # Of a quantized model the files say what it was made of, if they are known to be its own.
+        is_known = commit is not None or Path(resolve_base(name)).is_dir()
+        folder = local_snapshot(name, commit) if name and is_known else None
         self.base_fingerprint = fingerprint(model, weight_files(folder) if folder else {})
         return model
 
@@ -301,6 +312,7 @@ class CREAMTrainer(ResumingTrainer):
             recipe=self.recipe,
             run_id=self.run_id,
             data=self.data_identity,
+            stages=[*self.earlier.stages, self.earlier.as_stage()] if self.earlier else [],
             merged=is_full,
             full=is_full,
             dtype=str(self.model.dtype).removeprefix("torch.") if is_full else None,
