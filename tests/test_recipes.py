@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from cream_peft.model import base
 from cream_peft.model.adapter import load_adapter
 from cream_peft.model.base import load_base
+from cream_peft.model.record import BASE_FOLDER
 from cream_peft.plan import gpus as cards
 from cream_peft.rope import pretrained_window
 from cream_peft.train import machine
