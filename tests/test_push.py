@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub, Repository
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
+from safetensors.torch import load_file, save_file
 
 from cream_peft import cli
-from cream_peft.model.record import AdapterError, Record, adapter_sha256, public_name
+from cream_peft.model.record import AdapterError, Record, adapter_sha256, find_secret, public_name
 from cream_peft.publish.card import vllm_command
 from cream_peft.publish.merge import merge_adapter
 from cream_peft.publish.push import PushError, create_repository, push_folder
@@ -87,7 +88,7 @@ def test_a_file_with_the_token_or_a_local_path_is_not_published(hub, adapter):
         path = adapter / "adapter_config.json"
         before = path.read_text()
         path.write_text(json.dumps(json.loads(before) | {"note": f"see {secret}/x"}))
-        with pytest.raises(PushError, match=r"adapter_config.json holds your token or a path of this machine"):
+        with pytest.raises(PushError, match=r"adapter_config.json of .* holds (your token|a path of this machine)"):
             push_folder(adapter, REPO)
         assert set(files(hub)) <= {".gitattributes"} and not hub.carrying(secret)
         path.write_text(before)
@@ -387,3 +388,161 @@ def test_only_the_creation_takes_a_key_error_for_a_busy_repository(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lose)
     with pytest.raises(KeyError):
         create_repository("user/name", private=True, token="hf_x")
+
+
+def test_a_push_deletes_what_an_earlier_one_left_and_nothing_of_anybody_else(hub, adapter, tmp_path):
+    mine = ("LICENSE", "images/a.png", "results/notes.json", "results/a.png", "a/vocab.json", "tokenizer.bak")
+    old = (
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "vocab.txt",
+        "model-00001-of-00002.safetensors",
+    )
+    push_folder(adapter, REPO, results=[results_of(tmp_path, adapter_sha256(adapter))])
+    assert {"results/CREAM.json", "results/recall.png"} <= set(files(hub))
+    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | dict.fromkeys((*mine, *old), b"mine"))
+    push_folder(adapter, REPO)
+    assert set(files(hub)) == COMPLETE | {".gitattributes", *mine}
+    assert len(hub.repositories[f"models/{REPO}"].commits) == 2
+
+
+def test_a_merge_in_one_file_and_then_in_shards_is_loaded_as_the_second(hub, adapter, tmp_path):
+    merged = tmp_path / "merged"
+    merge_adapter(adapter, merged, dtype="float16")
+    push_folder(merged, REPO)
+    merge_adapter(adapter, merged, max_shard_size="500KB")
+    hub.fail("commit", "lost")
+    push_folder(merged, REPO)
+    local = {path.name for path in merged.iterdir()}
+    assert set(files(hub)) == local | {".gitattributes"} and "model.safetensors" not in local
+    merge_adapter(adapter, merged)
+    push_folder(merged, REPO)
+    assert set(files(hub)) == {path.name for path in merged.iterdir()} | {".gitattributes"}
+
+
+def test_what_an_old_checkpoint_left_below_its_folder_is_deleted(hub, adapter):
+    for name in ("rng_state.pth", "rng_state_1.pth"):
+        (adapter / name).write_bytes(b"state")
+    push_folder(adapter, REPO, checkpoint_in_repo="last-checkpoint")
+    (adapter / "rng_state_1.pth").unlink()
+    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | {"last-checkpoint/old": b"", "checkpoint-2/old": b""})
+    push_folder(adapter, REPO, checkpoint_in_repo="last-checkpoint")
+    below = {name for name in files(hub) if "checkpoint" in name}
+    complete = {f"last-checkpoint/{name}" for name in COMPLETE - {"README.md"} | {"rng_state.pth"}}
+    assert below == complete | {"checkpoint-2/old"}
+
+
+def test_a_change_on_the_hub_in_the_middle_of_a_push_is_seen(hub, adapter, monkeypatch):
+    push_folder(adapter, REPO)
+    change(adapter, seed=99)
+    post, repository = HfApi.preupload_lfs_files, hub.repositories[f"models/{REPO}"]
+
+    def change_on_the_hub(*arguments, **keywords):
+        monkeypatch.setattr(HfApi, "preupload_lfs_files", post)
+        repository._add("main", files(hub) | {"vocab.txt": b"late"}, "of somebody else")
+        return post(*arguments, **keywords)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", change_on_the_hub)
+    push_folder(adapter, REPO)
+    assert "vocab.txt" not in files(hub) and b'"seed": 99' in files(hub)["cream.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder"), [("chat_template.jinja", False), ("tokenizer_config.json", False), ("base_config", True)]
+)
+def test_a_link_out_of_the_folder_is_refused(hub, adapter, tmp_path, name, is_folder):
+    (tmp_path / "id_rsa").write_text('{"mine": 1}')
+    secret = (
+        Path(shutil.copytree(adapter / "base_config", tmp_path / "elsewhere")) if is_folder else tmp_path / "id_rsa"
+    )
+    if is_folder:
+        shutil.rmtree(adapter / name)
+    (adapter / name).unlink(missing_ok=True) if not is_folder else None
+    (adapter / name).symlink_to(secret)
+    with pytest.raises(PushError, match=f"{name} of .* is a link to {secret}: put the file or folder itself"):
+        push_folder(adapter, REPO)
+    assert not hub.repositories
+
+
+def test_weights_on_another_disk_and_a_snapshot_of_the_cache_are_published(hub, adapter, tmp_path):
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
+    (tmp_path / "cache" / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in adapter.rglob("*") if path.is_file())):
+        (snapshot / path.relative_to(adapter)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "cache" / "blobs" / str(number))
+        (snapshot / path.relative_to(adapter)).symlink_to(tmp_path / "cache" / "blobs" / str(number))
+    push_folder(snapshot, REPO)
+    assert set(files(hub)) == COMPLETE | {".gitattributes"}
+    weights = (adapter / "adapter_model.safetensors").rename(tmp_path / "weights.safetensors")
+    (adapter / "adapter_model.safetensors").symlink_to(weights)
+    push_folder(adapter, "someone/other")
+    assert files(hub, "someone/other")["adapter_model.safetensors"] == weights.read_bytes()
+
+
+def test_only_known_names_at_their_places_are_published(hub, adapter, tmp_path):
+    extra = [
+        "tokenizer_more/.env",
+        "checkpoint-9/chat_template.jinja",
+        "x.jinja",
+        "tokenizer.bak",
+        "base_config/b.json",
+    ]
+    for name in [*extra, "results/deep/a.json", "modelx.safetensors.txt"]:
+        (adapter / name).parent.mkdir(parents=True, exist_ok=True)
+        (adapter / name).write_text("{}")
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    push_folder(adapter, REPO, checkpoint_in_repo="last-checkpoint")
+    root = COMPLETE | {"chat_template.jinja"}
+    below = {f"last-checkpoint/{name}" for name in root - {"README.md"}}
+    assert set(files(hub)) == root | below | {".gitattributes"}
+
+
+SECRETS = ["hf_" + "aB3" * 11, "sk-" + "a" * 48, "sk-proj-" + "a_B-" * 9, "sk-ant-api03-" + "x" * 30]
+SECRETS += ["ghp_" + "a1" * 18]
+SECRETS += ["github_pat_" + "a_" * 20, "AKIA" + "Z" * 16, "xoxb-1234567890-abc", "glpat-" + "a-b_c" * 4]
+SECRETS += ["-----BEGIN OPENSSH PRIVATE KEY-----", "file://{here}/x", "{here}/gone.jsonl", "/h\u00f6me/user/x"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_in_any_text_file_is_not_published(adapter, secret, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/h\u00f6me/user")
+    secret = secret.format(here=tmp_path)
+    for name in ("tokenizer_config.json", "chat_template.jinja", "cream.json"):
+        for content in (json.dumps({"note": f"see {secret}"}), f'{{"note": "see {secret}"}}'):
+            assert find_secret(name, content.encode(), None, adapter), content
+    if not secret.startswith(("/", "file")):
+        assert find_secret("tokenizer.json", json.dumps({secret: 1}).encode(), None, adapter)
+
+
+def test_what_only_looks_like_a_secret_is_published(adapter, monkeypatch):
+    monkeypatch.setenv("HOME", "/root")
+    vocabulary = [
+        "/root/",
+        "/root",
+        "sk-",
+        "sk-learn",
+        "hf_",
+        "AKIA",
+        "/usr/bin/",
+        "ghp_",
+        "xoxb-",
+        "-----BEGIN",
+        "/home/",
+    ]
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        content = json.dumps({"vocab": dict.fromkeys(vocabulary, 1), "merges": [f"{a} {a}" for a in vocabulary]})
+        assert find_secret(name, content.encode(), "hf_mine", adapter) is None
+        assert find_secret(name, content.replace("/usr/bin", "/root/me/x").encode(), None, adapter)  # control
+    for file in base_folder().iterdir():
+        content = file.read_bytes() if file.suffix == ".json" else b""
+        assert find_secret(file.name, content, "hf_mine", adapter) is None
+    for text in ("https://huggingface.co/tmp/x", "hf_hub_download_the_whole_repository", "#!/usr/bin/env", "a/tmp/b"):
+        assert find_secret("chat_template.jinja", text.encode(), None, adapter) is None
+
+
+def test_a_token_in_the_head_of_the_weights_is_found(hub, adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(weights, adapter / "adapter_model.safetensors", {"note": hub.token})
+    with pytest.raises(PushError, match=r"adapter_model.safetensors of .* holds your token: remove it"):
+        push_folder(adapter, REPO)
+    assert not hub.repositories

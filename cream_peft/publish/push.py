@@ -10,38 +10,26 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import HFValidationError
+from huggingface_hub.utils import HFValidationError, build_hf_headers, get_session, hf_raise_for_status
 
 from ..evals.results import Results, file_name, tasks_in
-from ..model.record import MERGED_FILES, REQUIRED_FILES, Record, holds_secrets, without_secrets
+from ..model.record import Record
 from .card import is_own, write_card
+from .files import PUBLISHED, RESUMED_FROM, PushError, contents, files_in, stale
 
 logger = logging.getLogger(__name__)
-
-PUBLISHED = {*REQUIRED_FILES, *MERGED_FILES, "README.md", "results/*.json", "results/*.png"}
-# tokenizer.model, where there is one, included.
-PUBLISHED |= {"tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"}
-PUBLISHED |= {"generation_config.json", "model*.safetensors", "model.safetensors.index.json"}
-"""What goes to the Hub's root. An allow-list: training_args.bin holds the token, logs hold host names."""
-
-NEVER_PUBLISHED = ("training_args.bin", "README.md")
-"""Left out of a whole checkpoint; README.md speaks of the root."""
 
 RETRY_AFTER = (2, 8)
 """Seconds before each further try of what the Hub's client does not try again itself."""
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
 
 T = TypeVar("T")
-
-
-class PushError(ValueError):
-    """What could not be published, why, and what to do."""
 
 
 class _Busy(Exception):
@@ -168,20 +156,15 @@ def _with_licence(record: Record, license: str | None, api: HfApi) -> Record:
     return replace(record, license=found)
 
 
-def _published_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in files if any(fnmatch(path.relative_to(folder).as_posix(), p) for p in PUBLISHED)]
-
-
 def _stage(folder: Path, staged: Path, record: Record, repo: str, results: Mapping[str, Results]) -> None:
     """Make in `staged` what is published of `folder`, with the card and a picture of each task."""
-    for path in _published_files(folder):
-        target = staged / path.relative_to(folder)
+    for name in files_in(folder, PUBLISHED):
+        target = staged / name
         target.parent.mkdir(exist_ok=True)
-        if path.suffix == ".safetensors":
-            target.symlink_to(path.resolve())
+        if target.suffix == ".safetensors":
+            target.symlink_to((folder / name).resolve())
         else:
-            shutil.copy(path, target)
+            shutil.copyfile(folder / name, target)
     record.write(staged)
     record.name_base_in(staged)
     write_card(staged, record, repo, results)
@@ -193,23 +176,6 @@ def _stage(folder: Path, staged: Path, record: Record, repo: str, results: Mappi
             result.write(staged / "results" / file_name(label))
         for task in tasks_in(results):
             plot_results(results, staged / "results" / f"{task}.png", task=task)
-
-
-def _additions(
-    folder: Path, files: list[Path], below: str, token: str | None, origin: Path
-) -> list[CommitOperationAdd]:
-    """The files as a commit takes them, small ones searched for what must not become public."""
-    additions = []
-    for path in files:
-        content: bytes | str = str(path)
-        if path.suffix not in (".safetensors", ".pt", ".bin"):
-            content = path.read_bytes()
-            if path.name == "trainer_state.json":
-                content = json.dumps(without_secrets(json.loads(content)), indent=2).encode()
-            if holds_secrets(path.name, content, token, origin):
-                raise PushError(f"{path.name} holds your token or a path of this machine: remove it, then push again")
-        additions.append(CommitOperationAdd(below + path.relative_to(folder).as_posix(), content))
-    return additions
 
 
 def push_folder(
@@ -227,6 +193,8 @@ def push_folder(
 ) -> str:
     """Publish a trained adapter or a merged model in one commit, with a card made anew; returns the commit's URL.
 
+    The commit also deletes what an earlier push sent and the folder no longer has; other files there stay.
+
     Args:
         folder: what `cream-peft train` or `cream-peft merge` left.
         repo: Hub id, user/name; created if it does not exist.
@@ -237,7 +205,8 @@ def push_folder(
 
     Raises:
         AdapterError: if the folder is not complete.
-        PushError: if the Hub refuses; nothing is published then.
+        PushError: if the Hub refuses, or for a link out of the folder, or a file with a token or a path of this machine
+            in it; nothing is published then.
     """
     folder, api, token = Path(folder), HfApi(token=token), token or get_token()
     if "/" not in repo:
@@ -249,30 +218,37 @@ def push_folder(
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch)
         _stage(folder, staged, record, repo, read)
-        additions = _additions(staged, _published_files(staged), "", token, folder)
+        files = contents(staged, files_in(staged, PUBLISHED), token, folder)
         if checkpoint_in_repo:
-            files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NEVER_PUBLISHED]
-            additions += _additions(folder, files, f"{checkpoint_in_repo}/", token, folder)
+            whole = contents(folder, files_in(folder, RESUMED_FROM), token, folder)
+            files |= {f"{checkpoint_in_repo}/{name}": content for name, content in whole.items()}
         repo = create_repository(repo, private=private, token=token)
+        if revision:
+            _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
         message = message or f"{record.base_model} to {record.target_length} tokens with cream-peft"
-        return _commit(api, repo, additions, message, revision)
+        return _hub_call(lambda: _commit(api, repo, files, checkpoint_in_repo, message, revision), repo)
 
 
-def _commit(api: HfApi, repo: str, additions: list[CommitOperationAdd], message: str, revision: str | None) -> str:
-    if revision:
-        _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
-    before = _hub_call(lambda: api.model_info(repo, revision=revision), repo)
+def _commit(
+    api: HfApi, repo: str, files: dict[str, bytes | str], below: str | None, message: str, revision: str | None
+) -> str:
+    """One commit that makes of the repository what `files` are, on top of what it holds now; its URL."""
+    before = api.model_info(repo, revision=revision)
     there = {sibling.rfilename for sibling in before.siblings or []}
-    kinds = {"config.json", "adapter_config.json"}
-    if kinds <= there | {addition.path_in_repo for addition in additions}:
+    if {"config.json", "adapter_config.json"} <= there | files.keys():
         raise PushError(f"{repo} holds the other kind, an adapter or a merged model: give each a repository of its own")
 
-    def commit() -> str:
-        # Made anew for each try: the client refuses operations that it has sent before.
-        fresh = [CommitOperationAdd(addition.path_in_repo, addition.path_or_fileobj) for addition in additions]
-        done = api.create_commit(repo, fresh, commit_message=message, revision=revision)
-        if done.oid == before.sha:
-            logger.info("%s holds all of this already: nothing was changed", repo)
-        return done.commit_url
+    def read(name: str) -> bytes:
+        url = f"{api.endpoint}/{repo}/resolve/{before.sha}/{quote(name)}"
+        response = get_session().get(url, headers=build_hf_headers(token=api.token))
+        hf_raise_for_status(response)
+        return response.content
 
-    return _hub_call(commit, repo)
+    old = stale(there, set(files), below, read)
+    if old:
+        logger.info("deleted on the Hub, left of an earlier push: %s", ", ".join(old))
+    changes = [*(CommitOperationAdd(*file) for file in files.items()), *map(CommitOperationDelete, old)]
+    done = api.create_commit(repo, changes, commit_message=message, revision=revision, parent_commit=before.sha)
+    if done.oid == before.sha:
+        logger.info("%s holds all of this already: nothing was changed", repo)
+    return done.commit_url
