@@ -232,10 +232,17 @@ SOME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda tensors: tensors.update({"stray.lora_A.weight": torch.ones(2)}), r"stray.lora_A.weight .* no place"),
         (lambda tensors: tensors.pop(SOME), f"{SOME} .* is missing"),
         (lambda tensors: tensors.update({SOME: tensors[SOME][:1]}), f"{SOME} .* another shape"),
-        (lambda tensors: tensors[SOME].fill_(float("nan")), "layers.0.self_attn.q_proj.weight cannot be merged: NaNs"),
+        (
+            lambda tensors: tensors[SOME].fill_(float("nan")),
+            f"cannot be merged: {SOME} holds values that are not finite",
+        ),
+        (
+            lambda tensors: [tensor.fill_(1e38) for tensor in tensors.values()],
+            "_proj.weight cannot be merged: NaNs",
+        ),
         (lambda tensors: tensors[SOME].fill_(1e7), "q_proj.weight holds values beyond float16"),
     ],
-    ids=["surplus", "missing", "shape", "nan", "overflow"],
+    ids=["surplus", "missing", "shape", "nan", "infinite", "overflow"],
 )
 def test_a_tensor_of_the_adapter_that_cannot_be_used_is_named(adapted, tmp_path, change, message):
     folder, base = adapted()

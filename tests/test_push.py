@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from cream_peft import cli
 from cream_peft.model.record import AdapterError, Record, adapter_sha256, find_secret, public_name
 from cream_peft.publish.card import vllm_command
-from cream_peft.publish.merge import merge_adapter
+from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.push import PushError, create_repository, push_folder
 from cream_peft.tiny import base_folder
 from cream_peft.train.recipe import parse_recipe
@@ -33,10 +33,13 @@ FAULTS = (401, 403, 404, 409, 412, 429, 500, 503, "drop-early", "half", "drop", 
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A Hub that the client in this process talks to, and no waiting."""
+def hub(monkeypatch, tmp_path):
+    """A Hub that the client in this process talks to, a cache of its own, and no waiting."""
     with Hub() as server:
+        page = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", page)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -150,7 +153,7 @@ def test_the_base_of_a_local_folder_must_be_named_by_its_hub_id(hub, adapter):
         with pytest.raises(PushError, match=said):
             push_folder(adapter, REPO, base_model_id=wrong)
     assert f"models/{REPO}" not in hub.repositories  # nothing was made for a push that was refused
-    hub.repositories["models/owner/base"] = Repository()
+    hub.repositories["models/owner/base"] = Repository.of_folder(base_folder())
     push_folder(adapter, REPO, base_model_id="owner/base")
     assert before == {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
     sent = files(hub)
@@ -250,7 +253,9 @@ def test_the_card_takes_licence_base_and_data_from_the_recipe(hub, adapter):
     data = ModelCard(files(hub)["README.md"].decode()).data
     assert (data.base_model, data.license, data.datasets) == ("meta-llama/Llama-2-7b-hf", "llama2", ["owner/documents"])
     # Without one in the recipe it is the base's own, read from its card.
-    push_folder(adapter, "meta-llama/Llama-2-7b-hf")
+    card = Repository({"README.md": files(hub)["README.md"]}).files
+    base = Repository.of_folder(base_folder()).files
+    hub.repositories["models/meta-llama/Llama-2-7b-hf"] = Repository({**base, **card})
     change(adapter, **changes | {"license": None})
     push_folder(adapter, "someone/other")
     assert ModelCard(files(hub, "someone/other")["README.md"].decode()).data.license == "llama2"
@@ -545,4 +550,46 @@ def test_a_token_in_the_head_of_the_weights_is_found(hub, adapter):
     save_file(weights, adapter / "adapter_model.safetensors", {"note": hub.token})
     with pytest.raises(PushError, match=r"adapter_model.safetensors of .* holds your token: remove it"):
         push_folder(adapter, REPO)
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "adapter weights: lora_B is zero"), (float("nan"), "adapter weights: .* not finite")]
+)
+def test_an_adapter_that_never_trained_or_is_damaged_is_neither_pushed_nor_merged(hub, adapter, tmp_path, value, said):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    for name in weights:
+        if "lora_B" in name:
+            weights[name].fill_(value)
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(PushError, match=f"is not published, it is not right: {said}"):
+        push_folder(adapter, REPO)
+    with pytest.raises(MergeError, match=f"cannot be merged: {said.split(': ')[1]}"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not hub.repositories and not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_base_is_not_published_and_one_of_an_unreadable_base_is(hub, adapter, caplog):
+    config = json.loads((base_folder() / "config.json").read_text()) | {"hidden_size": 4096}
+    hub.repositories["models/owner/base"] = Repository({"config.json": json.dumps(config).encode()})
+    change(adapter, base_model="owner/base")
+    with pytest.raises(AdapterError, match="owner/base is not the base this adapter was trained on: its hidden_size"):
+        push_folder(adapter, REPO)
+    assert f"models/{REPO}" not in hub.repositories
+    hub.repositories["models/owner/gated"] = Repository(refusal=(403, "GatedRepo", "Access is restricted"))
+    change(adapter, base_model="owner/gated")
+    push_folder(adapter, REPO)
+    assert "is not held against its base: owner/gated is gated" in caplog.text and set(files(hub)) >= COMPLETE
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 0 * value for name, value in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(PushError, match="lora_B is zero"):
+        push_folder(adapter, REPO)
+
+
+def test_a_merged_model_with_another_window_is_not_published(hub, adapter, tmp_path):
+    merge_adapter(adapter, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    with pytest.raises(PushError, match=r"it is not right: RoPE: .* is not that of the merge"):
+        push_folder(tmp_path / "merged", REPO)
     assert not hub.repositories

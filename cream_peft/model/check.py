@@ -40,7 +40,7 @@ def describe_rope(config: PreTrainedConfig) -> str:
     return f"{kind}, theta {theta:,.0f}{rest}, max_position_embeddings {config.max_position_embeddings:,}"
 
 
-def _weights(path: Path) -> Finding:
+def check_weights(path: Path) -> Finding:
     """Whether the adapter's tensors are finite, and have moved: lora_B starts at zero."""
     item = "adapter weights"
     with safe_open(path, "pt") as file:
@@ -101,7 +101,7 @@ def check_adapter(repo_or_dir: str | Path, *, base_model: str | None = None, **h
         Finding("base", "ok", f"{adapter.base_name}, shape and vocabulary as trained on"),
         Finding("extended", "ok", f"{record.pretrained_window:,} to {record.target_length:,} tokens"),
         Finding("RoPE trained with", "ok", describe_rope(trained)),
-        _weights(adapter.folder / "adapter_model.safetensors"),
+        check_weights(adapter.folder / "adapter_model.safetensors"),
         *_private_files(adapter.folder),
         load,
     ]

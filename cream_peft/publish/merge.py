@@ -27,6 +27,7 @@ from .. import rope
 from ..errors import about
 from ..model.adapter import Adapter, open_adapter
 from ..model.base import GIB, load_tokenizer, make_tokenizer_readable, resolve_base
+from ..model.check import check_weights
 from ..model.record import FILE, adapter_sha256, write_json
 from .card import write_card
 
@@ -295,6 +296,8 @@ def merge_adapter(
     output, base_folder = Path(output_dir).absolute(), _base_folder(adapter)
     _refuse_output(output, base_folder)
     base, given = _base_weights(base_folder, adapter.base_name), Weights([adapter.folder / ADAPTER])
+    if (weights := check_weights(adapter.folder / ADAPTER)).verdict == "wrong":
+        raise MergeError(f"{repo_or_dir} cannot be merged: {weights.found}")
     config, remote = _read_config(adapter.folder), "trust_remote_code" in adapter.base_options
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(adapter.scaled_config), trust_remote_code=remote)

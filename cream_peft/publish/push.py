@@ -18,13 +18,16 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError, build_hf_headers, get_session, hf_raise_for_status
 
+from ..errors import explain, is_out_of_reach
 from ..evals.results import Results, file_name, tasks_in
-from ..model.record import Record
+from ..model.check import check_adapter, check_weights
+from ..model.record import REQUIRED_FILES, Record
 from .card import is_own, write_card
 from .files import PUBLISHED, RESUMED_FROM, PushError, contents, files_in, stale
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = REQUIRED_FILES[1]
 RETRY_AFTER = (2, 8)
 """Seconds before each further try of what the Hub's client does not try again itself."""
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
@@ -156,6 +159,21 @@ def _with_licence(record: Record, license: str | None, api: HfApi) -> Record:
     return replace(record, license=found)
 
 
+def _refuse_wrong(folder: Path, base_model: str | None, token: str | None) -> None:
+    """Refuse what `cream-peft check` calls wrong, but for files that are not published anyway. A base that cannot be
+    read, such as a gated one, is not compared, and that is said."""
+    try:
+        found = check_adapter(folder, base_model=base_model, token=token)
+    except (ValueError, OSError) as error:
+        if not is_out_of_reach(error):
+            raise
+        logger.warning("%s is not held against its base: %s", folder, explain(error))
+        found = [check_weights(folder / WEIGHTS)]
+    wrong = [f"{one.item}: {one.found}" for one in found if one.verdict == "wrong" and one.item != "other files"]
+    if wrong:
+        raise PushError(f"{folder} is not published, it is not right: {'; '.join(wrong)}")
+
+
 def _stage(folder: Path, staged: Path, record: Record, repo: str, results: Mapping[str, Results]) -> None:
     """Make in `staged` what is published of `folder`, with the card and a picture of each task."""
     for name in files_in(folder, PUBLISHED):
@@ -185,6 +203,7 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
+    base_model: str | None = None,
     base_model_id: str | None = None,
     license: str | None = None,
     results: Iterable[str | Path] = (),
@@ -199,19 +218,22 @@ def push_folder(
         folder: what `cream-peft train` or `cream-peft merge` left.
         repo: Hub id, user/name; created if it does not exist.
         revision: branch to publish to; created if it does not exist.
+        base_model: folder or Hub id of the base to hold the adapter against, instead of the one that it names.
         base_model_id: the base's Hub id, for an adapter that was trained on a local folder.
         results: files that `cream-peft evaluate` wrote, for the card.
         checkpoint_in_repo: also publish everything that training resumes from, in this folder of the repository.
 
     Raises:
-        AdapterError: if the folder is not complete.
-        PushError: if the Hub refuses, or for a link out of the folder, or a file with a token or a path of this machine
-            in it; nothing is published then.
+        AdapterError: if the folder is not complete, or the base is not the one trained on.
+        PushError: if the Hub refuses, or `cream-peft check` calls something wrong, or for a link out of the folder, or
+            a file with a token or a path of this machine in it; nothing is published then.
     """
     folder, api, token = Path(folder), HfApi(token=token), token or get_token()
     if "/" not in repo:
         raise PushError(f"repo {repo!r} is not a Hub id: write user/name")
-    record = _with_base(folder, Record.read(folder, str(folder)), base_model_id, api)
+    found = Record.read(folder, str(folder))
+    record = _with_base(folder, found, base_model_id, api)
+    _refuse_wrong(folder, base_model or (base_model_id if found.base_is_local else None), token)
     read = _read_results(results, folder, record)
     record = _with_licence(record, license, api)
     # In a copy: what is published is made here, and what was trained stays as it is.

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
-from ..model.record import public_name
+from ..model.record import AdapterError, public_name
 from ..publish import push as hub
 from ..tiny import TINY_ID, base_folder
 from .config import CREAMConfig
@@ -71,11 +71,15 @@ class PublishingTrainer(SFTTrainer):
             self.init_hf_repo(token=options.get("token"))
         if not self.is_world_process_zero():
             return None
+        name = self.unwrapped_config()._name_or_path
+        options["base_model"] = name if Path(name).is_dir() else None
         options["token"] = options.get("token") or self.args.hub_token
         options["revision"] = options.get("revision") or self.args.hub_revision
-        return hub.push_folder(
-            folder, str(self.hub_model_id), private=self.args.hub_private_repo, message=message, **options
-        )
+        repo, private = str(self.hub_model_id), self.args.hub_private_repo
+        try:
+            return hub.push_folder(folder, repo, private=private, message=message, **options)
+        except AdapterError as error:
+            raise hub.PushError(str(error)) from error
 
     # transformers would write training_args.bin, with the token, once more, publish the root without base_config, and
     # lose its errors in a thread.
