@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from cream_peft import cli
 from cream_peft.model.record import AdapterError, Record, adapter_sha256, find_secret, public_name
 from cream_peft.publish.card import vllm_command
+from cream_peft.publish.licenses import LICENSES
 from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.push import PushError, create_repository, push_folder
 from cream_peft.tiny import base_folder
-from cream_peft.train.recipe import parse_recipe
+from cream_peft.train.recipe import RecipeError, parse_recipe
 from cream_peft.train.run import run_recipe
 
 REPO = "someone/adapter"
@@ -593,3 +594,39 @@ def test_a_merged_model_with_another_window_is_not_published(hub, adapter, tmp_p
     with pytest.raises(PushError, match=r"it is not right: RoPE: .* is not that of the merge"):
         push_folder(tmp_path / "merged", REPO)
     assert not hub.repositories
+
+
+def test_a_licence_that_is_none_of_the_hubs_is_refused_before_anything_is_trained_or_sent(
+    hub, adapter, tmp_path, capsys
+):
+    assert {"llama2", "apache-2.0", "gemma", "openrail++", "other"} <= set(LICENSES) and len(LICENSES) == 83
+    said = "license='Apache 2.0' is none of the Hub's names"
+    with pytest.raises(RecipeError, match=f"{said} .*: did you mean 'apache-2.0'"):
+        parse_recipe(["--license", "Apache 2.0"])
+    push = ["push", "--adapter", str(adapter), "--repo", REPO]
+    assert cli.main([*push, "--license", "Apache 2.0"]) == 2 and said in capsys.readouterr().err
+    change(adapter, license="Apache 2.0")  # trained before
+    assert cli.main(push) == 2 and said in capsys.readouterr().err and not hub.repositories
+    assert cli.main([*push, "--license", "mit"]) == 0
+    assert ModelCard(files(hub)["README.md"].decode()).data.license == "mit"
+
+
+def test_a_card_that_the_hub_refuses_is_not_trained_for(hub, tmp_path, monkeypatch):
+    # As if the Hub no longer knew it.
+    monkeypatch.setattr("hub_protocol.LICENSES", ["mit"] * 100)
+    wanted = r"the Hub refuses the card of someone/adapter: \"license\" must be one of \[\.\.\.\]: mend license$"
+    with pytest.raises(PushError, match=wanted):
+        train_and_push(tmp_path / "run", "--license", "llama4")
+    assert not hub.repositories and not (tmp_path / "run" / "cream.json").exists()
+
+
+def test_a_card_that_the_hub_begins_to_refuse_does_not_stop_training(hub, tmp_path, caplog, monkeypatch):
+    def begin(*arguments, **keywords):
+        monkeypatch.setattr("hub_protocol.LICENSES", ["mit"] * 100)
+        return create_repository(*arguments, **keywords)
+
+    monkeypatch.setattr("cream_peft.publish.push.create_repository", begin)
+    with pytest.raises(PushError, match=r"the adapter is saved in .* the Hub refuses the card .*license"):
+        train_and_push(tmp_path / "run", "--hub_strategy", "every_save")
+    assert 'step 2 was not published: the Hub refuses the card of someone/adapter: "license" must be' in caplog.text
+    assert (tmp_path / "run" / "cream.json").exists()

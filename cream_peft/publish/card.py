@@ -84,7 +84,9 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
     )
 
 
-def _metadata(record: Record, own: Mapping[str, Results], title: str) -> ModelCardData:
+def metadata(record: Record, own: Mapping[str, Results] | None = None, title: str = "") -> ModelCardData:
+    """The head of the card; with `own`, results by label that were measured on this very adapter, their model-index."""
+    own = own or {}
     base, dataset = record.base_model, str(record.recipe.get("dataset_name") or "")
     return ModelCardData(
         # A local folder's name and the embedded model are nowhere on the Hub.
@@ -118,7 +120,7 @@ def write_card(
     own = {label: result for label, result in results.items() if result.cells and is_own(result, folder, record)}
     measured = next(iter(own.values()), None)
     card = ModelCard.from_template(
-        _metadata(record, own, title),
+        metadata(record, own, title),
         template_path=str(TEMPLATE),
         record=record,
         commas="{:,}".format,

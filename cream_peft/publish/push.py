@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError, build_hf_headers, get_session, hf_raise_for_status
 
@@ -22,14 +22,17 @@ from ..errors import explain, is_out_of_reach
 from ..evals.results import Results, file_name, tasks_in
 from ..model.check import check_adapter, check_weights
 from ..model.record import REQUIRED_FILES, Record
-from .card import is_own, write_card
+from .card import is_own, metadata, write_card
 from .files import PUBLISHED, RESUMED_FROM, PushError, contents, files_in, stale
+from .licenses import refuse_license
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = REQUIRED_FILES[1]
 RETRY_AFTER = (2, 8)
 """Seconds before each further try of what the Hub's client does not try again itself."""
+OUR_KEYS = {"license": "license", "base_model": "base_model_id", "datasets": "dataset_name"}
+"""Field of a card's metadata -> what it is set with."""
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
 
 T = TypeVar("T")
@@ -75,6 +78,28 @@ def _explain(error: Exception, repo: str) -> str:
     return f"{said}. Nothing half-finished is visible there, and what has arrived is not sent again"
 
 
+def _explain_card(answer: str, repo: str) -> str:
+    """One line for a card that the Hub's validation refuses: its words, and our key for what it names."""
+    try:
+        content = json.loads(answer)
+        answer = " ".join(error["message"] for error in content.get("errors", ())) or content["error"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        answer = answer.removeprefix("Invalid metadata in README.md.")
+    said = re.sub(r"\[.{200,}\]", "[...]", " ".join(answer.split()).strip("- "))
+    key = next((key for field, key in OUR_KEYS.items() if f'"{field}"' in said), None)
+    return f"the Hub refuses the card of {repo}: {said}: mend {key or 'the metadata at the head of its README.md'}"
+
+
+def check_card(record: Record, repo: str) -> None:
+    """Ask the Hub whether it takes a card with the metadata of `record`.
+
+    Raises:
+        PushError: with the Hub's words, and the key to change.
+    """
+    card = ModelCard(f"---\n{metadata(record).to_yaml()}\n---\n")
+    _hub_call(card.validate, repo)
+
+
 def _hub_call(call: Callable[[], T], repo: str) -> T:
     """`call`, tried again after refusals that pass; it must be safe to repeat."""
     for seconds in (*RETRY_AFTER, None):
@@ -89,6 +114,8 @@ def _hub_call(call: Callable[[], T], repo: str) -> T:
                 time.sleep(seconds)
             elif _will_pass(error) or isinstance(error, HfHubHTTPError | HFValidationError | ConnectionError):
                 raise PushError(_explain(error, repo)) from raised
+            elif type(error) is ValueError:
+                raise PushError(_explain_card(str(error), repo)) from raised
             else:
                 raise
     raise AssertionError("not reached")
@@ -148,6 +175,7 @@ def _with_base(folder: Path, record: Record, base_model_id: str | None, api: HfA
 def _with_licence(record: Record, license: str | None, api: HfApi) -> Record:
     """The record with a licence: the one given, the recorded one, or that of the base's own card."""
     found = license or record.license
+    refuse_license(found)
     if not found:
         try:
             data = api.model_info(record.base_model).card_data

@@ -9,7 +9,8 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
-from ..model.record import AdapterError, public_name
+from ..errors import explain
+from ..model.record import AdapterError, Record, public_name
 from ..publish import push as hub
 from ..tiny import TINY_ID, base_folder
 from .config import CREAMConfig
@@ -51,6 +52,7 @@ class PublishingTrainer(SFTTrainer):
             )
         if self.is_world_process_zero():
             repo = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            hub.check_card(Record(self.base_model_name(), 1, 1, None, license=self.args.license), repo)
             private = self.args.hub_private_repo if private is None else private
             self.hub_model_id = hub.create_repository(repo, private=private, token=token or self.args.hub_token)
 
@@ -91,5 +93,6 @@ class PublishingTrainer(SFTTrainer):
         message = f"Training in progress, step {self.state.global_step}"
         try:
             self._push(checkpoint_folder, message, checkpoint_in_repo=below.get(strategy))
-        except hub.PushError as error:
-            logger.warning("step %d was not published: %s", self.state.global_step, error)
+        except Exception as error:
+            # Whatever it is, what was trained is worth more.
+            logger.warning("step %d was not published: %s", self.state.global_step, explain(error))
