@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -630,3 +631,54 @@ def test_a_card_that_the_hub_begins_to_refuse_does_not_stop_training(hub, tmp_pa
         train_and_push(tmp_path / "run", "--hub_strategy", "every_save")
     assert 'step 2 was not published: the Hub refuses the card of someone/adapter: "license" must be' in caplog.text
     assert (tmp_path / "run" / "cream.json").exists()
+
+
+NOTE, BELOW = "> A note of **mine** with {{ braces }}.", "## Thanks\n\nTo you.\n\n- one"
+
+
+def written_on(card):
+    """The card with what a person writes on it, on the Hub's page."""
+    head, text = card.split("---\n\n", 1)
+    head = head.replace("tags:\n", "language: de\nextra_gated_prompt: Be nice\ntags:\n- mine\n")
+    return f"{head}---\n\n{NOTE}\n\n{text}\n\n{BELOW}\n"
+
+
+def test_what_a_person_wrote_on_the_card_stays_and_ours_is_new(hub, adapter):
+    push_folder(adapter, REPO)
+    edited = written_on(files(hub)["README.md"].decode())
+    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | {"README.md": edited.encode()})
+    change(adapter, seed=99)
+    push_folder(adapter, REPO)
+    push_folder(adapter, REPO)
+    text = files(hub)["README.md"].decode()
+    card = ModelCard(text)
+    assert text.count(NOTE) == text.count(BELOW) == text.count("seed 99") == 1 and "seed 0," not in text
+    assert text.index(NOTE) < text.index("# adapter") < text.index(BELOW)
+    assert card.data.language == "de" and card.data.extra_gated_prompt == "Be nice"
+    assert card.data.tags.count("mine") == card.data.tags.count("lora") == 1
+    assert len(hub.repositories[f"models/{REPO}"].commits) == 2  # the third push had nothing new
+
+
+def test_what_a_person_wrote_in_the_folder_stays_through_training_and_push(hub, tmp_path):
+    folder = tmp_path / "run"
+    train_and_push(folder, "--license", "mit")
+    (folder / "README.md").write_text(written_on((folder / "README.md").read_text()))
+    train_and_push(folder, "--seed", "99")
+    for text in ((folder / "README.md").read_text(), files(hub)["README.md"].decode()):
+        assert text.count(NOTE) == text.count(BELOW) == text.count("seed 99") == 1 and "seed 0," not in text
+        assert text.count("# cream-peft-tiny") + text.count("# adapter") == 1 and "PEFT 0" not in text
+
+
+def test_a_card_that_somebody_else_wrote_is_kept_below_ours_and_one_of_ours_without_marks_is_not(hub, adapter, caplog):
+    caplog.set_level("INFO", logger="cream_peft")
+    hub.repositories[f"models/{REPO}"] = Repository({"README.md": b"---\nlicense: mit\n---\nMy own card.\n"})
+    marked = (adapter / "README.md").read_text()
+    (adapter / "README.md").write_text(re.sub("<!--.*?-->", "", marked) + "\n\nA line of mine.\n")
+    push_folder(adapter, REPO)
+    sent = files(hub)["README.md"].decode()
+    assert sent.endswith("<!-- cream-peft: end -->\n\nMy own card.\n\nA line of mine.")
+    assert sent.count("## Load it") == 1 and sent.count("license:") == 2  # in the head, and in the recipe
+    assert f"README.md of {REPO} was not written by cream-peft: its text stays, below ours" in caplog.text
+    (adapter / "README.md").write_text("---\nlicense: mit\n: {\n---\n\nBroken.\n")
+    push_folder(adapter, REPO)
+    assert files(hub)["README.md"].decode() == f"{sent}\n\nBroken."

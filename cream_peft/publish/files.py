@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..evals.results import Results, tasks_in
 from ..model.record import MERGED_FILES, REQUIRED_FILES, find_secret, without_secrets
+from .card import CARD
 
-CARD = "README.md"
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZER_FILES += ["tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model", "tekken.json"]
 TOKENIZER_FILES += ["vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"]

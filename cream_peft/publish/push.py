@@ -23,7 +23,7 @@ from ..evals.results import Results, file_name, tasks_in
 from ..model.check import check_adapter, check_weights
 from ..model.record import REQUIRED_FILES, Record
 from .card import is_own, metadata, write_card
-from .files import PUBLISHED, RESUMED_FROM, PushError, contents, files_in, stale
+from .files import CARD, PUBLISHED, RESUMED_FROM, PushError, contents, files_in, stale
 from .licenses import refuse_license
 
 logger = logging.getLogger(__name__)
@@ -276,11 +276,22 @@ def push_folder(
         if revision:
             _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
         message = message or f"{record.base_model} to {record.target_length} tokens with cream-peft"
-        return _hub_call(lambda: _commit(api, repo, files, checkpoint_in_repo, message, revision), repo)
+
+        def with_text_of(card: str) -> dict[str, bytes | str]:
+            write_card(staged, record, repo, read, card)
+            return contents(staged, [CARD], token, folder)
+
+        return _hub_call(lambda: _commit(api, repo, files, with_text_of, checkpoint_in_repo, message, revision), repo)
 
 
 def _commit(
-    api: HfApi, repo: str, files: dict[str, bytes | str], below: str | None, message: str, revision: str | None
+    api: HfApi,
+    repo: str,
+    files: dict[str, bytes | str],
+    with_text_of: Callable[[str], dict[str, bytes | str]],
+    below: str | None,
+    message: str,
+    revision: str | None,
 ) -> str:
     """One commit that makes of the repository what `files` are, on top of what it holds now; its URL."""
     before = api.model_info(repo, revision=revision)
@@ -294,6 +305,8 @@ def _commit(
         hf_raise_for_status(response)
         return response.content
 
+    if CARD in there:
+        files = files | with_text_of(read(CARD).decode(errors="replace"))
     old = stale(there, set(files), below, read)
     if old:
         logger.info("deleted on the Hub, left of an earlier push: %s", ", ".join(old))

@@ -40,6 +40,15 @@ class PublishingTrainer(SFTTrainer):
     def published_name(self) -> str | None:
         return self.hub_model_id if self.args.push_to_hub else None
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        # PEFT would put lines of its own into our card, outside of our part.
+        model.create_or_update_model_card = lambda folder: None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.create_or_update_model_card
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `_save` has written our card, and TRL's would take its place."""
 
