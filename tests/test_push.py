@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cream_peft import cli
 from cream_peft.model.record import AdapterError, Record, adapter_sha256, find_secret, public_name
-from cream_peft.publish.card import vllm_command
+from cream_peft.publish.card import metadata, vllm_command
 from cream_peft.publish.licenses import LICENSES
 from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.push import PushError, create_repository, push_folder
@@ -682,3 +682,24 @@ def test_a_card_that_somebody_else_wrote_is_kept_below_ours_and_one_of_ours_with
     (adapter / "README.md").write_text("---\nlicense: mit\n: {\n---\n\nBroken.\n")
     push_folder(adapter, REPO)
     assert files(hub)["README.md"].decode() == f"{sent}\n\nBroken."
+
+
+def test_the_card_has_the_tags_of_trl_the_relation_to_its_base_and_the_space_of_its_curves(hub, adapter, tmp_path):
+    base = "owner/base"
+    hub.repositories[f"models/{base}"] = Repository.of_folder(base_folder())
+    recipe = {"report_to": ["trackio"], "trackio_space_id": "someone/curves"}
+    change(adapter, base_model=base, recipe=recipe)
+    push_folder(adapter, REPO)
+    card = ModelCard(files(hub)["README.md"].decode())
+    wanted = {"trl", "sft", "transformers", "lora", f"base_model:adapter:{base}", "trackio"}
+    assert wanted | {"trackio:https://huggingface.co/spaces/someone/curves"} <= set(card.data.tags)
+    assert (card.data.base_model, card.data.base_model_relation) == (base, "adapter")
+    assert "Its curves: [Trackio](https://huggingface.co/spaces/someone/curves)." in card.text
+    change(adapter, recipe=recipe | {"report_to": []})
+    push_folder(adapter, REPO)
+    assert b"rackio]" not in files(hub)["README.md"] and b"trackio:" not in files(hub)["README.md"]
+    merge_adapter(adapter, tmp_path / "merged")
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert f"base_model:finetune:{base}" in card.data.tags and "lora" not in card.data.tags
+    change(adapter, base_is_local=True)
+    assert metadata(Record.read(adapter, "")).base_model_relation is None

@@ -102,17 +102,27 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
     )
 
 
+def trackio_page(record: Record) -> str | None:
+    """The Space with the curves of the training, where its recipe names one."""
+    space = str(record.recipe.get("trackio_static_space_id") or record.recipe.get("trackio_space_id") or "")
+    was_used = "trackio" in (record.recipe.get("report_to") or ()) and space.count("/") == 1
+    return f"https://huggingface.co/spaces/{space}" if was_used else None
+
+
 def metadata(record: Record, own: Mapping[str, Results] | None = None, title: str = "") -> ModelCardData:
     """The head of the card; with `own`, results by label that were measured on this very adapter, their model-index."""
-    own = own or {}
-    base, dataset = record.base_model, str(record.recipe.get("dataset_name") or "")
+    own, space = own or {}, trackio_page(record)
+    # A local folder's name and the embedded model are nowhere on the Hub.
+    base = None if record.base_model == TINY_ID or record.base_is_local else record.base_model
+    relation, dataset = "finetune" if record.merged else "adapter", str(record.recipe.get("dataset_name") or "")
+    tags = ["cream", "long-context", "trl", "sft", "transformers"] + ([] if record.merged else ["lora"])
+    tags += [f"base_model:{relation}:{base}"] if base else []
     return ModelCardData(
-        # A local folder's name and the embedded model are nowhere on the Hub.
-        base_model=None if base == TINY_ID or record.base_is_local else base,
-        base_model_relation=None if base == TINY_ID else "finetune" if record.merged else "adapter",
+        base_model=base,
+        base_model_relation=relation if base else None,
         library_name="transformers" if record.merged else "peft",
         pipeline_tag="text-generation",
-        tags=["cream", "long-context"] + ([] if record.merged else ["lora"]),
+        tags=tags + (["trackio", f"trackio:{space}"] if space else []),
         license=record.license,
         # What is left of a local path has no owner before it.
         datasets=[dataset] if dataset.count("/") == 1 else None,
@@ -175,7 +185,8 @@ def write_card(
     kept, file = Kept(), folder / CARD
     kept.add(on_hub, f"{CARD} of {repo}")
     # The licence there is that of an earlier training, perhaps of another base.
-    kept.add(file.read_text(encoding="utf-8") if file.is_file() else "", str(file), (*OUR_FIELDS, "license"))
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    kept.add(text, CARD, (*OUR_FIELDS, "license"))
     base, results = record.base_model, results or {}
     name = repo or "this-repository-or-folder"
     title = (repo or f"{base.split('/')[-1]}-{record.positions.strategy}-{record.target_length}").split("/")[-1]
@@ -198,6 +209,7 @@ def write_card(
         embedded=base == TINY_ID,
         # The embedded model comes with this package, and nothing else finds it.
         vllm="" if record.merged or base == TINY_ID else vllm_command(folder, record, name),
+        space=trackio_page(record),
         measured=measured,
         tables=[_table(results, task) for task in tasks_in(results)] if own else [],
         samples=_samples(measured) if measured else "",
