@@ -193,10 +193,12 @@ def write_card(
     own = {label: result for label, result in results.items() if result.cells and is_own(result, folder, record)}
     measured = next(iter(own.values()), None)
     head = metadata(record, own, title)
-    fields = {key: value for key, value in kept.fields.items() if head.get(key) is None}
-    tags = list(dict.fromkeys([*(head.tags or []), *kept.fields.get("tags", [])]))
+    head.tags = list(dict.fromkeys([*(head.tags or []), *kept.fields.pop("tags", [])]))
+    for key, value in kept.fields.items():
+        if head.get(key) is None:
+            head[key] = value
     card = ModelCard.from_template(
-        ModelCardData(**vars(head) | fields | {"tags": tags}),
+        head,
         template_path=str(TEMPLATE),
         begin=BEGIN,
         end=END,
