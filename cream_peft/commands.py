@@ -233,7 +233,8 @@ def push_command(arguments: list[str]) -> None:
 
         # First, so that what cannot be merged is not published in half.
         merge_adapter(folder, merged, base_model=options.base_model)
-    shared: dict[str, Any] = {name: getattr(options, name) for name in ("revision", "license", "base_model_id")}
+    names = ("revision", "license", "base_model", "base_model_id")
+    shared: dict[str, Any] = {name: getattr(options, name) for name in names}
     shared["private"] = options.private or None
     print(f"Published: {push_folder(folder, options.repo, results=options.results, **shared)}")
     if options.with_merged:

@@ -160,6 +160,11 @@ def _explain_hub(chain: list[BaseException], thing: str) -> str | None:
     return None
 
 
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether `error` comes of something on the Hub that this user or machine cannot read."""
+    return _explain_hub(_chain(error), "it") is not None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` comes of too little memory; not every library has an exception for that."""
     return any(

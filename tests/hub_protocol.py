@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from cream_peft.publish.licenses import LICENSES
+
 NAME = r"(?P<name>(?:[^/]+/)?[^/]+?)"
 REVISION = r"(?P<revision>[^/]+)"
 API = rf"/api/(?P<kind>models|datasets)/{NAME}"
@@ -96,6 +98,8 @@ def card_data(readme: str) -> dict[str, Any]:
         for value in values if isinstance(values, list) else [values]:
             if not REPO_ID.fullmatch(str(value)):
                 problem = f'"{field}" with value "{value}" is not valid. Use an id from https://hf.co.'
+    if "license" in data and data["license"] not in LICENSES:
+        problem = f'"license" must be one of [{", ".join(LICENSES)}, array]'
     if problem:
         raise Refusal(400, None, " ".join(problem.split()), errors=[{"message": problem}])
     return data

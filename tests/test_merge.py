@@ -1,6 +1,8 @@
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -17,6 +19,7 @@ from cream_peft import CREAMTrainer, load_adapter
 from cream_peft.model.record import AdapterError, adapter_sha256
 from cream_peft.publish import merge
 from cream_peft.publish.merge import MergeError, merge_adapter
+from cream_peft.publish.output import in_place_of, refuse_output
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -217,6 +220,74 @@ def test_an_earlier_merge_is_replaced_and_anything_else_is_left_alone(adapted, t
         assert sorted(Path(taken).iterdir()) == before
 
 
+def test_an_earlier_merge_is_replaced_with_a_line_and_what_no_merge_wrote_is_refused(adapted, tmp_path, caplog):
+    caplog.set_level("INFO", logger="cream_peft")
+    folder, base = adapted()
+    merged = tmp_path / "merged"
+    merge_adapter(folder, merged, base_model=base)
+    assert "was replaced" not in caplog.text
+    with (merged / "README.md").open("a") as card:
+        card.write("\n\nA line of mine.\n")
+    merge_adapter(folder, merged, base_model=base, dtype="float16")
+    assert f"the earlier merge in {merged} was replaced" in caplog.text
+    assert (merged / "README.md").read_text().count("A line of mine.") == 1
+    for name in ("model.gguf", "results/mine.json", "checkpoint-1/model.safetensors"):
+        (merged / name).parent.mkdir(exist_ok=True)
+        (merged / name).write_text("mine")
+        with pytest.raises(MergeError, match=f"is an earlier merge, but no merge wrote {name}: move it out"):
+            merge_adapter(folder, merged, base_model=base)
+        assert stored(merged)[0] and (merged / name).read_text() == "mine"
+        (merged / name).unlink()
+    (merged / "cream.json").write_text("[]")
+    with pytest.raises(MergeError, match="neither empty nor an earlier merge"):
+        merge_adapter(folder, merged, base_model=base)
+
+
+def kill_at(number):
+    """From here on the process gets SIGKILL before its renaming or removal of this number."""
+    steps = itertools.count()
+
+    def stopping(real):
+        def step(*arguments, **keywords):
+            if next(steps) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **keywords)
+
+        return step
+
+    os.rename, os.unlink, os.rmdir = map(stopping, (os.rename, os.unlink, os.rmdir))
+
+
+def test_a_kill_before_any_step_of_taking_its_place_leaves_the_old_merge_or_the_new_one(tmp_path):
+    output, kinds = tmp_path / "merged", ("old", "new")
+
+    def write(kind):
+        with in_place_of(output) as scratch:
+            for name in ("config.json", "cream.json", "model.safetensors"):
+                (scratch / name).write_text(json.dumps({"merged": True, "kind": kind}))
+
+    def found():
+        return {json.loads(path.read_text())["kind"] for path in output.iterdir()}
+
+    for number in range(100):
+        shutil.rmtree(output, ignore_errors=True)
+        write("old")
+        child = os.fork()
+        if child == 0:
+            kill_at(number)
+            write("new")
+            os._exit(0)
+        was_killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert not output.exists() or found() in [{kind} for kind in kinds]
+        refuse_output(output)  # as the next merge does
+        assert found() in ([{kind} for kind in kinds] if was_killed else [{"new"}])
+        write("new")
+        assert found() == {"new"} and [path.name for path in tmp_path.iterdir()] == ["merged"]
+        if not was_killed:
+            break
+    assert number == 6  # two renames, and the removal of three files and their folder
+
+
 def edit(file, change):
     tensors = load_file(file)
     change(tensors)
@@ -232,10 +303,17 @@ SOME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda tensors: tensors.update({"stray.lora_A.weight": torch.ones(2)}), r"stray.lora_A.weight .* no place"),
         (lambda tensors: tensors.pop(SOME), f"{SOME} .* is missing"),
         (lambda tensors: tensors.update({SOME: tensors[SOME][:1]}), f"{SOME} .* another shape"),
-        (lambda tensors: tensors[SOME].fill_(float("nan")), "layers.0.self_attn.q_proj.weight cannot be merged: NaNs"),
+        (
+            lambda tensors: tensors[SOME].fill_(float("nan")),
+            f"cannot be merged: {SOME} holds values that are not finite",
+        ),
+        (
+            lambda tensors: [tensor.fill_(1e38) for tensor in tensors.values()],
+            "_proj.weight cannot be merged: NaNs",
+        ),
         (lambda tensors: tensors[SOME].fill_(1e7), "q_proj.weight holds values beyond float16"),
     ],
-    ids=["surplus", "missing", "shape", "nan", "overflow"],
+    ids=["surplus", "missing", "shape", "nan", "infinite", "overflow"],
 )
 def test_a_tensor_of_the_adapter_that_cannot_be_used_is_named(adapted, tmp_path, change, message):
     folder, base = adapted()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,15 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub, Repository
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
+from safetensors.torch import load_file, save_file
 
-from cream_peft import cli
-from cream_peft.model.record import AdapterError, Record, adapter_sha256, public_name
-from cream_peft.publish.card import vllm_command
-from cream_peft.publish.merge import merge_adapter
+from cream_peft import CREAMTrainer, cli
+from cream_peft.model.base import load_base
+from cream_peft.model.record import AdapterError, Record, adapter_sha256, find_secret, public_name
+from cream_peft.publish.card import metadata, vllm_command
+from cream_peft.publish.licenses import LICENSES
+from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.push import PushError, create_repository, push_folder
-from cream_peft.tiny import base_folder
-from cream_peft.train.recipe import parse_recipe
+from cream_peft.tiny import TINY_ID, base_folder
+from cream_peft.train.recipe import RecipeError, parse_recipe
 from cream_peft.train.run import run_recipe
 
 REPO = "someone/adapter"
@@ -32,10 +36,13 @@ FAULTS = (401, 403, 404, 409, 412, 429, 500, 503, "drop-early", "half", "drop", 
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A Hub that the client in this process talks to, and no waiting."""
+def hub(monkeypatch, tmp_path):
+    """A Hub that the client in this process talks to, a cache of its own, and no waiting."""
     with Hub() as server:
+        page = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", page)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -87,7 +94,7 @@ def test_a_file_with_the_token_or_a_local_path_is_not_published(hub, adapter):
         path = adapter / "adapter_config.json"
         before = path.read_text()
         path.write_text(json.dumps(json.loads(before) | {"note": f"see {secret}/x"}))
-        with pytest.raises(PushError, match=r"adapter_config.json holds your token or a path of this machine"):
+        with pytest.raises(PushError, match=r"adapter_config.json of .* holds (your token|a path of this machine)"):
             push_folder(adapter, REPO)
         assert set(files(hub)) <= {".gitattributes"} and not hub.carrying(secret)
         path.write_text(before)
@@ -149,7 +156,7 @@ def test_the_base_of_a_local_folder_must_be_named_by_its_hub_id(hub, adapter):
         with pytest.raises(PushError, match=said):
             push_folder(adapter, REPO, base_model_id=wrong)
     assert f"models/{REPO}" not in hub.repositories  # nothing was made for a push that was refused
-    hub.repositories["models/owner/base"] = Repository()
+    hub.repositories["models/owner/base"] = Repository.of_folder(base_folder())
     push_folder(adapter, REPO, base_model_id="owner/base")
     assert before == {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
     sent = files(hub)
@@ -249,7 +256,9 @@ def test_the_card_takes_licence_base_and_data_from_the_recipe(hub, adapter):
     data = ModelCard(files(hub)["README.md"].decode()).data
     assert (data.base_model, data.license, data.datasets) == ("meta-llama/Llama-2-7b-hf", "llama2", ["owner/documents"])
     # Without one in the recipe it is the base's own, read from its card.
-    push_folder(adapter, "meta-llama/Llama-2-7b-hf")
+    card = Repository({"README.md": files(hub)["README.md"]}).files
+    base = Repository.of_folder(base_folder()).files
+    hub.repositories["models/meta-llama/Llama-2-7b-hf"] = Repository({**base, **card})
     change(adapter, **changes | {"license": None})
     push_folder(adapter, "someone/other")
     assert ModelCard(files(hub, "someone/other")["README.md"].decode()).data.license == "llama2"
@@ -387,3 +396,329 @@ def test_only_the_creation_takes_a_key_error_for_a_busy_repository(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lose)
     with pytest.raises(KeyError):
         create_repository("user/name", private=True, token="hf_x")
+
+
+def test_a_push_deletes_what_an_earlier_one_left_and_nothing_of_anybody_else(hub, adapter, tmp_path):
+    mine = ("LICENSE", "images/a.png", "results/notes.json", "results/a.png", "a/vocab.json", "tokenizer.bak")
+    old = (
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "vocab.txt",
+        "model-00001-of-00002.safetensors",
+    )
+    push_folder(adapter, REPO, results=[results_of(tmp_path, adapter_sha256(adapter))])
+    assert {"results/CREAM.json", "results/recall.png"} <= set(files(hub))
+    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | dict.fromkeys((*mine, *old), b"mine"))
+    push_folder(adapter, REPO)
+    assert set(files(hub)) == COMPLETE | {".gitattributes", *mine}
+    assert len(hub.repositories[f"models/{REPO}"].commits) == 2
+
+
+def test_a_merge_in_one_file_and_then_in_shards_is_loaded_as_the_second(hub, adapter, tmp_path):
+    merged = tmp_path / "merged"
+    merge_adapter(adapter, merged, dtype="float16")
+    push_folder(merged, REPO)
+    merge_adapter(adapter, merged, max_shard_size="500KB")
+    hub.fail("commit", "lost")
+    push_folder(merged, REPO)
+    local = {path.name for path in merged.iterdir()}
+    assert set(files(hub)) == local | {".gitattributes"} and "model.safetensors" not in local
+    merge_adapter(adapter, merged)
+    push_folder(merged, REPO)
+    assert set(files(hub)) == {path.name for path in merged.iterdir()} | {".gitattributes"}
+
+
+def test_what_an_old_checkpoint_left_below_its_folder_is_deleted(hub, adapter):
+    for name in ("rng_state.pth", "rng_state_1.pth"):
+        (adapter / name).write_bytes(b"state")
+    push_folder(adapter, REPO, checkpoint_in_repo="last-checkpoint")
+    (adapter / "rng_state_1.pth").unlink()
+    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | {"last-checkpoint/old": b"", "checkpoint-2/old": b""})
+    push_folder(adapter, REPO, checkpoint_in_repo="last-checkpoint")
+    below = {name for name in files(hub) if "checkpoint" in name}
+    complete = {f"last-checkpoint/{name}" for name in COMPLETE - {"README.md"} | {"rng_state.pth"}}
+    assert below == complete | {"checkpoint-2/old"}
+
+
+def test_a_change_on_the_hub_in_the_middle_of_a_push_is_seen(hub, adapter, monkeypatch):
+    push_folder(adapter, REPO)
+    change(adapter, seed=99)
+    post, repository = HfApi.preupload_lfs_files, hub.repositories[f"models/{REPO}"]
+
+    def change_on_the_hub(*arguments, **keywords):
+        monkeypatch.setattr(HfApi, "preupload_lfs_files", post)
+        repository._add("main", files(hub) | {"vocab.txt": b"late"}, "of somebody else")
+        return post(*arguments, **keywords)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", change_on_the_hub)
+    push_folder(adapter, REPO)
+    assert "vocab.txt" not in files(hub) and b'"seed": 99' in files(hub)["cream.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder"), [("chat_template.jinja", False), ("tokenizer_config.json", False), ("base_config", True)]
+)
+def test_a_link_out_of_the_folder_is_refused(hub, adapter, tmp_path, name, is_folder):
+    (tmp_path / "id_rsa").write_text('{"mine": 1}')
+    secret = (
+        Path(shutil.copytree(adapter / "base_config", tmp_path / "elsewhere")) if is_folder else tmp_path / "id_rsa"
+    )
+    if is_folder:
+        shutil.rmtree(adapter / name)
+    (adapter / name).unlink(missing_ok=True) if not is_folder else None
+    (adapter / name).symlink_to(secret)
+    with pytest.raises(PushError, match=f"{name} of .* is a link to {secret}: put the file or folder itself"):
+        push_folder(adapter, REPO)
+    assert not hub.repositories
+
+
+def test_weights_on_another_disk_and_a_snapshot_of_the_cache_are_published(hub, adapter, tmp_path):
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
+    (tmp_path / "cache" / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in adapter.rglob("*") if path.is_file())):
+        (snapshot / path.relative_to(adapter)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "cache" / "blobs" / str(number))
+        (snapshot / path.relative_to(adapter)).symlink_to(tmp_path / "cache" / "blobs" / str(number))
+    push_folder(snapshot, REPO)
+    assert set(files(hub)) == COMPLETE | {".gitattributes"}
+    weights = (adapter / "adapter_model.safetensors").rename(tmp_path / "weights.safetensors")
+    (adapter / "adapter_model.safetensors").symlink_to(weights)
+    push_folder(adapter, "someone/other")
+    assert files(hub, "someone/other")["adapter_model.safetensors"] == weights.read_bytes()
+
+
+def test_only_known_names_at_their_places_are_published(hub, adapter, tmp_path):
+    extra = [
+        "tokenizer_more/.env",
+        "checkpoint-9/chat_template.jinja",
+        "x.jinja",
+        "tokenizer.bak",
+        "base_config/b.json",
+    ]
+    for name in [*extra, "results/deep/a.json", "modelx.safetensors.txt"]:
+        (adapter / name).parent.mkdir(parents=True, exist_ok=True)
+        (adapter / name).write_text("{}")
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    push_folder(adapter, REPO, checkpoint_in_repo="last-checkpoint")
+    root = COMPLETE | {"chat_template.jinja"}
+    below = {f"last-checkpoint/{name}" for name in root - {"README.md"}}
+    assert set(files(hub)) == root | below | {".gitattributes"}
+
+
+SECRETS = ["hf_" + "aB3" * 11, "sk-" + "a" * 48, "sk-proj-" + "a_B-" * 9, "sk-ant-api03-" + "x" * 30]
+SECRETS += ["ghp_" + "a1" * 18]
+SECRETS += ["github_pat_" + "a_" * 20, "AKIA" + "Z" * 16, "xoxb-1234567890-abc", "glpat-" + "a-b_c" * 4]
+SECRETS += ["-----BEGIN OPENSSH PRIVATE KEY-----", "file://{here}/x", "{here}/gone.jsonl", "/h\u00f6me/user/x"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_in_any_text_file_is_not_published(adapter, secret, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/h\u00f6me/user")
+    secret = secret.format(here=tmp_path)
+    for name in ("tokenizer_config.json", "chat_template.jinja", "cream.json"):
+        for content in (json.dumps({"note": f"see {secret}"}), f'{{"note": "see {secret}"}}'):
+            assert find_secret(name, content.encode(), None, adapter), content
+    if not secret.startswith(("/", "file")):
+        assert find_secret("tokenizer.json", json.dumps({secret: 1}).encode(), None, adapter)
+
+
+def test_what_only_looks_like_a_secret_is_published(adapter, monkeypatch):
+    monkeypatch.setenv("HOME", "/root")
+    vocabulary = [
+        "/root/",
+        "/root",
+        "sk-",
+        "sk-learn",
+        "hf_",
+        "AKIA",
+        "/usr/bin/",
+        "ghp_",
+        "xoxb-",
+        "-----BEGIN",
+        "/home/",
+    ]
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        content = json.dumps({"vocab": dict.fromkeys(vocabulary, 1), "merges": [f"{a} {a}" for a in vocabulary]})
+        assert find_secret(name, content.encode(), "hf_mine", adapter) is None
+        assert find_secret(name, content.replace("/usr/bin", "/root/me/x").encode(), None, adapter)  # control
+    for file in base_folder().iterdir():
+        content = file.read_bytes() if file.suffix == ".json" else b""
+        assert find_secret(file.name, content, "hf_mine", adapter) is None
+    for text in ("https://huggingface.co/tmp/x", "hf_hub_download_the_whole_repository", "#!/usr/bin/env", "a/tmp/b"):
+        assert find_secret("chat_template.jinja", text.encode(), None, adapter) is None
+
+
+def test_a_token_in_the_head_of_the_weights_is_found(hub, adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(weights, adapter / "adapter_model.safetensors", {"note": hub.token})
+    replace(Record.read(adapter, "adapter"), adapter_sha256=adapter_sha256(adapter)).write(adapter)
+    with pytest.raises(PushError, match=r"adapter_model.safetensors of .* holds your token: remove it"):
+        push_folder(adapter, REPO)
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "adapter weights: lora_B is zero"), (float("nan"), "adapter weights: .* not finite")]
+)
+def test_an_adapter_that_never_trained_or_is_damaged_is_neither_pushed_nor_merged(hub, adapter, tmp_path, value, said):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    for name in weights:
+        if "lora_B" in name:
+            weights[name].fill_(value)
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(PushError, match=f"is not published, it is not right: {said}"):
+        push_folder(adapter, REPO)
+    with pytest.raises(MergeError, match=f"cannot be merged: {said.split(': ')[1]}"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not hub.repositories and not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_base_is_not_published_and_one_of_an_unreadable_base_is(hub, adapter, caplog):
+    config = json.loads((base_folder() / "config.json").read_text()) | {"hidden_size": 4096}
+    hub.repositories["models/owner/base"] = Repository({"config.json": json.dumps(config).encode()})
+    change(adapter, base_model="owner/base")
+    with pytest.raises(AdapterError, match="owner/base is not the base this adapter was trained on: its hidden_size"):
+        push_folder(adapter, REPO)
+    assert f"models/{REPO}" not in hub.repositories
+    hub.repositories["models/owner/gated"] = Repository(refusal=(403, "GatedRepo", "Access is restricted"))
+    change(adapter, base_model="owner/gated")
+    push_folder(adapter, REPO)
+    assert "is not held against its base: owner/gated is gated" in caplog.text and set(files(hub)) >= COMPLETE
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 0 * value for name, value in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(PushError, match="lora_B is zero"):
+        push_folder(adapter, REPO)
+
+
+def test_a_merged_model_with_another_window_is_not_published(hub, adapter, tmp_path):
+    merge_adapter(adapter, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    with pytest.raises(PushError, match=r"it is not right: RoPE: .* is not that of the merge"):
+        push_folder(tmp_path / "merged", REPO)
+    assert not hub.repositories
+
+
+def test_a_licence_that_is_none_of_the_hubs_is_refused_before_anything_is_trained_or_sent(
+    hub, adapter, tmp_path, capsys
+):
+    assert {"llama2", "apache-2.0", "gemma", "openrail++", "other"} <= set(LICENSES) and len(LICENSES) == 83
+    said = "license='Apache 2.0' is none of the Hub's names"
+    with pytest.raises(RecipeError, match=f"{said} .*: did you mean 'apache-2.0'"):
+        parse_recipe(["--license", "Apache 2.0"])
+    push = ["push", "--adapter", str(adapter), "--repo", REPO]
+    assert cli.main([*push, "--license", "Apache 2.0"]) == 2 and said in capsys.readouterr().err
+    change(adapter, license="Apache 2.0")  # trained before
+    assert cli.main(push) == 2 and said in capsys.readouterr().err and not hub.repositories
+    assert cli.main([*push, "--license", "mit"]) == 0
+    assert ModelCard(files(hub)["README.md"].decode()).data.license == "mit"
+
+
+def test_a_card_that_the_hub_refuses_is_not_trained_for(hub, tmp_path, monkeypatch):
+    # As if the Hub no longer knew it.
+    monkeypatch.setattr("hub_protocol.LICENSES", ["mit"] * 100)
+    wanted = r"the Hub refuses the card of someone/adapter: \"license\" must be one of \[\.\.\.\]: mend license$"
+    with pytest.raises(PushError, match=wanted):
+        train_and_push(tmp_path / "run", "--license", "llama4")
+    assert not hub.repositories and not (tmp_path / "run" / "cream.json").exists()
+
+
+def test_a_card_that_the_hub_begins_to_refuse_does_not_stop_training(hub, tmp_path, caplog, monkeypatch):
+    def begin(*arguments, **keywords):
+        monkeypatch.setattr("hub_protocol.LICENSES", ["mit"] * 100)
+        return create_repository(*arguments, **keywords)
+
+    monkeypatch.setattr("cream_peft.publish.push.create_repository", begin)
+    with pytest.raises(PushError, match=r"the adapter is saved in .* the Hub refuses the card .*license"):
+        train_and_push(tmp_path / "run", "--hub_strategy", "every_save")
+    assert 'step 2 was not published: the Hub refuses the card of someone/adapter: "license" must be' in caplog.text
+    assert (tmp_path / "run" / "cream.json").exists()
+
+
+NOTE, BELOW = "> A note of **mine** with {{ braces }}.", "## Thanks\n\nTo you.\n\n- one"
+
+
+def written_on(card):
+    """The card with what a person writes on it, on the Hub's page."""
+    head, text = card.split("---\n\n", 1)
+    head = head.replace("tags:\n", "language: de\nextra_gated_prompt: Be nice\ntags:\n- mine\n")
+    return f"{head}---\n\n{NOTE}\n\n{text}\n\n{BELOW}\n"
+
+
+def test_what_a_person_wrote_on_the_card_stays_and_ours_is_new(hub, adapter):
+    push_folder(adapter, REPO)
+    edited = written_on(files(hub)["README.md"].decode())
+    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | {"README.md": edited.encode()})
+    change(adapter, seed=99)
+    push_folder(adapter, REPO)
+    push_folder(adapter, REPO)
+    text = files(hub)["README.md"].decode()
+    card = ModelCard(text)
+    assert text.count(NOTE) == text.count(BELOW) == text.count("seed 99") == 1 and "seed 0," not in text
+    assert text.index(NOTE) < text.index("# adapter") < text.index(BELOW)
+    assert card.data.language == "de" and card.data.extra_gated_prompt == "Be nice"
+    assert card.data.tags.count("mine") == card.data.tags.count("lora") == 1
+    assert len(hub.repositories[f"models/{REPO}"].commits) == 2  # the third push had nothing new
+
+
+def test_what_a_person_wrote_in_the_folder_stays_through_training_and_push(hub, tmp_path):
+    folder = tmp_path / "run"
+    train_and_push(folder, "--license", "mit")
+    (folder / "README.md").write_text(written_on((folder / "README.md").read_text()))
+    train_and_push(folder, "--seed", "99")
+    for text in ((folder / "README.md").read_text(), files(hub)["README.md"].decode()):
+        assert text.count(NOTE) == text.count(BELOW) == text.count("seed 99") == 1 and "seed 0," not in text
+        assert text.count("# cream-peft-tiny") + text.count("# adapter") == 1 and "PEFT 0" not in text
+
+
+def test_a_card_that_somebody_else_wrote_is_kept_below_ours_and_one_of_ours_without_marks_is_not(hub, adapter, caplog):
+    caplog.set_level("INFO", logger="cream_peft")
+    hub.repositories[f"models/{REPO}"] = Repository({"README.md": b"---\nlicense: mit\n---\nMy own card.\n"})
+    marked = (adapter / "README.md").read_text()
+    (adapter / "README.md").write_text(re.sub("<!--.*?-->", "", marked) + "\n\nA line of mine.\n")
+    push_folder(adapter, REPO)
+    sent = files(hub)["README.md"].decode()
+    assert sent.endswith("<!-- cream-peft: end -->\n\nMy own card.\n\nA line of mine.")
+    assert sent.count("## Load it") == 1 and sent.count("license:") == 2  # in the head, and in the recipe
+    assert f"README.md of {REPO} was not written by cream-peft: its text stays, below ours" in caplog.text
+    (adapter / "README.md").write_text("---\nlicense: mit\n: {\n---\n\nBroken.\n")
+    push_folder(adapter, REPO)
+    assert files(hub)["README.md"].decode() == f"{sent}\n\nBroken."
+
+
+def test_the_card_has_the_tags_of_trl_the_relation_to_its_base_and_the_space_of_its_curves(hub, adapter, tmp_path):
+    base = "owner/base"
+    hub.repositories[f"models/{base}"] = Repository.of_folder(base_folder())
+    recipe = {"report_to": ["trackio"], "trackio_space_id": "someone/curves"}
+    change(adapter, base_model=base, recipe=recipe)
+    push_folder(adapter, REPO)
+    card = ModelCard(files(hub)["README.md"].decode())
+    wanted = {"trl", "sft", "transformers", "lora", f"base_model:adapter:{base}", "trackio"}
+    assert wanted | {"trackio:https://huggingface.co/spaces/someone/curves"} <= set(card.data.tags)
+    assert (card.data.base_model, card.data.base_model_relation) == (base, "adapter")
+    assert "Its curves: [Trackio](https://huggingface.co/spaces/someone/curves)." in card.text
+    change(adapter, recipe=recipe | {"report_to": []})
+    push_folder(adapter, REPO)
+    assert b"rackio]" not in files(hub)["README.md"] and b"trackio:" not in files(hub)["README.md"]
+    merge_adapter(adapter, tmp_path / "merged")
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert f"base_model:finetune:{base}" in card.data.tags and "lora" not in card.data.tags
+    change(adapter, base_is_local=True)
+    assert metadata(Record.read(adapter, "")).base_model_relation is None
+
+
+def test_a_model_whose_every_weight_was_trained_is_published_as_a_model(
+    hub, make_model, make_documents, make_config, tmp_path, tiny_tokenizer
+):
+    trainer = CREAMTrainer(
+        model=load_base(TINY_ID, load_in_4bit=False), args=make_config(context_length=256, target_length=2048),
+        train_dataset=make_documents(), processing_class=tiny_tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    push_folder(tmp_path / "run", REPO)
+    found = files(hub)
+    assert {"config.json", "model.safetensors", "cream.json", "README.md"} <= set(found)
+    assert "base_config/config.json" not in found and "adapter_config.json" not in found
+    card = found["README.md"].decode()
+    assert "A fully trained model that extends cream-peft-tiny" in card and "lora" not in card.split("---")[1]

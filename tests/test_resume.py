@@ -22,9 +22,10 @@ from cream_peft.locks import LockedError
 from cream_peft.model.check import check_adapter
 from cream_peft.model.record import AdapterError, Record, adapter_sha256
 from cream_peft.tiny import base_folder
-from cream_peft.train.checkpoints import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint, saved_whole
+from cream_peft.train.checkpoints import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.run import run_recipe
+from cream_peft.train.saving import saved_whole
 
 TRAIN = ["--max_steps", "9", "--save_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4",
          "--held_out_documents", "8", "--eval_strategy", "steps", "--eval_steps", "2"]  # fmt: skip

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,16 @@ NEEDED = ("base_model", "pretrained_window", "target_length", "rope_scaling_type
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 LARGEST_FILE = 2**20
 """Bytes of a JSON file that describes an adapter."""
+TOKENS = re.compile(
+    rb"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20}|sk-[A-Za-z0-9]{20}|sk-(proj|ant|svcacct|admin|or)-[\w-]{20}|"
+    rb"gh[oprsu]_[A-Za-z0-9]{30}|github_pat_\w{22}|AKIA[0-9A-Z]{16}|xox[a-z]-[A-Za-z0-9-]{10}|glpat-[\w-]{20})|"
+    rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+"""Those of Hugging Face, OpenAI and Anthropic, GitHub, AWS, Slack and GitLab, and private keys."""
+PATHS = re.compile(rb"(?:(?<=file://)|(?<![\w./~+-]))(?:/[\w.+@-]+){2,}")
+EVERYWHERE = (b"/usr/", b"/bin/", b"/sbin/", b"/lib/", b"/lib64/", b"/etc/", b"/dev/", b"/proc/", b"/sys/")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "tokenizer.model")
+VOCABULARIES += ("sentencepiece.bpe.model", "spiece.model", "spm.model")
 
 
 class AdapterError(ValueError):
@@ -211,11 +222,30 @@ def _is_secret(key: Any) -> bool:
     return str(key) == "token" or (str(key).endswith("_token") and not str(key).startswith(("eos", "pad", "bos")))
 
 
-def holds_secrets(file: str, content: bytes, token: str | None, folder: Path) -> bool:
-    """Whether a text file holds the token, or a path of this machine: that of `folder` or the user's home."""
-    # A vocabulary may well hold "/root/".
-    paths = [] if file.startswith(("tokenizer", "vocab", "merges")) else [str(folder.resolve()), f"{Path.home()}/"]
-    return any(secret.encode() in content for secret in (token, *paths) if secret)
+def find_secret(file: str, content: bytes, token: str | None, folder: Path) -> str | None:
+    """What a text file holds that must not become public, in words: this token or one of a common kind, the path of
+    `folder`, one in the user's home, or another that is there. Of vocabularies only tokens and longer paths count: one
+    may well hold "/root/" and "sk-"."""
+    if token and token.encode() in content:
+        return "your token"
+    if found := TOKENS.search(content):
+        return f"what looks like a secret ({found[0][:6].decode()}...)"
+    is_vocabulary = file in VOCABULARIES
+    home = (str(Path.home()), r"/[\w.-]+/" if is_vocabulary else "/")
+    for path, end in (home, (str(folder.resolve()), r"(?![\w.-])")):
+        # JSON has a spelling of its own for what is not ASCII.
+        either = "|".join(re.escape(spelling) for spelling in {path, json.dumps(path)[1:-1]})
+        if path.strip("/") and re.search(f"({either}){end}".encode(), content):
+            return f"a path of this machine ({path})"
+    for path in () if is_vocabulary else sorted({match[0].rstrip(b".") for match in PATHS.finditer(content)}):
+        if not path.startswith(EVERYWHERE) and (os.path.exists(path) or _is_in_a_folder_here(path)):
+            return f"a path of this machine ({path.decode()})"
+    return None
+
+
+def _is_in_a_folder_here(path: bytes) -> bool:
+    folder = os.path.dirname(path)
+    return folder.count(b"/") > 1 and os.path.isdir(folder)
 
 
 def is_adapter(repo_or_dir: str | Path) -> bool:

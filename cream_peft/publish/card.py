@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..evals.results import Results, mean_by, tasks_in
 from ..model.record import Record, adapter_sha256
 from ..tiny import TINY_ID
 
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for --max-lora-rank."""
+BEGIN = "<!-- cream-peft: begin. Up to the end this is written anew at each save and push; text outside of it stays -->"
+END = "<!-- cream-peft: end -->"
+OURS = re.compile(
+    r"<!-- cream-peft: begin.*?<!-- cream-peft: end -->|"
+    r"# [^\n]*\n\nA (?:LoRA adapter|merged model|fully trained model) that extends .*?its limits hold for it too\.",
+    re.DOTALL,
+)
+"""Our part of a card; the second, that of cards from before it was marked."""
+OUR_FIELDS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "datasets", "model-index")
+OUR_TAGS = ("base_model:", "trackio")
+"""How tags of ours begin that may be of an earlier training."""
 
 
 def is_own(result: Results, folder: Path, record: Record) -> bool:
@@ -85,15 +103,27 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
     )
 
 
-def _metadata(record: Record, own: Mapping[str, Results], title: str) -> ModelCardData:
-    base, dataset = record.base_model, str(record.recipe.get("dataset_name") or "")
+def trackio_page(record: Record) -> str | None:
+    """The Space with the curves of the training, where its recipe names one."""
+    space = str(record.recipe.get("trackio_static_space_id") or record.recipe.get("trackio_space_id") or "")
+    was_used = "trackio" in (record.recipe.get("report_to") or ()) and space.count("/") == 1
+    return f"https://huggingface.co/spaces/{space}" if was_used else None
+
+
+def metadata(record: Record, own: Mapping[str, Results] | None = None, title: str = "") -> ModelCardData:
+    """The head of the card; with `own`, results by label that were measured on this very adapter, their model-index."""
+    own, space = own or {}, trackio_page(record)
+    # A local folder's name and the embedded model are nowhere on the Hub.
+    base = None if record.base_model == TINY_ID or record.base_is_local else record.base_model
+    relation, dataset = "finetune" if record.merged else "adapter", str(record.recipe.get("dataset_name") or "")
+    tags = ["cream", "long-context", "trl", "sft", "transformers"] + ([] if record.merged else ["lora"])
+    tags += [f"base_model:{relation}:{base}"] if base else []
     return ModelCardData(
-        # A local folder's name and the embedded model are nowhere on the Hub.
-        base_model=None if base == TINY_ID or record.base_is_local else base,
-        base_model_relation=None if base == TINY_ID else "finetune" if record.merged else "adapter",
+        base_model=base,
+        base_model_relation=relation if base else None,
         library_name="transformers" if record.merged else "peft",
         pipeline_tag="text-generation",
-        tags=["cream", "long-context"] + ([] if record.merged else ["lora"]),
+        tags=tags + (["trackio", f"trackio:{space}"] if space else []),
         license=record.license,
         # What is left of a local path has no owner before it.
         datasets=[dataset] if dataset.count("/") == 1 else None,
@@ -102,25 +132,79 @@ def _metadata(record: Record, own: Mapping[str, Results], title: str) -> ModelCa
     )
 
 
+@dataclass
+class Kept:
+    """What of earlier cards a person wrote: metadata, and text above and below our part."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    above: str = ""
+    below: str = ""
+
+    def add(self, card: str, where: str, ours: tuple[str, ...] = OUR_FIELDS) -> None:
+        """Take over what is in `card` and not here yet, but for the fields that are `ours`. A log line says `where` a
+        card was that somebody else wrote."""
+        head = REGEX_YAML_BLOCK.match(card)
+        text = card[head.end() :] if head else card
+        try:
+            fields = yaml.safe_load(head[2]) if head else None
+        except yaml.YAMLError:
+            fields = None
+        if isinstance(fields, dict):
+            tags = [tag for tag in fields.get("tags") or [] if not str(tag).startswith(OUR_TAGS)]
+            fields = {key: value for key, value in fields.items() if key not in ours}
+            self.fields = fields | self.fields | {"tags": list(dict.fromkeys([*self.fields.get("tags", []), *tags]))}
+        above, *rest = OURS.split(text)
+        below = "\n\n".join(part.strip() for part in rest)
+        if not rest:
+            above, below = "", text
+            if text.strip():
+                logger.info("%s was not written by cream-peft: its text stays, below ours", where)
+        self.above, self.below = _joined(self.above, above), _joined(self.below, below)
+
+
+def _joined(text: str, more: str) -> str:
+    return text if more.strip() in text else f"{text}\n\n{more.strip()}".strip()
+
+
 def write_card(
-    folder: Path, record: Record, repo: str | None = None, results: Mapping[str, Results] | None = None
+    folder: Path,
+    record: Record,
+    repo: str | None = None,
+    results: Mapping[str, Results] | None = None,
+    on_hub: str = "",
 ) -> None:
-    """Write README.md, the model card, into the folder of an adapter or a merged model.
+    """Write README.md, the model card, into the folder of an adapter or a merged model. What a person wrote on the card
+    that is there, outside of our part of it, stays.
 
     Args:
         folder: holds adapter_config.json and base_config/.
         repo: the Hub id that it will have.
         results: label -> what `cream-peft evaluate` wrote. The card shows them only if some were measured on this very
             adapter: results of an earlier training do not speak for it.
+        on_hub: the card that is on the Hub, from which the same is kept.
     """
+    kept, file = Kept(), folder / CARD
+    kept.add(on_hub, f"{CARD} of {repo}")
+    # The licence there is that of an earlier training, perhaps of another base.
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    kept.add(text, CARD, (*OUR_FIELDS, "license"))
     base, results = record.base_model, results or {}
     name = repo or "this-repository-or-folder"
     title = (repo or f"{base.split('/')[-1]}-{record.positions.strategy}-{record.target_length}").split("/")[-1]
     own = {label: result for label, result in results.items() if result.cells and is_own(result, folder, record)}
     measured = next(iter(own.values()), None)
+    head = metadata(record, own, title)
+    head.tags = list(dict.fromkeys([*(head.tags or []), *kept.fields.pop("tags", [])]))
+    for key, value in kept.fields.items():
+        if head.get(key) is None:
+            head[key] = value
     card = ModelCard.from_template(
-        _metadata(record, own, title),
+        head,
         template_path=str(TEMPLATE),
+        begin=BEGIN,
+        end=END,
+        above=kept.above,
+        below=kept.below,
         record=record,
         commas="{:,}".format,
         name=name,
@@ -128,10 +212,11 @@ def write_card(
         embedded=base == TINY_ID,
         # The embedded model comes with this package, and nothing else finds it.
         vllm="" if record.merged or base == TINY_ID else vllm_command(folder, record, name),
+        space=trackio_page(record),
         measured=measured,
         tables=[_table(results, task) for task in tasks_in(results)] if own else [],
         samples=_samples(measured) if measured else "",
         longest=max((cell.length for result in own.values() for cell in result.cells), default=None),
         recipe=yaml.safe_dump(record.recipe or {"recipe": "not recorded"}, sort_keys=False).strip(),
     )
-    card.save(folder / "README.md")
+    card.save(file)

@@ -27,9 +27,11 @@ from .. import rope
 from ..errors import about
 from ..model.adapter import Adapter, open_adapter
 from ..model.base import GIB, make_tokenizer_readable, resolve_base
+from ..model.check import check_weights
 from ..model.fingerprint import from_files, weight_files
-from ..model.record import FILE, adapter_sha256, write_json
-from .card import write_card
+from ..model.record import adapter_sha256, write_json
+from .card import CARD, write_card
+from .output import MergeError, in_place_of, refuse_output
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, PREFIX, MAGNITUDE = "adapter_model.safetensors", "base_model.model.", "lora_magnitude_vector"
@@ -50,10 +52,6 @@ UNDERSTOOD = re.compile(
 PARTS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", MAGNITUDE)
 LEFT_OUT = ("rotary_emb.inv_freq", ".base_layer.weight")
 """Of older Llamas, where every runtime computes it from the config; and what PEFT saves beside a LoRA on embeddings."""
-
-
-class MergeError(ValueError):
-    """An adapter, a base or a folder that cannot be merged as asked."""
 
 
 class Weights:
@@ -198,16 +196,6 @@ def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: s
     write_json(folder / "config.json", rope.published_config(adapter.scaled_config) | own)
 
 
-def _refuse_output(output: Path, base_folder: Path) -> None:
-    if output.is_file():
-        raise MergeError(f"{output} is a file: name a folder for the merged model")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    is_merge = (output / FILE).is_file() and json.loads((output / FILE).read_text(encoding="utf-8")).get("merged")
-    if not is_merge or output.samefile(base_folder):
-        raise MergeError(f"{output} is neither empty nor an earlier merge: choose another output_dir (--output)")
-
-
 def _peak_memory() -> float | None:
     """The most memory that this process has had resident so far, mapped files included, in GiB; None off Linux."""
     status = Path("/proc/self/status")
@@ -273,7 +261,8 @@ def merge_adapter(
 
     Args:
         repo_or_dir, base_model, revision, hub_kwargs: see `open_adapter`.
-        output_dir: where the model goes; made in a folder beside it, then renamed. An earlier merge is replaced.
+        output_dir: where the model goes; made in a folder beside it, then renamed. An earlier merge is replaced, and
+            anything else refused.
         dtype: bfloat16, float16 or float32 for all weights. None keeps what the base's files have, float32 included.
         max_shard_size: of one output file, in bytes or as "1GB" (10**9). Peak memory grows with it.
 
@@ -286,10 +275,15 @@ def merge_adapter(
         raise MergeError(f"max_shard_size {max_shard_size!r} is no size: write 500MB or 2GB")
     if dtype not in (None, *DTYPES):
         raise MergeError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}, or leave it out to keep the base's")
+    output = Path(output_dir).resolve()
+    refuse_output(output)
     adapter = open_adapter(repo_or_dir, base_model=base_model, revision=revision, **hub_kwargs)
-    output, base_folder = Path(output_dir).absolute(), _base_folder(adapter)
-    _refuse_output(output, base_folder)
+    base_folder = _base_folder(adapter)
+    if output == base_folder.resolve():
+        raise MergeError(f"{output} holds the base: choose another output_dir (--output)")
     base, given = _base_weights(base_folder, adapter.base_name), Weights([adapter.folder / ADAPTER])
+    if (weights := check_weights(adapter.folder / ADAPTER)).verdict == "wrong":
+        raise MergeError(f"{repo_or_dir} cannot be merged: {weights.found}")
     config, remote = _read_config(adapter.folder), adapter.base_options["trust_remote_code"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(adapter.scaled_config), trust_remote_code=remote)
@@ -300,16 +294,12 @@ def merge_adapter(
         wanted = getattr(torch, dtype)
         base.like = {name: like.to(wanted) if like.is_floating_point() else like for name, like in base.like.items()}
     main_dtype = str(max(base.like.values(), key=torch.numel).dtype).removeprefix("torch.")
-    scratch = output.with_name(f".{output.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with in_place_of(output) as scratch:
         size, shards = _write_weights(scratch, base, given, changes, max_shard_size)
+        if (output / CARD).is_file():
+            # For what a person wrote on it.
+            shutil.copyfile(output / CARD, scratch / CARD)
         _describe(scratch, adapter, base_folder, type(model).__name__, main_dtype)
-        shutil.rmtree(output, ignore_errors=True)
-        scratch.rename(output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     replaced = sum(change.scale is None for change in changes.values())
     return Merged(
         output_dir=str(output_dir),

@@ -10,38 +10,32 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import HFValidationError
+from huggingface_hub.utils import HFValidationError, build_hf_headers, get_session, hf_raise_for_status
 
+from ..errors import explain, is_out_of_reach
 from ..evals.results import Results, file_name, tasks_in
-from ..model.record import MERGED_FILES, REQUIRED_FILES, Record, holds_secrets, without_secrets
-from .card import is_own, write_card
+from ..model.check import check_adapter, check_weights
+from ..model.record import REQUIRED_FILES, Record
+from .card import is_own, metadata, write_card
+from .files import CARD, PUBLISHED, RESUMED_FROM, PushError, contents, files_in, stale
+from .licenses import refuse_license
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED = {*REQUIRED_FILES, *MERGED_FILES, "README.md", "results/*.json", "results/*.png"}
-# tokenizer.model, where there is one, included.
-PUBLISHED |= {"tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"}
-PUBLISHED |= {"generation_config.json", "model*.safetensors", "model.safetensors.index.json"}
-"""What goes to the Hub's root. An allow-list: training_args.bin holds the token, logs hold host names."""
-
-NEVER_PUBLISHED = ("training_args.bin", "README.md")
-"""Left out of a whole checkpoint; README.md speaks of the root."""
-
+WEIGHTS = REQUIRED_FILES[1]
 RETRY_AFTER = (2, 8)
 """Seconds before each further try of what the Hub's client does not try again itself."""
+OUR_KEYS = {"license": "license", "base_model": "base_model_id", "datasets": "dataset_name"}
+"""Field of a card's metadata -> what it is set with."""
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
 
 T = TypeVar("T")
-
-
-class PushError(ValueError):
-    """What could not be published, why, and what to do."""
 
 
 class _Busy(Exception):
@@ -84,6 +78,28 @@ def _explain(error: Exception, repo: str) -> str:
     return f"{said}. Nothing half-finished is visible there, and what has arrived is not sent again"
 
 
+def _explain_card(answer: str, repo: str) -> str:
+    """One line for a card that the Hub's validation refuses: its words, and our key for what it names."""
+    try:
+        content = json.loads(answer)
+        answer = " ".join(error["message"] for error in content.get("errors", ())) or content["error"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        answer = answer.removeprefix("Invalid metadata in README.md.")
+    said = re.sub(r"\[.{200,}\]", "[...]", " ".join(answer.split()).strip("- "))
+    key = next((key for field, key in OUR_KEYS.items() if f'"{field}"' in said), None)
+    return f"the Hub refuses the card of {repo}: {said}: mend {key or 'the metadata at the head of its README.md'}"
+
+
+def check_card(record: Record, repo: str) -> None:
+    """Ask the Hub whether it takes a card with the metadata of `record`.
+
+    Raises:
+        PushError: with the Hub's words, and the key to change.
+    """
+    card = ModelCard(f"---\n{metadata(record).to_yaml()}\n---\n")
+    _hub_call(card.validate, repo)
+
+
 def _hub_call(call: Callable[[], T], repo: str) -> T:
     """`call`, tried again after refusals that pass; it must be safe to repeat."""
     for seconds in (*RETRY_AFTER, None):
@@ -98,6 +114,8 @@ def _hub_call(call: Callable[[], T], repo: str) -> T:
                 time.sleep(seconds)
             elif _will_pass(error) or isinstance(error, HfHubHTTPError | HFValidationError | ConnectionError):
                 raise PushError(_explain(error, repo)) from raised
+            elif type(error) is ValueError:
+                raise PushError(_explain_card(str(error), repo)) from raised
             else:
                 raise
     raise AssertionError("not reached")
@@ -157,6 +175,7 @@ def _with_base(folder: Path, record: Record, base_model_id: str | None, api: HfA
 def _with_licence(record: Record, license: str | None, api: HfApi) -> Record:
     """The record with a licence: the one given, the recorded one, or that of the base's own card."""
     found = license or record.license
+    refuse_license(found)
     if not found:
         try:
             data = api.model_info(record.base_model).card_data
@@ -168,20 +187,30 @@ def _with_licence(record: Record, license: str | None, api: HfApi) -> Record:
     return replace(record, license=found)
 
 
-def _published_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in files if any(fnmatch(path.relative_to(folder).as_posix(), p) for p in PUBLISHED)]
+def _refuse_wrong(folder: Path, base_model: str | None, token: str | None) -> None:
+    """Refuse what `cream-peft check` calls wrong, but for files that are not published anyway. A base that cannot be
+    read, such as a gated one, is not compared, and that is said."""
+    try:
+        found = check_adapter(folder, base_model=base_model, token=token)
+    except (ValueError, OSError) as error:
+        if not is_out_of_reach(error):
+            raise
+        logger.warning("%s is not held against its base: %s", folder, explain(error))
+        found = [check_weights(folder / WEIGHTS)]
+    wrong = [f"{one.item}: {one.found}" for one in found if one.verdict == "wrong" and one.item != "other files"]
+    if wrong:
+        raise PushError(f"{folder} is not published, it is not right: {'; '.join(wrong)}")
 
 
 def _stage(folder: Path, staged: Path, record: Record, repo: str, results: Mapping[str, Results]) -> None:
     """Make in `staged` what is published of `folder`, with the card and a picture of each task."""
-    for path in _published_files(folder):
-        target = staged / path.relative_to(folder)
+    for name in files_in(folder, PUBLISHED):
+        target = staged / name
         target.parent.mkdir(exist_ok=True)
-        if path.suffix == ".safetensors":
-            target.symlink_to(path.resolve())
+        if target.suffix == ".safetensors":
+            target.symlink_to((folder / name).resolve())
         else:
-            shutil.copy(path, target)
+            shutil.copyfile(folder / name, target)
     record.write(staged)
     record.name_base_in(staged)
     write_card(staged, record, repo, results)
@@ -195,23 +224,6 @@ def _stage(folder: Path, staged: Path, record: Record, repo: str, results: Mappi
             plot_results(results, staged / "results" / f"{task}.png", task=task)
 
 
-def _additions(
-    folder: Path, files: list[Path], below: str, token: str | None, origin: Path
-) -> list[CommitOperationAdd]:
-    """The files as a commit takes them, small ones searched for what must not become public."""
-    additions = []
-    for path in files:
-        content: bytes | str = str(path)
-        if path.suffix not in (".safetensors", ".pt", ".bin"):
-            content = path.read_bytes()
-            if path.name == "trainer_state.json":
-                content = json.dumps(without_secrets(json.loads(content)), indent=2).encode()
-            if holds_secrets(path.name, content, token, origin):
-                raise PushError(f"{path.name} holds your token or a path of this machine: remove it, then push again")
-        additions.append(CommitOperationAdd(below + path.relative_to(folder).as_posix(), content))
-    return additions
-
-
 def push_folder(
     folder: str | Path,
     repo: str,
@@ -219,6 +231,7 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
+    base_model: str | None = None,
     base_model_id: str | None = None,
     license: str | None = None,
     results: Iterable[str | Path] = (),
@@ -227,52 +240,78 @@ def push_folder(
 ) -> str:
     """Publish a trained adapter or a merged model in one commit, with a card made anew; returns the commit's URL.
 
+    The commit also deletes what an earlier push sent and the folder no longer has; other files there stay.
+
     Args:
         folder: what `cream-peft train` or `cream-peft merge` left.
         repo: Hub id, user/name; created if it does not exist.
         revision: branch to publish to; created if it does not exist.
+        base_model: folder or Hub id of the base to hold the adapter against, instead of the one that it names.
         base_model_id: the base's Hub id, for an adapter that was trained on a local folder.
         results: files that `cream-peft evaluate` wrote, for the card.
         checkpoint_in_repo: also publish everything that training resumes from, in this folder of the repository.
 
     Raises:
-        AdapterError: if the folder is not complete.
-        PushError: if the Hub refuses; nothing is published then.
+        AdapterError: if the folder is not complete, or the base is not the one trained on.
+        PushError: if the Hub refuses, or `cream-peft check` calls something wrong, or for a link out of the folder, or
+            a file with a token or a path of this machine in it; nothing is published then.
     """
     folder, api, token = Path(folder), HfApi(token=token), token or get_token()
     if "/" not in repo:
         raise PushError(f"repo {repo!r} is not a Hub id: write user/name")
-    record = _with_base(folder, Record.read(folder, str(folder)), base_model_id, api)
+    found = Record.read(folder, str(folder))
+    record = _with_base(folder, found, base_model_id, api)
+    _refuse_wrong(folder, base_model or (base_model_id if found.base_is_local else None), token)
     read = _read_results(results, folder, record)
     record = _with_licence(record, license, api)
     # In a copy: what is published is made here, and what was trained stays as it is.
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch)
         _stage(folder, staged, record, repo, read)
-        additions = _additions(staged, _published_files(staged), "", token, folder)
+        files = contents(staged, files_in(staged, PUBLISHED), token, folder)
         if checkpoint_in_repo:
-            files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NEVER_PUBLISHED]
-            additions += _additions(folder, files, f"{checkpoint_in_repo}/", token, folder)
+            whole = contents(folder, files_in(folder, RESUMED_FROM), token, folder)
+            files |= {f"{checkpoint_in_repo}/{name}": content for name, content in whole.items()}
         repo = create_repository(repo, private=private, token=token)
+        if revision:
+            _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
         message = message or f"{record.base_model} to {record.target_length} tokens with cream-peft"
-        return _commit(api, repo, additions, message, revision)
+
+        def with_text_of(card: str) -> dict[str, bytes | str]:
+            write_card(staged, record, repo, read, card)
+            return contents(staged, [CARD], token, folder)
+
+        return _hub_call(lambda: _commit(api, repo, files, with_text_of, checkpoint_in_repo, message, revision), repo)
 
 
-def _commit(api: HfApi, repo: str, additions: list[CommitOperationAdd], message: str, revision: str | None) -> str:
-    if revision:
-        _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
-    before = _hub_call(lambda: api.model_info(repo, revision=revision), repo)
+def _commit(
+    api: HfApi,
+    repo: str,
+    files: dict[str, bytes | str],
+    with_text_of: Callable[[str], dict[str, bytes | str]],
+    below: str | None,
+    message: str,
+    revision: str | None,
+) -> str:
+    """One commit that makes of the repository what `files` are, on top of what it holds now; its URL."""
+    before = api.model_info(repo, revision=revision)
     there = {sibling.rfilename for sibling in before.siblings or []}
-    kinds = {"config.json", "adapter_config.json"}
-    if kinds <= there | {addition.path_in_repo for addition in additions}:
+    if {"config.json", "adapter_config.json"} <= there | files.keys():
         raise PushError(f"{repo} holds the other kind, an adapter or a merged model: give each a repository of its own")
 
-    def commit() -> str:
-        # Made anew for each try: the client refuses operations that it has sent before.
-        fresh = [CommitOperationAdd(addition.path_in_repo, addition.path_or_fileobj) for addition in additions]
-        done = api.create_commit(repo, fresh, commit_message=message, revision=revision)
-        if done.oid == before.sha:
-            logger.info("%s holds all of this already: nothing was changed", repo)
-        return done.commit_url
+    def read(name: str) -> bytes:
+        url = f"{api.endpoint}/{repo}/resolve/{before.sha}/{quote(name)}"
+        response = get_session().get(url, headers=build_hf_headers(token=api.token))
+        hf_raise_for_status(response)
+        return response.content
 
-    return _hub_call(commit, repo)
+    if CARD in there:
+        files = files | with_text_of(read(CARD).decode(errors="replace"))
+    old = stale(there, set(files), below, read)
+    if old:
+        logger.info("deleted on the Hub, left of an earlier push: %s", ", ".join(old))
+    changes = [*(CommitOperationAdd(*file) for file in files.items()), *map(CommitOperationDelete, old)]
+    done = api.create_commit(repo, changes, commit_message=message, revision=revision, parent_commit=before.sha)
+    if done.oid == before.sha:
+        logger.info("%s holds all of this already: nothing was changed", repo)
+    return done.commit_url

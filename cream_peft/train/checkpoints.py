@@ -6,34 +6,21 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datasets import Dataset
-
 from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Record, is_adapter
-from .collator import ROW_COLUMN
 from .config import CREAMConfig
-from .publishing import PublishingTrainer
+from .saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
-ASIDE = ".saving"
 STATE = "trainer_state.json"
 TRAINING_FILES = ["optimizer*", "scheduler.pt", "rng_state*.pth"]
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "*.jinja")
-"""What an earlier save may have left that the new one has not."""
-SAMPLED_ROWS = 16
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights")
 FREE_FIELDS += ("auto_mapping", "peft_version", "task_type")
 """Of adapter_config.json: what may differ when a run is resumed."""
@@ -214,58 +201,11 @@ def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
         )  # fmt: skip
 
 
-def rows_identity(dataset: Any) -> str | None:
-    """The number of rows and a digest of some of them; None of a stream."""
-    if not isinstance(dataset, Dataset) or not len(dataset):
-        return None
-    digest = sha256()
-    for index in np.linspace(0, len(dataset) - 1, SAMPLED_ROWS).astype(int).tolist():
-        row = dataset[index]
-        for column in sorted(set(row) - {ROW_COLUMN}):
-            digest.update(column.encode() + json.dumps(np.asarray(row[column]).tolist(), default=str).encode())
-    return f"{len(dataset):,} rows, sha256 {digest.hexdigest()[:16]}"
-
-
-@contextmanager
-def saved_whole(folder: Path, is_writer: bool = True) -> Generator[Path]:
-    """Yield a folder beside the files in `folder`; at the end what was written there takes their place.
-
-    A kill leaves the old adapter whole, or no cream.json, which makes a folder complete, but never a mixture.
-    """
-    if not is_writer:
-        yield folder
-        return
-    aside = folder / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    (folder / FILE).unlink(missing_ok=True)
-    for path in (path for pattern in REPLACED for path in folder.glob(pattern)):
-        path.unlink()
-    written = [path for path in aside.rglob("*") if path.is_file()]
-    for path in sorted(written, key=lambda path: path.name == FILE):
-        target = folder / path.relative_to(aside)
-        target.parent.mkdir(exist_ok=True)
-        os.replace(path, target)
-    shutil.rmtree(aside)
-
-
-class ResumingTrainer(PublishingTrainer):
+class ResumingTrainer(SavingTrainer):
     """A trainer that resumes only a whole checkpoint of its own run, and stops where the run ends."""
 
-    recipe: dict[str, Any]
-    run_id: str | None = None
-    """The same in all that one run saves, resumed or not."""
     resumed_step = 0
     _is_first_checkpoint = False
-
-    def describe(self) -> Record:
-        raise NotImplementedError
-
-    @cached_property
-    def data_identity(self) -> str | None:
-        """What tells one set of training documents from another; of a stream its name."""
-        return rows_identity(self.train_dataset) or self.recipe.get("dataset_name")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """Train; `resume_from_checkpoint` is a folder, or true for the newest checkpoint in output_dir.

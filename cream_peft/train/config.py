@@ -15,6 +15,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from ..model.base import default_dtype, expand_cuda_segments
 from ..positions import POSITION_STRATEGIES
+from ..publish.licenses import refuse_license
 from ..rope import DEFAULT_FACTOR, ROPE_SCALING_TYPES
 
 Kind = TypeVar("Kind", bound=type[Any])
@@ -155,6 +156,7 @@ class CREAMConfig(SFTConfig):
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         _refuse_below(1, self, *sizes)
         self._check_rates()
+        refuse_license(self.license)
         self._check_lengths()
         self._refuse_packing()
         self._choose_memory()

@@ -9,7 +9,8 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
-from ..model.record import public_name
+from ..errors import explain
+from ..model.record import AdapterError, Record, public_name
 from ..publish import push as hub
 from ..tiny import TINY_ID, base_folder
 from .config import CREAMConfig
@@ -39,6 +40,15 @@ class PublishingTrainer(SFTTrainer):
     def published_name(self) -> str | None:
         return self.hub_model_id if self.args.push_to_hub else None
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        # PEFT would put lines of its own into our card, outside of our part.
+        model.create_or_update_model_card = lambda folder: None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.create_or_update_model_card
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `_save` has written our card, and TRL's would take its place."""
 
@@ -51,6 +61,7 @@ class PublishingTrainer(SFTTrainer):
             )
         if self.is_world_process_zero():
             repo = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            hub.check_card(Record(self.base_model_name(), 1, 1, None, license=self.args.license), repo)
             private = self.args.hub_private_repo if private is None else private
             self.hub_model_id = hub.create_repository(repo, private=private, token=token or self.args.hub_token)
 
@@ -71,11 +82,15 @@ class PublishingTrainer(SFTTrainer):
             self.init_hf_repo(token=options.get("token"))
         if not self.is_world_process_zero():
             return None
+        name = self.unwrapped_config()._name_or_path
+        options["base_model"] = name if Path(name).is_dir() else None
         options["token"] = options.get("token") or self.args.hub_token
         options["revision"] = options.get("revision") or self.args.hub_revision
-        return hub.push_folder(
-            folder, str(self.hub_model_id), private=self.args.hub_private_repo, message=message, **options
-        )
+        repo, private = str(self.hub_model_id), self.args.hub_private_repo
+        try:
+            return hub.push_folder(folder, repo, private=private, message=message, **options)
+        except AdapterError as error:
+            raise hub.PushError(str(error)) from error
 
     # transformers would write training_args.bin, with the token, once more, publish the root without base_config, and
     # lose its errors in a thread.
@@ -87,5 +102,6 @@ class PublishingTrainer(SFTTrainer):
         message = f"Training in progress, step {self.state.global_step}"
         try:
             self._push(checkpoint_folder, message, checkpoint_in_repo=below.get(strategy))
-        except hub.PushError as error:
-            logger.warning("step %d was not published: %s", self.state.global_step, error)
+        except Exception as error:
+            # Whatever it is, what was trained is worth more.
+            logger.warning("step %d was not published: %s", self.state.global_step, explain(error))

@@ -6,7 +6,6 @@ import copy
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,14 @@ from ..model.base import (
     load_base,
     load_tokenizer,
     local_snapshot,
-    make_tokenizer_readable,
     resolve_base,
     with_pad_token,
 )
 from ..model.fingerprint import fingerprint, weight_files
 from ..model.record import (
-    BASE_FOLDER,
-    Positions,
     Record,
-    adapter_sha256,
-    machine,
-    model_sha256,
-    peak_gib,
-    versions,
-    write_json,
 )
-from ..positions import SIGMA_PER_FACTOR
-from ..publish.card import write_card
-from .checkpoints import ResumingTrainer, saved_whole
+from .checkpoints import ResumingTrainer
 from .collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
 from .data import fit_short_documents, prepare_columns, refuse_empty, training_chat_template
@@ -274,70 +262,3 @@ class CREAMTrainer(ResumingTrainer):
     def check_positions(self) -> None:
         """Check that positions reach the model and attention crosses the segments, see `preflight.check_positions`."""
         check_positions(self)
-
-    def describe(self) -> Record:
-        """The content of cream.json: how the base was scaled, how positions were drawn, what the run took."""
-        args, collator = self.args, self.data_collator
-        is_full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        factor = collator.target_length / collator.context_length
-        sigma = collator.strategy_options.get("sigma") or SIGMA_PER_FACTOR * factor
-        positions = Positions(
-            strategy=collator.position_strategy,
-            context_length=collator.context_length,
-            factor=factor,
-            sigma=sigma if collator.position_strategy == "cream" else None,
-            seed=collator.seed,
-            short_documents=args.short_documents,
-            redrawn=collator.redrawn(),
-            unlabelled=collator.unlabelled(),
-        )
-        return Record(
-            base_model=self.base_model_name(),
-            base_is_local=self.base_is_local(),
-            base_revision=self.base_revision,
-            base_fingerprint=self.base_fingerprint,
-            pretrained_window=self.pretrained_window,
-            target_length=self.lengths.target_length,
-            rope_scaling_type=args.rope_scaling_type,
-            positions=positions,
-            load_in_4bit=bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
-            license=args.license,
-            steps=self.state.global_step,
-            first_step=getattr(getattr(self, "_set_epoch", None), "first_step", 0),
-            seconds=self.seconds and round(self.seconds, 1),
-            peak_gib=peak_gib(),
-            machine=machine(),
-            seed=args.seed,
-            versions=versions(),
-            recipe=self.recipe,
-            run_id=self.run_id,
-            data=self.data_identity,
-            stages=[*self.earlier.stages, self.earlier.as_stage()] if self.earlier else [],
-            merged=is_full,
-            full=is_full,
-            dtype=str(self.model.dtype).removeprefix("torch.") if is_full else None,
-        )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with saved_whole(Path(output_dir or str(self.args.output_dir)), self.args.should_save) as folder:
-            super()._save(str(folder), state_dict)
-            if not self.args.should_save:
-                return
-            # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            make_tokenizer_readable(folder, self.lengths.target_length)
-            record = self.describe()
-            if record.full:
-                kind = type(self.accelerator.unwrap_model(self.model)).__name__
-                own = {"dtype": record.dtype, "architectures": [kind]}
-                write_json(folder / "config.json", rope.published_config(self.scaled_config) | own)
-            else:
-                rope.save_base_config(self.scaled_config, folder)
-            digest = model_sha256(folder) if record.full else adapter_sha256(folder)
-            record = replace(record, adapter_sha256=digest)
-            record.name_base_in(folder)
-            record.write(folder)
-            if record.base_is_local:
-                base = Path(self.unwrapped_config()._name_or_path).absolute()
-                (folder / BASE_FOLDER).write_text(f"{base}\n", encoding="utf-8")
-            write_card(folder, record, self.published_name())

@@ -1,0 +1,171 @@
+"""What a run saves: an adapter or a model that says of itself how it was made, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedConfig
+
+from .. import rope
+from ..model.base import make_tokenizer_readable
+from ..model.record import (
+    BASE_FOLDER,
+    FILE,
+    Positions,
+    Record,
+    adapter_sha256,
+    machine,
+    model_sha256,
+    peak_gib,
+    versions,
+    write_json,
+)
+from ..positions import SIGMA_PER_FACTOR
+from ..publish.card import CARD, write_card
+from .collator import ROW_COLUMN
+from .config import Lengths
+from .publishing import PublishingTrainer
+
+ASIDE = ".saving"
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "*.jinja")
+"""What an earlier save may have left that the new one has not."""
+SAMPLED_ROWS = 16
+
+
+def rows_identity(dataset: Any) -> str | None:
+    """The number of rows and a digest of some of them; None of a stream."""
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return None
+    digest = sha256()
+    for index in np.linspace(0, len(dataset) - 1, SAMPLED_ROWS).astype(int).tolist():
+        row = dataset[index]
+        for column in sorted(set(row) - {ROW_COLUMN}):
+            digest.update(column.encode() + json.dumps(np.asarray(row[column]).tolist(), default=str).encode())
+    return f"{len(dataset):,} rows, sha256 {digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def saved_whole(folder: Path, is_writer: bool = True) -> Generator[Path]:
+    """Yield a folder beside the files in `folder`; at the end what was written there takes their place.
+
+    A kill leaves the old adapter whole, or no cream.json, which makes a folder complete, but never a mixture.
+    """
+    if not is_writer:
+        yield folder
+        return
+    aside = folder / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    if (folder / CARD).is_file():
+        # What a person wrote on it stays.
+        shutil.copy(folder / CARD, aside)
+    yield aside
+    (folder / FILE).unlink(missing_ok=True)
+    for path in (path for pattern in REPLACED for path in folder.glob(pattern)):
+        path.unlink()
+    written = [path for path in aside.rglob("*") if path.is_file()]
+    for path in sorted(written, key=lambda path: path.name == FILE):
+        target = folder / path.relative_to(aside)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(aside)
+
+
+class SavingTrainer(PublishingTrainer):
+    """A trainer whose folders hold the scaled config of the base, cream.json and a card."""
+
+    data_collator: Any
+    recipe: dict[str, Any]
+    seconds: float | None
+    lengths: Lengths
+    scaled_config: PreTrainedConfig
+    pretrained_window: int
+    base_revision: str | None
+    base_fingerprint: dict[str, list[float]]
+    earlier: Record | None
+    run_id: str | None = None
+    """The same in all that one run saves, resumed or not."""
+
+    @cached_property
+    def data_identity(self) -> str | None:
+        """What tells one set of training documents from another; of a stream its name."""
+        return rows_identity(self.train_dataset) or self.recipe.get("dataset_name")
+
+    def describe(self) -> Record:
+        """The content of cream.json: how the base was scaled, how positions were drawn, what the run took."""
+        args, collator = self.args, self.data_collator
+        is_full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        factor = collator.target_length / collator.context_length
+        sigma = collator.strategy_options.get("sigma") or SIGMA_PER_FACTOR * factor
+        positions = Positions(
+            strategy=collator.position_strategy,
+            context_length=collator.context_length,
+            factor=factor,
+            sigma=sigma if collator.position_strategy == "cream" else None,
+            seed=collator.seed,
+            short_documents=args.short_documents,
+            redrawn=collator.redrawn(),
+            unlabelled=collator.unlabelled(),
+        )
+        return Record(
+            base_model=self.base_model_name(),
+            base_is_local=self.base_is_local(),
+            base_revision=self.base_revision,
+            base_fingerprint=self.base_fingerprint,
+            pretrained_window=self.pretrained_window,
+            target_length=self.lengths.target_length,
+            rope_scaling_type=args.rope_scaling_type,
+            positions=positions,
+            load_in_4bit=bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
+            license=args.license,
+            steps=self.state.global_step,
+            first_step=getattr(getattr(self, "_set_epoch", None), "first_step", 0),
+            seconds=self.seconds and round(self.seconds, 1),
+            peak_gib=peak_gib(),
+            machine=machine(),
+            seed=args.seed,
+            versions=versions(),
+            recipe=self.recipe,
+            run_id=self.run_id,
+            data=self.data_identity,
+            stages=[*self.earlier.stages, self.earlier.as_stage()] if self.earlier else [],
+            merged=is_full,
+            full=is_full,
+            dtype=str(self.model.dtype).removeprefix("torch.") if is_full else None,
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with saved_whole(Path(output_dir or str(self.args.output_dir)), self.args.should_save) as folder:
+            super()._save(str(folder), state_dict)
+            if not self.args.should_save:
+                return
+            # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            make_tokenizer_readable(folder, self.lengths.target_length)
+            record = self.describe()
+            if record.full:
+                kind = type(self.accelerator.unwrap_model(self.model)).__name__
+                own = {"dtype": record.dtype, "architectures": [kind]}
+                write_json(folder / "config.json", rope.published_config(self.scaled_config) | own)
+            else:
+                rope.save_base_config(self.scaled_config, folder)
+            digest = model_sha256(folder) if record.full else adapter_sha256(folder)
+            record = replace(record, adapter_sha256=digest)
+            record.name_base_in(folder)
+            record.write(folder)
+            if record.base_is_local:
+                base = Path(self.unwrapped_config()._name_or_path).absolute()
+                (folder / BASE_FOLDER).write_text(f"{base}\n", encoding="utf-8")
+            write_card(folder, record, self.published_name())
