@@ -107,7 +107,7 @@ def test_killed_final_saves_leave_a_whole_adapter_or_an_incomplete_one(kills, tm
     def check():
         found.append(whole_or_incomplete(folder))
 
-    killed_at_random(kills, 2, 0.5, lambda: started(log, began, save_again_and_again, str(folder)), check)
+    killed_at_random(kills, 2, 1.2, lambda: started(log, began, save_again_and_again, str(folder)), check)
     assert any(found)
 
 
@@ -129,7 +129,7 @@ def save_again_and_again(folder):
                     parameter.data += 1
             trainer.save_model()
 
-    Record.write, os.replace = slowly(Record.write, 0.1), slowly(os.replace, 0.02)
+    Record.write, os.replace = slowly(Record.write, 0.1), slowly(os.replace, 0.05)
     run._train_and_save = save
     run.run_recipe(parse_recipe([*TRAIN[1:], folder]))
 
