@@ -14,7 +14,7 @@ from cream_peft import cli
 from cream_peft.evals.results import Results
 from cream_peft.model.adapter import open_adapter
 from cream_peft.model.check import check_adapter
-from cream_peft.model.record import AdapterError, adapter_sha256
+from cream_peft.model.record import AdapterError, Record, adapter_sha256
 from cream_peft.train import run
 from cream_peft.train.recipe import parse_recipe
 
@@ -99,7 +99,7 @@ def test_killed_training_ends_with_the_weights_of_an_uninterrupted_run(kills, tm
     assert whole_or_incomplete(folder) and adapter_sha256(folder) == adapter_sha256(whole)
 
 
-@pytest.mark.parametrize("kills", [pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_final_saves_leave_a_whole_adapter_or_an_incomplete_one(kills, tmp_path):
     log, folder, found = tmp_path / "log", tmp_path / "run", []
     began = folder / "cream.json"
@@ -107,11 +107,21 @@ def test_killed_final_saves_leave_a_whole_adapter_or_an_incomplete_one(kills, tm
     def check():
         found.append(whole_or_incomplete(folder))
 
-    killed_at_random(kills, 2, 0.5, lambda: started(log, began, save_again_and_again, str(folder)), check)
+    killed_at_random(kills, 2, 1.2, lambda: started(log, began, save_again_and_again, str(folder)), check)
     assert any(found)
 
 
+def slowly(function, seconds):
+    def wait_first(*arguments):
+        time.sleep(seconds)
+        return function(*arguments)
+
+    return wait_first
+
+
 def save_again_and_again(folder):
+    """On a slow disk: half of the time goes into what may become a mixture."""
+
     def save(trainer, checkpoint):
         for _ in itertools.count():
             for name, parameter in trainer.model.named_parameters():
@@ -119,6 +129,7 @@ def save_again_and_again(folder):
                     parameter.data += 1
             trainer.save_model()
 
+    Record.write, os.replace = slowly(Record.write, 0.1), slowly(os.replace, 0.05)
     run._train_and_save = save
     run.run_recipe(parse_recipe([*TRAIN[1:], folder]))
 

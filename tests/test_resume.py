@@ -113,7 +113,10 @@ OTHER_SETTINGS = {
     "rslora": (["--use_rslora", "true"], "use_rslora=False, now True"),
     "fewer documents": (["--max_documents", "100"], "dataset_name=2,500 rows, sha256 "),
     "as many other documents": (["--dataset_name", "other.jsonl"], "now 2,500 rows, sha256 "),
-    "another base": (["--model_name_or_path", "./base"], "model_name_or_path (embeddings "),
+    "another base": (
+        ["--model_name_or_path", "./base", "--dataset_name", "cream-peft-tiny"],
+        "model_name_or_path (embeddings ",
+    ),
 }
 """What differs from `finished` -> (options, what the line must say)."""
 
