@@ -210,7 +210,8 @@ def plot_command(arguments: list[str]) -> None:
 
 
 def push_command(arguments: list[str]) -> None:
-    """Publish an adapter on the Hub: everything it needs in one commit, with a card made from what was measured."""
+    """Publish an adapter on the Hub: everything it needs in one commit, with a card made from what was measured. What
+    an earlier push left there and the folder no longer has is deleted; files of yours stay."""
     parser = CommandParser(push_command, "base_model")
     parser.option("adapter", "folder that `cream-peft train` left", required=True, metavar="DIR")
     parser.option("repo", "created if it does not exist", required=True, metavar="USER/NAME")

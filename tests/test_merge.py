@@ -1,16 +1,19 @@
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from killing import killed
 from measure_merge import GIB, make_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -448,3 +451,33 @@ def test_the_card_of_a_linear_merge_says_how_llama_cpp_learns_the_length(adapted
         card = (tmp_path / "merged" / "README.md").read_text()
         assert "A merged model" in card and "convert_hf_to_gguf.py" in card
         assert ("gguf-set-metadata model.gguf llama.context_length 512 --force" in card) == wanted
+
+
+@pytest.mark.slow
+def test_a_merge_killed_at_random_moments_loses_nothing_and_is_completed_by_the_next(adapted, tmp_path):
+    folder, base = adapted()
+    merged, part, earlier, kills = tmp_path / "merged", tmp_path / ".merged.part", "float16", 0
+
+    def whole():
+        """The one dtype of the weights, the config and the record, once nothing is missing or left over."""
+        tensors, files = stored(merged)
+        index = json.loads((merged / merge.INDEX).read_text())["weight_map"]
+        assert tensors.keys() == index.keys() and files == len(set(index.values())) > 3
+        said = {json.loads((merged / name).read_text())["dtype"] for name in ("config.json", "cream.json")}
+        (dtype,) = said | {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+        return dtype
+
+    def work(dtype):
+        merge_adapter(folder, merged, base_model=base, dtype=dtype, max_shard_size="60KB")
+
+    work(earlier)
+    moments = random.Random(8)
+    for dtype in ("float32", "bfloat16", "float16", "float32", "bfloat16"):
+        files = moments.randint(1, 12)
+        kills += killed(partial(work, dtype), lambda files=files: part.exists() and len(os.listdir(part)) >= files)
+        refuse_output(merged)
+        assert whole() in (earlier, dtype)
+        work(dtype)
+        assert whole() == dtype and sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged", "run"]
+        earlier = dtype
+    assert kills >= 3

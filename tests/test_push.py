@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import Hub, Repository
 from huggingface_hub import HfApi, ModelCard, constants
+from killing import killed
 from safetensors.torch import load_file, save_file
 
 from cream_peft import CREAMTrainer, cli
@@ -722,3 +725,36 @@ def test_a_model_whose_every_weight_was_trained_is_published_as_a_model(
     assert "base_config/config.json" not in found and "adapter_config.json" not in found
     card = found["README.md"].decode()
     assert "A fully trained model that extends cream-peft-tiny" in card and "lora" not in card.split("---")[1]
+
+
+@pytest.mark.slow
+def test_a_push_killed_at_random_moments_shows_nothing_half_and_is_completed_by_the_next(hub, adapter):
+    path, weights = adapter / "adapter_model.safetensors", load_file(adapter / "adapter_model.safetensors")
+
+    def change_all(seed):
+        save_file({name: tensor * (1 + seed) for name, tensor in weights.items()}, path, {"format": "pt"})
+        change(adapter, seed=seed)
+        (adapter / f"rng_state_{seed}.pth").write_bytes(b"state")
+        (adapter / f"rng_state_{seed - 1}.pth").unlink(missing_ok=True)
+        return adapter_sha256(adapter), seed, {f"rng_state_{seed}.pth"}
+
+    def shown():
+        """The weights, the seed of the record and the states, both in the root and below."""
+        sent, below = files(hub), "last-checkpoint/"
+        assert sent[path.name] == sent[below + path.name] and sent["cream.json"] == sent[f"{below}cream.json"]
+        states = {name.removeprefix(below) for name in sent if "rng_state" in name}
+        return sha256(sent[path.name]).hexdigest(), json.loads(sent["cream.json"])["seed"], states
+
+    def work():
+        push_folder(adapter, REPO, checkpoint_in_repo="last-checkpoint")
+
+    earlier, moments, kills = change_all(0), random.Random(8), 0
+    assert not killed(work, lambda: False) and shown() == earlier  # in a child too: the client keeps its connections
+    for seed in range(1, 6):
+        last = len(hub.requests) + moments.randint(1, 12)
+        wanted = change_all(seed)
+        kills += killed(work, lambda last=last: len(hub.requests) >= last)
+        assert shown() in (earlier, wanted)
+        assert not killed(work, lambda: False) and shown() == wanted
+        earlier = wanted
+    assert kills >= 3 and len(hub.repositories[f"models/{REPO}"].commits) == 7
