@@ -211,7 +211,7 @@ MISTAKES = {
     "one label twice": (["evaluate", "--compare", "a=x", "a=y"], ["same label (a, a)", "LABEL=MODEL"]),
     "a label without a model": (["evaluate", "--compare", "a="], ["'a='", "LABEL=MODEL"]),
     "words for lengths": (["evaluate", "--lengths", "long"], ["--lengths", "'long'"]),
-    "a model to evaluate that is not there": (["evaluate", "--compare", "./none"], ["no such model folder: ./none"]),
+    "a model to evaluate that is not there": (["evaluate", "--compare", "./none"], ["./none: no such folder"]),
     "a folder that holds no model": (["evaluate", "--compare", "./nothing"], ["neither an adapter", "config.json"]),
     "a plain PEFT adapter": (
         ["evaluate", "--compare", "./plain-adapter"],

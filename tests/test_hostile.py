@@ -178,6 +178,9 @@ def test_code_that_a_base_or_a_tokenizer_brings_never_runs_unasked(adapter, tmp_
     edit(adapter / "tokenizer_config.json", "auto_map", {"AutoTokenizer": ["code.Mine", None]})
     edit(adapter / "tokenizer_config.json", "tokenizer_class", "Mine")
     assert next(row for row in check_adapter(adapter) if row.item == "tokenizer").verdict == "wrong"
+    for load in (lambda: base.load_tokenizer(str(adapter)), lambda: base.load_base(str(other))):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load()
     assert not ran.exists()
     # Control: it would run for the asking.
     with pytest.raises(AdapterError):

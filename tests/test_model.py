@@ -230,6 +230,9 @@ def test_all_models_of_a_comparison_are_found_before_the_first_is_measured(local
     measured += ["--output_dir", str(tmp_path / "results"), "--compare", "cream-peft-tiny", str(local_run)]
     assert cli.main(measured) == 2
     assert "say where it lies" in capsys.readouterr().err and not (tmp_path / "results").exists()
+    # Control: with the base they are all found.
+    found = [*measured, "--base_model", str(tmp_path / "moved"), "--dump-prompts", str(tmp_path / "prompts")]
+    assert cli.main(found) == 0 and len(list((tmp_path / "prompts").iterdir())) == 2
 
 
 # Of the Hub
