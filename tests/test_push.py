@@ -59,8 +59,10 @@ def files(hub, repo=REPO, branch="main"):
 
 
 def change(folder, **changes):
-    """Change what cream.json says."""
-    replace(Record.read(folder, ""), **changes).write(folder)
+    """Change what cream.json says, which then goes with the weights as they are."""
+    record = Record.read(folder, "")
+    changes = {"adapter_sha256": adapter_sha256(folder) or record.adapter_sha256} | changes
+    replace(record, **changes).write(folder)
 
 
 def results_of(folder, sha256, label="CREAM", value=0.75):
