@@ -198,10 +198,13 @@ def test_a_finished_run_is_not_trained_further(setup, tmp_path, monkeypatch, cap
     assert f"finished at step {steps} of {steps}" in caplog.text
 
 
-@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "cream.json", "base_config/config.json"])
+@pytest.mark.parametrize("lost", ["adapter_model.safetensors", "cream.json", "base_config/config.json", "replaced"])
 def test_a_final_save_that_is_missing_is_written_from_the_last_checkpoint(lost, run):
     before = contents(run)
-    (run / lost).unlink()
+    if lost == "replaced":
+        shutil.copy(run / "checkpoint-2" / "adapter_model.safetensors", run)
+    else:
+        (run / lost).unlink()
     assert resume(run).loss is None
     assert contents(run).keys() == before.keys()
     for name in ("adapter_model.safetensors", "adapter_config.json", "base_config/config.json"):

@@ -194,7 +194,7 @@ def _is_saved(trainer: CREAMTrainer, steps: int) -> bool:
         return False
     # Without checkpoints, the settings say whether it is this run's.
     is_own = record.run_id == trainer.run_id if trainer.run_id else difference(folder, record, trainer) is None
-    return is_own and record.steps >= steps
+    return is_own and record.steps >= steps and record.is_of(folder) and any(folder.glob("*.safetensors"))
 
 
 def _train_and_save(trainer: CREAMTrainer, checkpoint: Checkpoint | None) -> RunSummary:
