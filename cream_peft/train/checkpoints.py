@@ -143,6 +143,8 @@ def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
         "model_revision": record.base_revision,
         "load_in_4bit": record.load_in_4bit,
         "use_peft": bool(adapter),
+        # As text, since _plain sorts lists.
+        "adapter_name_or_path": str([stage.get("adapter_sha256") for stage in record.stages]),
         "rope_scaling_type": record.rope_scaling_type or "none",
         "target_length": record.target_length,
         "context_length": positions.context_length,
