@@ -4,6 +4,9 @@ A document is made of cells of 4 tokens. A cell is filler only, or holds `key va
 states a new key, or asks again a uniformly chosen earlier one; only the value of a re-asked key can be predicted, so
 only that carries a label. The first cell is `<s>` and three fillers.
 
+The embedded base knows how to do that. The new skill is to answer a question in another form, which it never saw: with
+`marked`, a key is asked again as `key MARK value`. MARK is a filler.
+
 Vocabulary (385 tokens): `<s>`, 64 fillers, 256 keys, 64 values, in this order.
 """
 
@@ -19,6 +22,8 @@ FIRST_FILLER = 1
 FIRST_KEY = FIRST_FILLER + NUM_FILLERS
 FIRST_VALUE = FIRST_KEY + NUM_KEYS
 VOCABULARY_SIZE = FIRST_VALUE + NUM_VALUES
+MARK = FIRST_KEY - 1
+"""The last filler."""
 
 CELL = 4
 IGNORED = -100
@@ -49,6 +54,7 @@ def training_document(
     density: float = 1.0,
     new_key_share: float = 0.5,
     echo: bool = False,
+    marked: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One document: (input_ids, labels), int64 [num_tokens] each.
 
@@ -59,6 +65,7 @@ def training_document(
         new_key_share: probability that a record states a new key. Once all 256 keys are in use, none is new.
         echo: a record is `key value key`, with a label on the second key as well. This teaches the first of the two
             heads that recall needs; without it pretraining stalls.
+        marked: a key is asked again as `key MARK value`.
     """
     num_cells = -(-num_tokens // CELL)
     cells = filler_cells(rng, num_cells)
@@ -73,10 +80,13 @@ def training_document(
     keys = FIRST_KEY + rng.permutation(NUM_KEYS)[record]
     values = rng.integers(FIRST_VALUE, VOCABULARY_SIZE, NUM_KEYS)[record]
 
-    offsets = rng.integers(0, CELL - (2 if echo else 1), places.size)
+    offsets = rng.integers(0, CELL - (2 if echo or marked else 1), places.size)
     cells[places, offsets] = keys
-    cells[places, offsets + 1] = values
-    labels[places, offsets + 1] = np.where(is_new, IGNORED, values)
+    if marked:
+        cells[places, offsets + 1] = MARK
+    answers = offsets + 1 + (marked & ~is_new)
+    cells[places, answers] = values
+    labels[places, answers] = np.where(is_new, IGNORED, values)
     if echo:
         cells[places, offsets + 2] = labels[places, offsets + 2] = keys
     return cells.reshape(-1)[:num_tokens], labels.reshape(-1)[:num_tokens]
@@ -90,15 +100,16 @@ def training_rows(count: int, num_tokens: int, seed: int, **options: Any) -> dic
 
 
 def evaluation_document(
-    rng: np.random.Generator, num_tokens: int
+    rng: np.random.Generator, num_tokens: int, marked: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One document that asks 16 of its keys, each once, in its last 64 tokens.
 
     40 % of the other cells are records, each of its own key (256 at most, so documents beyond about 2,600 tokens are
-    sparser). The asked records are drawn one from each sixteenth of the records, in shuffled order.
+    sparser). The asked records are drawn one from each sixteenth of the records, in shuffled order. `marked`: they are
+    asked as `key MARK value`.
 
     Returns:
-        input_ids [num_tokens]; query_positions [16], the indices of the asked keys, whose next token is the answer;
+        input_ids [num_tokens]; query_positions [16], the indices of the tokens after which the answers come;
         answers [16], token ids; depths [16], the places of the asked records as shares of the document, in [0, 1].
     """
     num_cells, ragged = divmod(num_tokens, CELL)
@@ -115,15 +126,18 @@ def evaluation_document(
     asked = rng.permutation(rng.integers(bounds[:-1], bounds[1:]))
     record = np.concatenate([np.arange(num_records), asked])
     places = np.concatenate([places, np.arange(num_cells - NUM_QUERIES, num_cells)])
-    offsets = rng.integers(0, CELL - 1, places.size)
+    is_question = marked & (np.arange(places.size) >= num_records)
+    offsets = rng.integers(0, CELL - 1 - is_question, places.size)
     cells[places, offsets] = keys[record]
-    cells[places, offsets + 1] = values[record]
+    cells[places[is_question], offsets[is_question] + 1] = MARK
+    cells[places, offsets + 1 + is_question] = values[record]
     positions = places * CELL + offsets
-    return cells.reshape(-1), positions[num_records:], values[asked], positions[asked] / num_tokens
+    asked_at = (positions + is_question)[num_records:]
+    return cells.reshape(-1), asked_at, values[asked], positions[asked] / num_tokens
 
 
 def evaluate_recall(
-    model: Any, num_tokens: int, documents: int, seed: int, batch_size: int = 8
+    model: Any, num_tokens: int, documents: int, seed: int, batch_size: int = 8, marked: bool = False
 ) -> dict[str, np.ndarray]:
     """Recall of `model` on `documents` evaluation documents, at the plain positions 0..num_tokens-1.
 
@@ -135,7 +149,7 @@ def evaluate_recall(
     import torch
 
     rng = np.random.default_rng(seed)
-    drawn = [evaluation_document(rng, num_tokens) for _ in range(documents)]
+    drawn = [evaluation_document(rng, num_tokens, marked) for _ in range(documents)]
     input_ids, query_positions, answers, depths = (np.stack(column) for column in zip(*drawn, strict=True))
     predicted = np.empty_like(answers)
     was_training = model.training
