@@ -416,6 +416,14 @@ def test_a_push_deletes_what_an_earlier_one_left_and_nothing_of_anybody_else(hub
     assert len(hub.repositories[f"models/{REPO}"].commits) == 2
 
 
+def test_a_model_that_somebody_else_published_is_not_deleted(hub, adapter, capsys):
+    there = {"model.safetensors": b"theirs", "README.md": b"Their card."}
+    hub.repositories[f"models/{REPO}"] = Repository(there)
+    assert cli.main(["push", "--adapter", str(adapter), "--repo", REPO]) == 2
+    said = "someone/adapter holds model.safetensors, which cream-peft did not publish: choose another"
+    assert said in capsys.readouterr().err and files(hub) == there
+
+
 def test_a_merge_in_one_file_and_then_in_shards_is_loaded_as_the_second(hub, adapter, tmp_path):
     merged = tmp_path / "merged"
     merge_adapter(adapter, merged, dtype="float16")
@@ -636,7 +644,7 @@ def test_a_card_that_the_hub_begins_to_refuse_does_not_stop_training(hub, tmp_pa
     assert (tmp_path / "run" / "cream.json").exists()
 
 
-NOTE, BELOW = "> A note of **mine** with {{ braces }}.", "## Thanks\n\nTo you.\n\n- one"
+NOTE, BELOW = f"> A note of **mine** with {{{{ braces }}}} on {Path.home()}/x.", "## Thanks\n\nTo you.\n\n- one"
 
 
 def written_on(card):
@@ -649,7 +657,7 @@ def written_on(card):
 def test_what_a_person_wrote_on_the_card_stays_and_ours_is_new(hub, adapter):
     push_folder(adapter, REPO)
     edited = written_on(files(hub)["README.md"].decode())
-    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | {"README.md": edited.encode()})
+    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | {"README.md": edited.replace("\n", "\r\n").encode()})
     change(adapter, seed=99)
     push_folder(adapter, REPO)
     push_folder(adapter, REPO)
@@ -665,9 +673,10 @@ def test_what_a_person_wrote_on_the_card_stays_and_ours_is_new(hub, adapter):
 def test_what_a_person_wrote_in_the_folder_stays_through_training_and_push(hub, tmp_path):
     folder = tmp_path / "run"
     train_and_push(folder, "--license", "mit")
-    (folder / "README.md").write_text(written_on((folder / "README.md").read_text()))
+    (folder / "README.md").write_text(written_on((folder / "README.md").read_text()).replace(str(Path.home()), "my"))
     train_and_push(folder, "--seed", "99")
     for text in ((folder / "README.md").read_text(), files(hub)["README.md"].decode()):
+        text = text.replace("my/x", f"{Path.home()}/x")
         assert text.count(NOTE) == text.count(BELOW) == text.count("seed 99") == 1 and "seed 0," not in text
         assert text.count("# cream-peft-tiny") + text.count("# adapter") == 1 and "PEFT 0" not in text
 
