@@ -561,6 +561,7 @@ def test_what_only_looks_like_a_secret_is_published(adapter, monkeypatch):
 def test_a_token_in_the_head_of_the_weights_is_found(hub, adapter):
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(weights, adapter / "adapter_model.safetensors", {"note": hub.token})
+    change(adapter, adapter_sha256=adapter_sha256(adapter))
     with pytest.raises(PushError, match=r"adapter_model.safetensors of .* holds your token: remove it"):
         push_folder(adapter, REPO)
     assert not hub.repositories
@@ -675,7 +676,8 @@ def test_what_a_person_wrote_in_the_folder_stays_through_training_and_push(hub, 
     train_and_push(folder, "--license", "mit")
     (folder / "README.md").write_text(written_on((folder / "README.md").read_text()).replace(str(Path.home()), "my"))
     train_and_push(folder, "--seed", "99")
-    for text in ((folder / "README.md").read_text(), files(hub)["README.md"].decode()):
+    saved = [(path / "README.md").read_text() for path in (folder, folder / "checkpoint-2")]
+    for text in (*saved, files(hub)["README.md"].decode()):
         text = text.replace("my/x", f"{Path.home()}/x")
         assert text.count(NOTE) == text.count(BELOW) == text.count("seed 99") == 1 and "seed 0," not in text
         assert text.count("# cream-peft-tiny") + text.count("# adapter") == 1 and "PEFT 0" not in text
@@ -723,7 +725,7 @@ def test_a_push_killed_at_random_moments_shows_nothing_half_and_is_completed_by_
 
     def change_all(seed):
         save_file({name: tensor * (1 + seed) for name, tensor in weights.items()}, path, {"format": "pt"})
-        change(adapter, seed=seed)
+        change(adapter, seed=seed, adapter_sha256=adapter_sha256(adapter))
         (adapter / f"rng_state_{seed}.pth").write_bytes(b"state")
         (adapter / f"rng_state_{seed - 1}.pth").unlink(missing_ok=True)
         return adapter_sha256(adapter), seed, {f"rng_state_{seed}.pth"}
