@@ -114,8 +114,9 @@ OTHER_SETTINGS = {
     "fewer documents": (["--max_documents", "100"], "dataset_name=2,500 rows, sha256 "),
     "as many other documents": (["--dataset_name", "other.jsonl"], "now 2,500 rows, sha256 "),
     "another base": (
-        ["--model_name_or_path", "./base", "--dataset_name", "cream-peft-tiny"],
-        "model_name_or_path (embeddings ",
+        ["--model_name_or_path", "./base", "--dataset_name", "cream-peft-tiny"]
+        + ["--rope_scaling_type", "ntk", "--seed", "0"],
+        "model_name_or_path (model.embed_tokens.weight ",
     ),
 }
 """What differs from `finished` -> (options, what the line must say)."""
