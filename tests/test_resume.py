@@ -33,7 +33,9 @@ TRAIN = ["--max_steps", "9", "--save_steps", "3", "--lora_dropout", "0.1", "--pe
 
 def start(folder, *extra):
     command = [sys.executable, "-m", "cream_peft.cli", "train", *TRAIN, "--output_dir", str(folder), *extra]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # As many threads as here: on some CPUs sums depend on their number.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
 
 def kill_after(process, path, seconds=120):
