@@ -499,8 +499,9 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
     assert any("/o/tiny/resolve/" in request and request.endswith("/model.safetensors") for request in hub.requests)
     said = [line for line in re.split(r"[\r\n]+", done.stderr) if line and "%|" not in line]
     assert said == [
-        "training o/tiny for 2 steps on 2,500 documents: cream positions, 256 tokens per example for a context of "
-        "2,048, RoPE scaling ntk"
+        "training o/tiny for 2 steps: cream positions, 256 tokens per example for a context of 2,048, "
+        "RoPE scaling yarn, learning rate 0.003",
+        "on 2,500 documents of 640,000 tokens (median 256, 0% shorter than 256): 16,384 tokens will be fed",
     ]
 
 

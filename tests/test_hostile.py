@@ -44,6 +44,7 @@ EDITS = {
     (LORA, "r"): ["16", -1, 0, 10**9, 1e300, None],
     (LORA, "lora_alpha"): ["32", 1e300, [32]],
     (LORA, "target_modules"): [5, ["nope"], ["q_proj", "nope"], [5], "(", ["q_proj"]],
+    (LORA, "init_lora_weights"): ["x", 3, [1]],
     (LORA, "layer_replication"): ["x", [[0, 1], [0, 2]]],
     (LORA, "peft_type"): ["NOPE", 3],
     (LORA, "megatron_config"): [{"a": 1}],

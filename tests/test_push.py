@@ -419,6 +419,14 @@ def test_a_push_deletes_what_an_earlier_one_left_and_nothing_of_anybody_else(hub
     assert len(hub.repositories[f"models/{REPO}"].commits) == 2
 
 
+def test_a_model_that_somebody_else_published_is_not_deleted(hub, adapter, capsys):
+    there = {"model.safetensors": b"theirs", "README.md": b"Their card."}
+    hub.repositories[f"models/{REPO}"] = Repository(there)
+    assert cli.main(["push", "--adapter", str(adapter), "--repo", REPO]) == 2
+    said = "someone/adapter holds model.safetensors, which cream-peft did not publish: choose another"
+    assert said in capsys.readouterr().err and files(hub) == there
+
+
 def test_a_merge_in_one_file_and_then_in_shards_is_loaded_as_the_second(hub, adapter, tmp_path):
     merged = tmp_path / "merged"
     merge_adapter(adapter, merged, dtype="float16")
@@ -556,7 +564,7 @@ def test_what_only_looks_like_a_secret_is_published(adapter, monkeypatch):
 def test_a_token_in_the_head_of_the_weights_is_found(hub, adapter):
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(weights, adapter / "adapter_model.safetensors", {"note": hub.token})
-    replace(Record.read(adapter, "adapter"), adapter_sha256=adapter_sha256(adapter)).write(adapter)
+    change(adapter, adapter_sha256=adapter_sha256(adapter))
     with pytest.raises(PushError, match=r"adapter_model.safetensors of .* holds your token: remove it"):
         push_folder(adapter, REPO)
     assert not hub.repositories
@@ -640,7 +648,7 @@ def test_a_card_that_the_hub_begins_to_refuse_does_not_stop_training(hub, tmp_pa
     assert (tmp_path / "run" / "cream.json").exists()
 
 
-NOTE, BELOW = "> A note of **mine** with {{ braces }}.", "## Thanks\n\nTo you.\n\n- one"
+NOTE, BELOW = f"> A note of **mine** with {{{{ braces }}}} on {Path.home()}/x.", "## Thanks\n\nTo you.\n\n- one"
 
 
 def written_on(card):
@@ -653,7 +661,7 @@ def written_on(card):
 def test_what_a_person_wrote_on_the_card_stays_and_ours_is_new(hub, adapter):
     push_folder(adapter, REPO)
     edited = written_on(files(hub)["README.md"].decode())
-    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | {"README.md": edited.encode()})
+    hub.repositories[f"models/{REPO}"] = Repository(files(hub) | {"README.md": edited.replace("\n", "\r\n").encode()})
     change(adapter, seed=99)
     push_folder(adapter, REPO)
     push_folder(adapter, REPO)
@@ -669,9 +677,11 @@ def test_what_a_person_wrote_on_the_card_stays_and_ours_is_new(hub, adapter):
 def test_what_a_person_wrote_in_the_folder_stays_through_training_and_push(hub, tmp_path):
     folder = tmp_path / "run"
     train_and_push(folder, "--license", "mit")
-    (folder / "README.md").write_text(written_on((folder / "README.md").read_text()))
+    (folder / "README.md").write_text(written_on((folder / "README.md").read_text()).replace(str(Path.home()), "my"))
     train_and_push(folder, "--seed", "99")
-    for text in ((folder / "README.md").read_text(), files(hub)["README.md"].decode()):
+    saved = [(path / "README.md").read_text() for path in (folder, folder / "checkpoint-2")]
+    for text in (*saved, files(hub)["README.md"].decode()):
+        text = text.replace("my/x", f"{Path.home()}/x")
         assert text.count(NOTE) == text.count(BELOW) == text.count("seed 99") == 1 and "seed 0," not in text
         assert text.count("# cream-peft-tiny") + text.count("# adapter") == 1 and "PEFT 0" not in text
 
@@ -735,7 +745,7 @@ def test_a_push_killed_at_random_moments_shows_nothing_half_and_is_completed_by_
 
     def change_all(seed):
         save_file({name: tensor * (1 + seed) for name, tensor in weights.items()}, path, {"format": "pt"})
-        change(adapter, seed=seed)
+        change(adapter, seed=seed, adapter_sha256=adapter_sha256(adapter))
         (adapter / f"rng_state_{seed}.pth").write_bytes(b"state")
         (adapter / f"rng_state_{seed - 1}.pth").unlink(missing_ok=True)
         return adapter_sha256(adapter), seed, {f"rng_state_{seed}.pth"}

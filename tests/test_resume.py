@@ -33,7 +33,9 @@ TRAIN = ["--max_steps", "9", "--save_steps", "3", "--lora_dropout", "0.1", "--pe
 
 def start(folder, *extra):
     command = [sys.executable, "-m", "cream_peft.cli", "train", *TRAIN, "--output_dir", str(folder), *extra]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # As many threads as here: on some CPUs sums depend on their number.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
 
 def kill_after(process, path, seconds=120):
@@ -114,8 +116,9 @@ OTHER_SETTINGS = {
     "fewer documents": (["--max_documents", "100"], "dataset_name=2,500 rows, sha256 "),
     "as many other documents": (["--dataset_name", "other.jsonl"], "now 2,500 rows, sha256 "),
     "another base": (
-        ["--model_name_or_path", "./base", "--dataset_name", "cream-peft-tiny"],
-        "model_name_or_path (embeddings ",
+        ["--model_name_or_path", "./base", "--dataset_name", "cream-peft-tiny"]
+        + ["--rope_scaling_type", "ntk", "--seed", "0"],
+        "model_name_or_path (model.embed_tokens.weight ",
     ),
 }
 """What differs from `finished` -> (options, what the line must say)."""

@@ -221,12 +221,16 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a pad token.
 
     Raises:
-        ValueError: a chat template that does not come to an end.
+        ValueError: damaged files, or a chat template that does not come to an end.
     """
     with about(name):
-        tokenizer = with_pad_token(
-            AutoTokenizer.from_pretrained(resolve_base(name), **({"trust_remote_code": False} | kwargs))
-        )
+        try:
+            loaded = AutoTokenizer.from_pretrained(resolve_base(name), **({"trust_remote_code": False} | kwargs))
+            tokenizer = with_pad_token(loaded)
+        except (OSError, ValueError, ImportError):
+            raise
+        except Exception as error:  # of tokenizers, which names no file
+            raise ValueError(f"the tokenizer of {name} is damaged ({error}): get it again") from error
     if tokenizer.chat_template and not ends_in_time(lambda: tokenizer.apply_chat_template(PROBE, tokenize=False)):
         raise ValueError(f"the chat template of {name} does not come to an end: do not use it")
     return tokenizer

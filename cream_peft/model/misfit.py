@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,8 @@ def read_peft_config(folder: Path, name: str) -> PeftConfig:
         raise AdapterError(f"{CONFIG} of {name}: megatron_config names code to import, which is not done: remove it")
     try:
         # Its hint leaves out the numbers that PEFT allows.
-        content.pop("init_lora_weights", None)
+        if re.fullmatch(r"pissa_niter_\d+", str(content.get("init_lora_weights"))):
+            content.pop("init_lora_weights")
         known_fields(kind, content, null_is_default=False)
         return PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # each kind of config checks itself

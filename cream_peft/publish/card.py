@@ -143,6 +143,7 @@ class Kept:
     def add(self, card: str, where: str, ours: tuple[str, ...] = OUR_FIELDS) -> None:
         """Take over what is in `card` and not here yet, but for the fields that are `ours`. A log line says `where` a
         card was that somebody else wrote."""
+        card = card.replace("\r\n", "\n")
         head = REGEX_YAML_BLOCK.match(card)
         text = card[head.end() :] if head else card
         try:

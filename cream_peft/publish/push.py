@@ -21,7 +21,7 @@ from huggingface_hub.utils import HFValidationError, build_hf_headers, get_sessi
 from ..errors import explain, is_out_of_reach
 from ..evals.results import Results, file_name, tasks_in
 from ..model.check import check_adapter, check_weights
-from ..model.record import REQUIRED_FILES, Record
+from ..model.record import FILE, REQUIRED_FILES, Record
 from .card import is_own, metadata, write_card
 from .files import CARD, PUBLISHED, RESUMED_FROM, PushError, contents, files_in, stale
 from .licenses import refuse_license
@@ -277,9 +277,10 @@ def push_folder(
             _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
         message = message or f"{record.base_model} to {record.target_length} tokens with cream-peft"
 
-        def with_text_of(card: str) -> dict[str, bytes | str]:
+        def with_text_of(card: str) -> bytes:
+            # Not searched again: what is new in it is public already.
             write_card(staged, record, repo, read, card)
-            return contents(staged, [CARD], token, folder)
+            return (staged / CARD).read_bytes()
 
         return _hub_call(lambda: _commit(api, repo, files, with_text_of, checkpoint_in_repo, message, revision), repo)
 
@@ -288,12 +289,13 @@ def _commit(
     api: HfApi,
     repo: str,
     files: dict[str, bytes | str],
-    with_text_of: Callable[[str], dict[str, bytes | str]],
+    with_text_of: Callable[[str], bytes],
     below: str | None,
     message: str,
     revision: str | None,
 ) -> str:
-    """One commit that makes of the repository what `files` are, on top of what it holds now; its URL."""
+    """Make one commit on top of what the repository holds now: add `files` by name, the card with the text that a
+    person wrote on the one there, and delete what is stale in the root and in the folder `below`. Its URL."""
     before = api.model_info(repo, revision=revision)
     there = {sibling.rfilename for sibling in before.siblings or []}
     if {"config.json", "adapter_config.json"} <= there | files.keys():
@@ -306,12 +308,14 @@ def _commit(
         return response.content
 
     if CARD in there:
-        files = files | with_text_of(read(CARD).decode(errors="replace"))
+        files = files | {CARD: with_text_of(read(CARD).decode(errors="replace"))}
     old = stale(there, set(files), below, read)
-    if old:
-        logger.info("deleted on the Hub, left of an earlier push: %s", ", ".join(old))
+    if old and FILE not in there:
+        raise PushError(f"{repo} holds {old[0]}, which cream-peft did not publish: choose another, or delete it there")
     changes = [*(CommitOperationAdd(*file) for file in files.items()), *map(CommitOperationDelete, old)]
     done = api.create_commit(repo, changes, commit_message=message, revision=revision, parent_commit=before.sha)
+    if old:
+        logger.info("deleted on the Hub, left of an earlier push: %s", ", ".join(old))
     if done.oid == before.sha:
         logger.info("%s holds all of this already: nothing was changed", repo)
     return done.commit_url

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trl import SFTTrainer
 from ..errors import explain
 from ..model.record import AdapterError, Record, public_name
 from ..publish import push as hub
+from ..publish.card import CARD
 from ..tiny import TINY_ID, base_folder
 from .config import CREAMConfig
 
@@ -41,7 +43,12 @@ class PublishingTrainer(SFTTrainer):
         return self.hub_model_id if self.args.push_to_hub else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
+        home = Path(str(self.args.output_dir))
+        folder, model = Path(output_dir or home), self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and folder != home and (home / CARD).is_file():
+            # What a person wrote on it goes along.
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(home / CARD, folder / CARD)
         # PEFT would put lines of its own into our card, outside of our part.
         model.create_or_update_model_card = lambda folder: None
         try:
