@@ -107,8 +107,9 @@ def evaluate(
 
 
 def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
-    if "recall" in tasks and config.vocab_size != VOCABULARY_SIZE:
-        raise ValueError(f"task recall is for the embedded model's vocabulary, {name} has another: leave it out")
+    own = [task for task in ("recall", "new_skill") if task in tasks]
+    if own and config.vocab_size != VOCABULARY_SIZE:
+        raise ValueError(f"task {own[0]} is for the embedded model's vocabulary, {name} has another: leave it out")
     known = [task for task in TASKS if TASKS[task].embedded]
     text = [task for task in tasks if task not in known]
     if text and config.vocab_size == VOCABULARY_SIZE:

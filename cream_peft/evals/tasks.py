@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -153,5 +154,6 @@ TASKS: dict[str, Task | Measurement] = {
     "passkey": Task(passkey_prompt, first_integer, FIFTHS, 10, OF_PROMPTS, sentence_tokens=35),
     "perplexity": Measurement(perplexity, ("text", "stride", "max_tokens", "chunk_length")),
     "recall": Measurement(recall, embedded=True),
+    "new_skill": Measurement(partial(recall, marked=True), embedded=True),
 }
 """Name -> task."""

@@ -24,6 +24,8 @@ FIRST_VALUE = FIRST_KEY + NUM_KEYS
 VOCABULARY_SIZE = FIRST_VALUE + NUM_VALUES
 MARK = FIRST_KEY - 1
 """The last filler."""
+CONFIGURATIONS: dict[str, dict[str, Any]] = {"recall": {}, "new_skill": {"marked": True, "new_key_share": 0.25}}
+"""dataset_config -> options of `training_document`. With fewer new keys there are more questions to learn from."""
 
 CELL = 4
 IGNORED = -100

@@ -31,7 +31,7 @@ def load_documents(name: str, split: str = "train", /, **kwargs: Any) -> Dataset
         DataError: a path that does not exist, an unknown file type, a split that is not there.
     """
     if name == TINY_ID:
-        return _embedded_documents()
+        return _embedded_documents(name, kwargs.get("name"))
     with about(f"data set {name}"):
         return _load(name, split, kwargs)
 
@@ -167,7 +167,9 @@ def _split_of(loaded: Dataset | DatasetDict, name: str, split: str) -> Dataset:
     return loaded[split]
 
 
-def _embedded_documents() -> Dataset:
-    from ..tiny import documents as recall
+def _embedded_documents(name: str, config: str | None) -> Dataset:
+    from ..tiny.documents import CONFIGURATIONS, training_rows
 
-    return Dataset.from_dict(recall.training_rows(2500, 256, seed=1))
+    if config is not None and config not in CONFIGURATIONS:
+        raise DataError(f"{name} has no configuration {config!r}: set dataset_config to {' or '.join(CONFIGURATIONS)}")
+    return Dataset.from_dict(training_rows(2500, 256, seed=1, **CONFIGURATIONS[config or "recall"]))
