@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cream_peft import cli
@@ -334,3 +336,14 @@ def test_the_papers_table_has_its_source_and_its_means(capsys):
     assert "arXiv 2406.07138" in said
     row = next(line.split() for line in said.splitlines() if line.startswith("cream-yarn"))
     assert row == ["cream-yarn", "0.734", "0.452"]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.0, "lora_B is zero"), (float("nan"), "not finite"), (2.0, "other weights")]
+)
+def test_an_adapter_that_is_damaged_or_never_trained_is_not_measured(adapter, value, said):
+    file = adapter / "adapter_model.safetensors"
+    weights = {name: torch.full_like(t, value) if "lora_B" in name else t for name, t in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"is not measured: .*{said}"):
+        open_models([str(adapter)])

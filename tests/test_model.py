@@ -198,6 +198,7 @@ def local_run(tmp_path, make_model, make_documents, make_config, lora, tiny_toke
     trainer = CREAMTrainer(
         model=str(tmp_path / "base"), args=make_config(), train_dataset=make_documents(8), peft_config=lora()
     )
+    trainer.train()
     trainer.save_model()
     return tmp_path / "run"
 

@@ -291,6 +291,12 @@ def is_published(hub, adapter, call, fault, times):
     return published
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_after_a_passing_fault_of_any_call_a_push_gets_through(hub, adapter, call):
+    assert all(is_published(hub, adapter, call, fault, 1) for fault in (503, "lost"))
+
+
+@pytest.mark.slow
 def test_after_every_fault_a_push_gets_through_or_says_why_in_one_line_and_the_next_completes_it(hub, adapter):
     lines = ["| call | once: published | once: one line | for ever: published | for ever: one line |", "|---" * 5 + "|"]
     for call in CALLS:

@@ -13,6 +13,7 @@ from .. import rope
 from ..errors import about, missing_folder
 from ..model.adapter import Adapter, open_adapter
 from ..model.base import load_base, load_tokenizer, refuse_quantized, resolve_base
+from ..model.check import check_weights
 from ..model.record import Record, adapter_sha256, is_adapter
 from .results import Settings
 
@@ -97,6 +98,10 @@ def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | Non
         if spec.rope_scaling_type:
             raise ValueError(f"{name} is an adapter and brings its RoPE scaling: leave out +{spec.rope_scaling_type}")
         adapter = open_adapter(name, base_model=base_model)
+        if (weights := check_weights(adapter.folder / "adapter_model.safetensors")).verdict == "wrong":
+            raise ValueError(f"{name} is not measured: {weights.found}")
+        if not adapter.record.is_of(adapter.folder):
+            raise ValueError(f"{name} is not measured: its cream.json was written for other weights")
         record, config, digest = adapter.record, adapter.scaled_config, adapter_sha256(adapter.folder)
     else:
         record = Record.read(Path(name), name) if (Path(name) / "cream.json").is_file() else None

@@ -239,6 +239,8 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 def ends_in_time(task: Callable[[], Any]) -> bool:
     """Whether `task`, with or without an error, ends within TIME_LIMIT seconds. It is tried in a child process, since a
     loop inside of a regular expression or a template cannot be broken off."""
+    if not hasattr(os, "fork"):  # Windows
+        return True
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
