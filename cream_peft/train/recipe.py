@@ -166,10 +166,13 @@ def _embedded_recipe(arguments: list[str]) -> dict[str, Any]:
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--model_name_or_path", "--model-name-or-path", default=TINY_ID)
     flags.add_argument("--adapter_name_or_path", "--adapter-name-or-path")
+    flags.add_argument("--dataset_name", "--dataset-name", default=TINY_ID)
     flags.add_argument("--lr_scheduler_type", "--lr-scheduler-type")
     given = flags.parse_known_args(arguments)[0]
     is_embedded = given.model_name_or_path == TINY_ID and not given.adapter_name_or_path
     content = _read_yaml(EMBEDDED_RECIPE) if is_embedded else {}
+    if given.dataset_name != TINY_ID:
+        content.pop("dataset_config", None)
     if given.lr_scheduler_type:
         # They are of the recipe's own schedule.
         content.pop("lr_scheduler_kwargs", None)
