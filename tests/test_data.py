@@ -123,7 +123,7 @@ def test_columns_are_recognised_and_others_named(tiny_tokenizer, byte_tokenizer)
     tokenised = Dataset.from_dict({"input_ids": [[1, 2]], "attention_mask": [[1, 1]], "labels": [[1, 2]]})
     ids = prepare_columns(tokenised, "d", tiny_tokenizer)
     assert sorted(ids.column_names) == ["input_ids", "labels"]
-    texts = prepare_columns(Dataset.from_dict({"text": ["a"], "meta": [1]}), "d", tiny_tokenizer)
+    texts = prepare_columns(Dataset.from_dict({"text": ["a"], "meta": [1]}), "d", byte_tokenizer)
     assert texts.column_names == ["text"]
     with pytest.raises(DataError, match=r"columns body, meta.*input_ids, messages, conversations"):
         prepare_columns(Dataset.from_dict({"body": ["a"], "meta": [1]}), "d", tiny_tokenizer)
@@ -217,7 +217,7 @@ WRONG_ROWS = [
         for labels, reason in (
             ([1, 2], "labels and input_ids differ in length"),
             ([1, 2, 3, 4], "labels and input_ids differ in length"),
-            (None, "labels and input_ids differ in length"),
+            (None, "no labels, and other rows have them"),
             ([1, 2, 400], "a label outside the vocabulary"),
             ([1, 2, -7], "a label outside the vocabulary"),
             ([-100, -100, -100], "no token has a label"),
@@ -234,10 +234,11 @@ WRONG_ROWS = [
 
 
 @pytest.mark.parametrize(("wrong", "good", "reason"), WRONG_ROWS)
-def test_a_row_that_cannot_be_trained_on_is_left_out_and_counted(wrong, good, reason, tiny_tokenizer, caplog):
+def test_a_row_that_cannot_be_trained_on_is_left_out_and_counted(wrong, good, reason, byte_tokenizer, caplog):
     def prepare(rows, stream=False):
         dataset = Dataset.from_list(rows)
-        return prepare_columns(dataset.to_iterable_dataset() if stream else dataset, "d", tiny_tokenizer)
+        dataset = dataset.to_iterable_dataset() if stream else dataset
+        return prepare_columns(dataset, "d", byte_tokenizer, vocab_size=VOCABULARY)
 
     kept = prepare([good, good, wrong])
     assert list(kept) == [good, good]
@@ -257,14 +258,25 @@ def test_a_row_that_cannot_be_trained_on_is_left_out_and_counted(wrong, good, re
         ("messages", ["hello"], "string"),
         ("conversations", [3], "int64"),
         ("text", [3], "int64"),
-        ("text", [["a"]], "lists, mappings or a mixture"),
+        ("text", [["a"]], "values of another kind"),
     ],
 )
 def test_a_column_of_another_type_is_refused_by_name(column, values, found, byte_tokenizer):
     byte_tokenizer.chat_template = LLAMA_2
     columns = {column: values} | ({"input_ids": [[1, 2]]} if column == "labels" else {})
-    with pytest.raises(DataError, match=f"d: the column {column} must hold .* not {found}"):
+    with pytest.raises(DataError, match=f"d: the column {column} must hold .* {found} were found"):
         prepare_columns(Dataset.from_dict(columns), "d", byte_tokenizer)
+
+
+def test_text_for_a_tokenizer_that_cannot_read_it_is_refused(tiny_tokenizer, make_model, make_config, lora):
+    texts = Dataset.from_dict({"text": ["Once upon a time"]})
+    with pytest.raises(DataError, match=r"no end token.*eos_token"):
+        CREAMTrainer(
+            model=make_model(), args=make_config(), train_dataset=texts, processing_class=tiny_tokenizer,
+            peft_config=lora(),
+        )  # fmt: skip
+    with pytest.raises(DataError, match=r"the tokenizer cannot read.*give token ids in input_ids"):
+        prepare_columns(texts, "d", tiny_tokenizer, eos_token="v00")
 
 
 def test_what_stands_beside_the_turns_is_kept(byte_tokenizer):
@@ -312,24 +324,24 @@ def plays(tmp_path):
     return folder
 
 
-def test_a_text_file_is_a_document_however_it_is_named(plays, tiny_tokenizer, caplog):
+def test_a_text_file_is_a_document_however_it_is_named(plays, byte_tokenizer, caplog):
     hamlet = "Who's there?\nNay, answer me."
     assert load_documents(str(plays / "hamlet.txt"))["text"][:] == [hamlet]
     for name in (plays, f"{plays}/**/*.txt"):
         documents = load_documents(str(name))
         assert sorted(documents["text"]) == ["  \n", "Nothing.\n", hamlet], name
-        kept = prepare_columns(documents, str(name), tiny_tokenizer)
+        kept = prepare_columns(documents, str(name), byte_tokenizer)
         assert sorted(kept["text"]) == ["Nothing.\n", hamlet]
         assert "text is empty (1, the first is empty.txt)" in caplog.text
         caplog.clear()
     assert len(load_dataset("text", data_dir=str(plays), split="train")) == 4  # control: a line a document
 
 
-def test_a_folder_of_several_kinds_is_read_whole(plays, tiny_tokenizer, caplog):
+def test_a_folder_of_several_kinds_is_read_whole(plays, byte_tokenizer, caplog):
     (plays / "more.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "", "id": 2}\n')
     documents = load_documents(str(plays))
     assert len(documents) == 5 and documents.column_names == ["text"]
-    prepare_columns(documents, str(plays), tiny_tokenizer)
+    prepare_columns(documents, str(plays), byte_tokenizer)
     assert "2 of 5 rows cannot be used: text is empty (2, the first is row 2 of more.jsonl)" in caplog.text
     (plays / "ids.jsonl").write_text('{"input_ids": [1, 2]}')
     (plays / "more.jsonl").unlink()

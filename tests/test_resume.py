@@ -113,10 +113,10 @@ OTHER_SETTINGS = {
     "alpha": (["--lora_alpha", "64"], "lora_alpha=32, now 64"),
     "modules": (["--lora_target_modules", "q_proj"], "lora_target_modules=['k_proj', 'o_proj', 'q_proj', 'v_proj'], "),
     "rslora": (["--use_rslora", "true"], "use_rslora=False, now True"),
-    "fewer documents": (["--max_documents", "100"], "dataset_name=2,500 rows, sha256 "),
+    "fewer documents": (["--max_documents", "100"], "other data in dataset_name (2,500 rows, sha256 "),
     "as many other documents": (["--dataset_name", "other.jsonl"], "now 2,500 rows, sha256 "),
     "another base": (
-        ["--model_name_or_path", "./base", "--dataset_name", "cream-peft-tiny"]
+        ["--model_name_or_path", "./base", "--dataset_name", "cream-peft-tiny", "--dataset_config", "new_skill"]
         + ["--rope_scaling_type", "ntk", "--seed", "0"],
         "model_name_or_path (model.embed_tokens.weight ",
     ),

@@ -615,3 +615,7 @@ def test_a_recipe_trains_an_adapter_further(adapter, tmp_path):
     assert record.stages == [earlier.as_stage()]
     with pytest.raises(RecipeError, match="lora_r cannot go with adapter_name_or_path"):
         run_recipe(parse_recipe([*arguments, "--lora_r", "8"]))
+    with pytest.raises(RecipeError, match=r"output_dir=.* is adapter_name_or_path, which would be overwritten"):
+        run_recipe(parse_recipe([*arguments, "--output_dir", str(adapter)]))
+    with pytest.raises(ValueError, match="target_length=1024, and the adapter reached 2048"):
+        run_recipe(parse_recipe([*arguments, "--target_length", "1024"]))

@@ -61,7 +61,7 @@ def _last_against_best(cells: dict[str, list[Cell]]) -> str:
     if not is_share:
         return f"At {length:,} tokens {last} has a perplexity of {mine:.2f}, {which} of {other:.2f}."
     test, chance = compare_cells(same_places(cells[best], cells[last], length)), ""
-    if test:
+    if test and mine != other:
         noise = "may be" if test["p_value"] >= SIGNIFICANT else "is not"
         chance = f"; the difference {noise} chance (p {_p_value(test)})"
     return f"At {length:,} tokens {last} answers {mine:.0%} right, {which} {other:.0%}{chance}."

@@ -218,7 +218,8 @@ def open_adapter(
     record = Record.read(folder, adapter)
     if record.merged:
         raise AdapterError(
-            f"{adapter} is a merged model, not an adapter: load it with AutoModelForCausalLM.from_pretrained"
+            f"{adapter} is a {'fully trained' if record.full else 'merged'} model, not an adapter: load it with "
+            "AutoModelForCausalLM.from_pretrained"
         )
     missing = missing_folder(base_model) if base_model else None
     if missing:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 TINY_ID = "cream-peft-tiny"
+TINY_LICENSE = "apache-2.0"
 
 
 def base_folder() -> Path:

@@ -124,7 +124,8 @@ def find_checkpoint(wanted: Any, folder: Path, only_model: bool = False) -> Chec
         return None
     if wants_newest(wanted):
         found = newest_checkpoint(folder, only_model)
-        logger.info(f"resuming from {found.folder}" if found else f"no checkpoint in {folder} yet")
+        if not found:
+            logger.info(f"no checkpoint in {folder} yet")
         return found
     if not Path(wanted).is_dir():
         raise CheckpointError(f"resume_from_checkpoint={wanted}: no such folder")
@@ -179,7 +180,11 @@ def difference(folder: Path, record: Record, trainer: ResumingTrainer) -> str | 
     for key in (key for key in new if key in was):
         one, other = _plain(was[key]), _plain(new[key])
         if one != other and (key not in OPTIONAL or None not in (one, other)):
-            return f"{key}={one}, now {other}"
+            return (
+                f"other data in dataset_name ({one}, now {other})"
+                if key == "dataset_name"
+                else f"{key}={one}, now {other}"
+            )
     one, other = (
         found if isinstance(found, dict) else {"embeddings": found}
         for found in (record.base_fingerprint, now.base_fingerprint)
@@ -222,6 +227,7 @@ class ResumingTrainer(SavingTrainer):
             found = difference(checkpoint.folder, checkpoint.record, self)
             if found:
                 raise CheckpointError(f"{checkpoint.folder} was trained with {found}: {START_ANEW}")
+            logger.info(f"resuming from {checkpoint.folder}")
             _say_what_changed(checkpoint, self.args)
             self.run_id, self.resumed_step = checkpoint.record.run_id, checkpoint.step
         self._is_first_checkpoint = True

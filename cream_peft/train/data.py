@@ -44,17 +44,10 @@ def load_data(recipe: Recipe, tokenizer: Any, vocab_size: int) -> tuple[Any, Any
             documents = load_documents(name, split, **options)
             if data.max_documents:
                 documents = documents.take(data.max_documents)
-            field = run.dataset_text_field
-            documents = prepare_columns(documents, name, tokenizer, field, vocab_size=vocab_size, split=split)
+            settings: dict[str, Any] = {"vocab_size": vocab_size, "split": split, "eos_token": run.eos_token}
+            return prepare_columns(documents, name, tokenizer, run.dataset_text_field, **settings)
         except DataError as error:
             raise DataError(f"{key}: {error}") from error
-        is_text = not {"input_ids", "messages"} & set(documents.column_names or ())
-        if is_text and not (tokenizer.eos_token or run.eos_token):
-            raise DataError(
-                f"{name} holds text and the tokenizer has no end token to close it with: set eos_token to one of its "
-                "tokens, or give token ids in an input_ids column"
-            )
-        return documents
 
     documents, test = load("dataset_name", name, data.dataset_train_split), data.dataset_test_split
     if test:
@@ -92,12 +85,13 @@ def prepare_columns(
     *,
     vocab_size: int | None = None,
     split: str = "train",
+    eos_token: str | None = None,
 ) -> Dataset | IterableDataset:
     """Reduce a data set to the columns of its format, and to the rows that can be trained on.
 
     The formats: input_ids, messages, prompt and completion, or text. ShareGPT `conversations` (from, value) become
-    `messages` (role, content), with a `system` column as their first turn. `vocab_size`: the model's, where it is not
-    the tokenizer's.
+    `messages` (role, content), with a `system` column as their first turn. `vocab_size`, `eos_token`: where they are
+    not the tokenizer's.
 
     Raises:
         DataError: when no known format is found, or most rows cannot be used.
@@ -137,10 +131,15 @@ def prepare_columns(
         beside = [other for other in BESIDE_MESSAGES if other in columns]
         dataset = dataset.select_columns(["prompt", "completion", *beside])
         usable = keep("prompt", pair)
-        return usable if is_text else usable.map(pair)
+        if not is_text:
+            return usable.map(pair)
+        _check_reading(tokenizer, next(iter(usable))["completion"], name, eos_token)
+        return usable
     if text_field in columns:
         dataset = dataset.select_columns([text_field])
-        return keep(text_field)
+        usable = keep(text_field)
+        _check_reading(tokenizer, next(iter(usable))[text_field], name, eos_token)
+        return usable
     raise DataError(
         f"{name} has the columns {', '.join(columns)}; one of these is needed: input_ids, messages, conversations, "
         f"prompt and completion, or {text_field} (dataset_text_field)"
@@ -155,19 +154,34 @@ def _sample(stream: IterableDataset) -> Dataset:
 def _check_types(features: Features, name: str, text_field: str) -> None:
     """Refuse text where a list belongs, and the reverse, before a tokenizer stumbles over it."""
     for column, feature in features.items():
-        found = feature.dtype if isinstance(feature, Value) else "lists, mappings or a mixture"
+        found = feature.dtype if isinstance(feature, Value) else "values of another kind"
         if column in TOKEN_COLUMNS:
             inner = getattr(feature, "feature", None)
             kind = inner.dtype if isinstance(inner, Value) else "lists"
             if inner is None or not kind.startswith(("int", "uint", "bool", "null")):
                 found = found if inner is None else f"lists of {kind}"
                 raise DataError(
-                    f"{name}: the column {column} must hold a list of whole numbers in each row, not {found}"
+                    f"{name}: the column {column} must hold whole numbers in every row, and {found} were found"
                 )
         elif column in ("messages", "conversations") and isinstance(feature, Value) and feature.dtype != "null":
-            raise DataError(f"{name}: the column {column} must hold a list in each row, not {found}")
+            raise DataError(f"{name}: the column {column} must hold a list in every row, and {found} were found")
         elif column == text_field and "input_ids" not in features and not re.search("string|null", found):
-            raise DataError(f"{name}: the column {column} must hold text in each row, not {found}")
+            raise DataError(f"{name}: the column {column} must hold text in every row, and {found} were found")
+
+
+def _check_reading(tokenizer: PreTrainedTokenizerBase, text: str, name: str, eos_token: str | None) -> None:
+    """Refuse text for a tokenizer that reads none, or has no token to end it with."""
+    if not (tokenizer.eos_token or eos_token):
+        raise DataError(
+            f"{name} holds text and the tokenizer has no end token to close it with: set eos_token to one of its "
+            "tokens, or give token ids in an input_ids column"
+        )
+    try:
+        tokenizer(text[:1000])
+    except Exception as error:
+        raise DataError(
+            f"{name} holds text that the tokenizer cannot read ({error}): give token ids in input_ids"
+        ) from error
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:

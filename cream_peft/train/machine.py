@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig
@@ -37,6 +38,10 @@ def find_adapter(recipe: Recipe) -> Adapter | None:
     run, model, name = recipe.run, recipe.model, recipe.model.adapter_name_or_path
     if name is None:
         return None
+    if Path(name).is_dir() and Path(name).resolve() == Path(str(run.output_dir)).resolve():
+        raise RecipeError(
+            f"output_dir={run.output_dir} is adapter_name_or_path, which would be overwritten: choose another"
+        )
     own = [key for key in recipe.keys if key.startswith("lora_") or key in ("use_rslora", "use_dora", "model_revision")]
     if own:
         raise RecipeError(f"{own[0]} cannot go with adapter_name_or_path={name}, which brings its own: leave it out")

@@ -162,6 +162,8 @@ def _id_problems(table: pa.Table, vocab_size: int) -> list[str | None]:
     for column in ("completion_mask", "assistant_masks", "labels"):
         if column in table.column_names:
             others, values, any_value = _lists(table, column)
+            missing = table[column].is_null().to_numpy()
+            checks.append((missing, f"no {column}, and other rows have them"))
             checks.append((others != lengths, f"{column} and input_ids differ in length"))
             if column == "labels":
                 wrong = any_value((values != IGNORE_INDEX) & ((values < 0) | (values >= vocab_size)))

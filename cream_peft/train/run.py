@@ -105,7 +105,8 @@ def _check_reporting(recipe: Recipe) -> None:
             callback()
         except (RuntimeError, ImportError) as error:
             raise RecipeError(f"report_to={name}: {name} is not installed: pip install {name}, or use none") from error
-    if run.eval_strategy != "no" and not (data.dataset_test_split or data.held_out_documents):
+    held_out = data.dataset_test_split or data.held_out_documents
+    if run.eval_strategy != "no" and not held_out:
         strategy = getattr(run.eval_strategy, "value", run.eval_strategy)
         raise RecipeError(
             f"eval_strategy={strategy} has nothing to evaluate on: set held_out_documents to a number of documents, or "
@@ -164,6 +165,8 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths) ->
             trainer.remove_callback(callback)
         trainer.add_callback(_ProgressBar)
     _announce(trainer)
+    if held_out is not None and run.eval_strategy == "no":
+        logger.warning("eval_strategy is no, so the documents kept for evaluation are not used: set it, or keep none")
     return trainer
 
 

@@ -34,6 +34,7 @@ from ..model.record import (
 )
 from ..positions import SIGMA_PER_FACTOR
 from ..publish.card import CARD, write_card
+from ..tiny import TINY_ID, TINY_LICENSE
 from .collator import ROW_COLUMN
 from .config import Lengths
 from .publishing import PublishingTrainer
@@ -129,7 +130,7 @@ class SavingTrainer(PublishingTrainer):
             rope_scaling_type=args.rope_scaling_type,
             positions=positions,
             load_in_4bit=bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
-            license=args.license,
+            license=args.license or (TINY_LICENSE if self.base_model_name() == TINY_ID else None),
             steps=self.state.global_step,
             first_step=getattr(getattr(self, "_set_epoch", None), "first_step", 0),
             seconds=self.seconds and round(self.seconds, 1),

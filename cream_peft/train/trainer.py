@@ -181,8 +181,13 @@ class CREAMTrainer(ResumingTrainer):
                 f"rope_scaling_type={args.rope_scaling_type or 'none'}, and the adapter was trained with "
                 f"{self.earlier.rope_scaling_type or 'none'}: set the same"
             )
-        if self.earlier and args.target_length is None:
-            args.target_length = self.earlier.target_length
+        if self.earlier:
+            reached = self.earlier.target_length
+            args.target_length = args.target_length or reached
+            if args.target_length < reached:
+                raise ValueError(
+                    f"target_length={args.target_length}, and the adapter reached {reached}: set as much or more"
+                )
         self.pretrained_window = rope.pretrained_window(unscaled)
         self.lengths = args.resolve(self.pretrained_window)
         self.scaled_config = rope.scaled_config(unscaled, self.lengths.target_length, args.rope_scaling_type)
@@ -228,7 +233,8 @@ class CREAMTrainer(ResumingTrainer):
         name = "train_dataset" if is_training else "eval_dataset"
         if formatting_func is None:
             size = self.scaled_config.get_text_config().vocab_size
-            dataset = prepare_columns(dataset, name, processing_class, args.dataset_text_field, vocab_size=size)
+            settings: dict[str, Any] = {"vocab_size": size, "eos_token": args.eos_token}
+            dataset = prepare_columns(dataset, name, processing_class, args.dataset_text_field, **settings)
         if is_training:
             # The training set comes first; the same object handed over for evaluation is an evaluation set.
             self._training_documents = None

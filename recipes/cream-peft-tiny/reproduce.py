@@ -2,7 +2,8 @@
 
 python recipes/cream-peft-tiny/reproduce.py [--output runs/reproduce] [--workers 2]
 
-The base is not quantized; 150 steps of 16 x 256 tokens, a learning rate of 5e-3, or of 1e-2 under linear scaling. The evaluation documents are drawn from a seed that no setting was chosen on. The three
+The base is not quantized; 150 steps of 16 x 256 tokens, a learning rate of 5e-3, or of 1e-2 under linear scaling.
+The evaluation documents are drawn from a seed that no setting was chosen on. The three
 bases are the shipped one and the two in bases/. Every run is kept as one line of runs.jsonl: killed and started again,
 the command resumes where it stopped. Writes reproduce.json and reproduce.png into the output folder.
 """
