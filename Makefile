@@ -7,7 +7,7 @@ DEMO_MODELS := --samples 16 --output_dir $(DEMO)/results --compare "untouched ba
 	"RoPE scaling alone=cream-peft-tiny+ntk" "plain fine-tune=$(DEMO)/contiguous" "CREAM=$(DEMO)/cream"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint base chat push bench-cpu smollm2 smollm2-compare reproduce tiny-base clean
+.PHONY: help demo demo-seeds test test-slow lint base chat push bench-cpu smollm2 smollm2-compare reproduce tiny-base clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^##@ /{print "\n" substr($$0, 5)} /^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,18 @@ smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (without a GPU
 smollm2-compare: $(READY)  ## the same with other position strategies and RoPE scalings (hours, resumes where it stopped)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
 	$(BIN)/python recipes/smollm2-135m-instruct/compare.py
+
+# Each run is a file of its own: killed and started again, make resumes; -j2 trains two at a time.
+SEEDS := runs/demo-seeds
+SEED_RUNS := $(foreach seed,0 1 2 3 4 5 6 7 8 9,$(SEEDS)/contiguous-$(seed) $(SEEDS)/cream-$(seed))
+
+$(SEED_RUNS:%=%/cream.json): | $(READY)
+	$(BIN)/cream-peft train --position_strategy $(firstword $(subst -, ,$(notdir $(@D)))) --seed $(lastword $(subst -, ,$(@D))) \
+		--save_strategy no --disable_tqdm true --output_dir $(@D)
+
+demo-seeds: $(SEED_RUNS:%=%/cream.json)  ## the demo's two trainings with ten seeds (half an hour)
+	$(BIN)/cream-peft evaluate --tasks new_skill --lengths 256 2048 --samples 16 --compare $(SEED_RUNS) \
+		--output_dir $(SEEDS)/results --json $(SEEDS)/results.json
 
 reproduce: $(READY)  ## every strategy and RoPE scaling on the tiny task (over an hour, resumes where it stopped)
 	$(BIN)/python recipes/cream-peft-tiny/reproduce.py --output runs/reproduce

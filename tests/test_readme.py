@@ -217,22 +217,32 @@ def test_the_planned_figures_equal_what_plan_wrote():
         assert f"{row} | {without_context('7b-default', 'evaluation', 'terms', cache):.1f} GiB |" in text
 
 
-DEMO_TASKS = ("recall", "kv_retrieval")
-
-
 def test_the_figures_of_the_demo_equal_their_json():
     demo = json.loads((TINY / "results/demo.json").read_text())
     assert len(demo["results"]) == 4
     for label, result in demo["results"].items():
-        of_task = {task: mean_by(Results.parse(result).of_task(task), "length") for task in DEMO_TASKS}
-        recall = [f"{value:.2f}" for value in of_task["recall"].values()]
-        one_key = f"{of_task['kv_retrieval'][2048]:.2f}"
-        assert f"| {label} | {' | '.join(recall)} |\n" in README
-        assert f"| {label} | {' | '.join([*recall, one_key])} |\n" in page("recipes/cream-peft-tiny")
+        shares = " | ".join(
+            f"{share:.2f}" for share in mean_by(Results.parse(result).of_task("new_skill"), "length").values()
+        )
+        assert f"| {label} | {shares} |\n" in README and f"| {label} | {shares} |\n" in page("recipes/cream-peft-tiny")
     clone = json.loads((TINY / "results/fresh-clone.json").read_text())
     seconds = [round(clone[name]) for name in ("setup_seconds", "demo_seconds", "test_seconds")]
     told = "set-up took {} s, the demo {} s and `make test` {} s".format(*seconds)
     assert told in " ".join(README.split())
+
+
+def test_the_figures_of_ten_seeds_equal_their_json():
+    found = json.loads((TINY / "results/demo-seeds.json").read_text())["results"]
+    assert len(found) == 20
+    for name, row in (("contiguous", "plain fine-tune"), ("cream", "CREAM")):
+        means = [
+            mean_by(Results.parse(result).of_task("new_skill"), "length")
+            for label, result in found.items()
+            if label.startswith(f"{name}-")
+        ]
+        shares = [[at[length] for at in means] for length in (256, 2048)]
+        told = " | ".join(f"{min(share):.2f} to {max(share):.2f}" for share in shares)
+        assert len(means) == 10 and f"| {row} | {told} |\n" in page("recipes/cream-peft-tiny")
 
 
 def test_the_figures_of_speed_equal_their_json():
@@ -273,3 +283,11 @@ def test_the_time_and_the_adapter_of_smollm2_equal_their_json():
     assert f"took {clone['seconds'] / 60:.0f} minutes on a fresh clone" in text
     earlier = clone["adapter_model_sha256_of_an_earlier_training_in_another_checkout"]
     assert "bit for bit" in text and clone["adapter_model_sha256"] == earlier
+
+
+def test_every_test_that_tests_readme_names_is_there():
+    text, tests = (ROOT / "tests/README.md").read_text(encoding="utf-8"), ROOT / "tests"
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) >= 80
+    for file, name in named:
+        assert f"def {name}(" in (tests / file).read_text(encoding="utf-8"), f"{file}::{name}"
