@@ -457,6 +457,8 @@ def test_a_signal_ends_every_command_as_ctrl_c_does(command, number, code, monke
         raise AssertionError("the signal would have killed the command")
 
     earlier = {number: signal.signal(number, unhandled) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # A shell may have started the tests in the background, where Ctrl-C is ignored.
+    earlier[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setitem(cli.COMMANDS, command, stay)
     try:
         assert cli.main([command]) == code
