@@ -372,3 +372,14 @@ def test_files_that_cannot_be_documents_are_refused(make, name, message, tmp_pat
     make(tmp_path)
     with pytest.raises(DataError, match=message):
         load_documents(str(tmp_path / name))
+
+
+def test_what_was_prepared_is_not_written_again(byte_tokenizer, monkeypatch):
+    byte_tokenizer.chat_template = LLAMA_2
+    chats = Dataset.from_dict({"conversations": [CONVERSATION, CONVERSATION[:2]], "tools": ["[]", "[]"]})
+    prepared = prepare_columns(chats, "d", byte_tokenizer)
+    monkeypatch.setattr(Dataset, "map", None)
+    again = prepare_columns(prepared, "d", byte_tokenizer)
+    assert again.column_names == ["messages", "tools"] and list(again["messages"]) == list(prepared["messages"])
+    with pytest.raises(TypeError):
+        prepare_columns(chats, "d", byte_tokenizer)  # control: these have to be

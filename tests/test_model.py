@@ -347,7 +347,7 @@ def test_a_base_that_is_quantized_already_is_refused_with_the_remedy(adapter, tm
         ("./tiyn", "no such folder"),
         ("../tiyn", "no such folder"),
         ("~/tiyn", "no such folder; ~ is not read here"),
-        ("/tmp/none/tiyn", "no such folder"),
+        ("/nowhere/none/tiyn", "no such folder"),
         ("a/b/c", "no such folder"),
     ],
 )

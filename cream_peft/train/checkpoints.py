@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import secrets
 import shutil
 import zipfile
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model.fingerprint import differing
 from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Record, is_adapter
 from .config import CREAMConfig
 from .saving import SavingTrainer
@@ -29,8 +29,6 @@ OPTIONAL += ("dataset_name",)
 """What an earlier version may not have recorded: compared where both runs say it."""
 KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 """What may change too, with one line that says so."""
-ROUNDING = 0.01
-"""Of a base's values, relative; rounding to bfloat16 changes them by at most 0.004."""
 START_ANEW = "set it back, choose another output_dir, or train anew without resume_from_checkpoint"
 
 
@@ -65,8 +63,7 @@ class Checkpoint:
         for pattern in [*needed, *([] if only_model else wanted), STATE]:
             if not any(folder.glob(pattern)):
                 raise CheckpointError(f"{folder} has no {pattern.replace('*', '')}")
-        state_file, base_file = folder / STATE, folder / "base_config" / "config.json"
-        read = [state_file, *([] if is_full else [base_file])]
+        read = [] if is_full else [folder / "base_config" / "config.json"]
         read += [file for pattern in wanted for file in sorted(folder.glob(pattern)) if file.is_file()]
         try:
             record = Record.read(folder, str(folder))
@@ -74,15 +71,17 @@ class Checkpoint:
             raise CheckpointError(f"{folder} is damaged: {error}") from error
         if not record.is_of(folder):
             raise CheckpointError(f"{folder} has other weights than those that its {FILE} was written for")
-        for file in read:
+        state: dict[str, Any] = {}
+        for file in [*read, folder / STATE]:
             try:
                 if file.suffix == ".json":
-                    json.loads(file.read_text(encoding="utf-8"))
+                    state = json.loads(file.read_text(encoding="utf-8"))
                 else:
                     zipfile.ZipFile(file).close()
             except (OSError, ValueError, zipfile.BadZipFile) as error:
                 raise CheckpointError(f"{folder} has a damaged {file.relative_to(folder)} ({error})") from error
-        return cls(folder, record, json.loads(state_file.read_text(encoding="utf-8")))
+        # The last one read.
+        return cls(folder, record, state)
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -115,11 +114,13 @@ def wants_newest(wanted: Any) -> bool:
 
 
 def find_checkpoint(wanted: Any, folder: Path, only_model: bool = False) -> Checkpoint | None:
-    """The checkpoint to resume from: `wanted` names a folder, or is true for the newest in `folder`.
+    """The checkpoint to resume from: `wanted` is one, or names a folder, or is true for the newest in `folder`.
 
     Raises:
         CheckpointError: a folder that is not there, or no whole checkpoint.
     """
+    if isinstance(wanted, Checkpoint):
+        return wanted
     if wanted is None or str(wanted).lower() == "false":
         return None
     if wants_newest(wanted):
@@ -185,15 +186,12 @@ def difference(folder: Path, record: Record, trainer: ResumingTrainer) -> str | 
                 if key == "dataset_name"
                 else f"{key}={one}, now {other}"
             )
-    one, other = (
-        found if isinstance(found, dict) else {"embeddings": found}
-        for found in (record.base_fingerprint, now.base_fingerprint)
+    # Those of earlier versions are lists, of the embeddings alone, and the trainer's has other places.
+    recorded, here = (
+        found if isinstance(found, dict) else {} for found in (record.base_fingerprint, now.base_fingerprint)
     )
-    for name in (name for name in one if name in other):
-        for was_value, value in zip(one[name], other[name], strict=False):
-            if not math.isclose(was_value, value, rel_tol=ROUNDING, abs_tol=1e-7):
-                return f"another base in model_name_or_path ({name} {was_value}, now {value})"
-    return None
+    tensor = differing(recorded, lambda name, count: here.get(name))
+    return f"another base in model_name_or_path ({tensor} has other values)" if tensor else None
 
 
 def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
@@ -214,7 +212,7 @@ class ResumingTrainer(SavingTrainer):
     resumed_step = 0
     _is_first_checkpoint = False
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | Checkpoint | None = None, *args: Any, **kwargs: Any):
         """Train; `resume_from_checkpoint` is a folder, or true for the newest checkpoint in output_dir.
 
         Raises:

@@ -102,6 +102,18 @@ def prepare_columns(
         raise DataError(f"{name} is empty: it must hold documents, a row each")
     _check_types(sample.features, name, text_field)
 
+    differing: list[bool] = []
+
+    def differs_from(row: dict[str, Any], converted: dict[str, Any]) -> dict[str, Any]:
+        """`converted`; whether it says something else than the row is noted once."""
+        if not differing and any(row.get(key) != value for key, value in converted.items()):
+            differing.append(True)
+        return converted
+
+    def changed() -> bool:
+        """Whether any row differs, all having been looked at; of a stream more will come."""
+        return bool(differing) or not isinstance(dataset, Dataset)
+
     def keep(column: str, convert: Any = None) -> Any:
         size = vocab_size or len(tokenizer)
         return keep_usable(dataset, sample, name, column, convert, size, lambda row: place_of(row, name, split))
@@ -115,24 +127,31 @@ def prepare_columns(
             beside = [other for other in BESIDE_MESSAGES if other in columns]
 
             def convert(row: dict[str, Any], column: str = column) -> dict[str, Any]:
-                return {"messages": to_messages(row[column], row.get("system"))}
+                return differs_from(row, {"messages": to_messages(row[column], row.get("system"))})
 
             dataset = dataset.select_columns([column, *beside, *(["system"] if "system" in columns else [])])
             dropped = [other for other in dataset.column_names or columns if other not in beside]
-            return keep(column, convert).map(convert, remove_columns=dropped)
+            usable = keep(column, convert)
+            # What is as it should be already, such as what was prepared before, is not written again.
+            return (
+                usable.map(convert, remove_columns=dropped)
+                if changed()
+                else usable.select_columns(["messages", *beside])
+            )
     if "prompt" in columns and "completion" in columns:
         is_text = isinstance(sample.features["prompt"], Value)
         if not is_text:
             _check_template(tokenizer, f"{name} holds conversations (prompt, completion)")
 
         def pair(row: dict[str, Any]) -> dict[str, Any]:
-            return dict(zip(("prompt", "completion"), pair_of(row["prompt"], row["completion"]), strict=True))
+            both = zip(("prompt", "completion"), pair_of(row["prompt"], row["completion"]), strict=True)
+            return differs_from(row, dict(both))
 
         beside = [other for other in BESIDE_MESSAGES if other in columns]
         dataset = dataset.select_columns(["prompt", "completion", *beside])
         usable = keep("prompt", pair)
         if not is_text:
-            return usable.map(pair)
+            return usable.map(pair) if changed() else usable
         _check_reading(tokenizer, next(iter(usable))["completion"], name, eos_token)
         return usable
     if text_field in columns:

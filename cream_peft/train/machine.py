@@ -62,7 +62,9 @@ def find_adapter(recipe: Recipe) -> Adapter | None:
 
 def base_config(recipe: Recipe) -> PreTrainedConfig:
     """The base's unscaled config: the embedded copy where there is one, else the one beside the weights."""
-    find_adapter(recipe)
+    adapter = find_adapter(recipe)
+    if adapter:
+        return adapter.base_config
     name = recipe.model.model_name_or_path
     if name is None:
         raise RecipeError("model_name_or_path is missing: a Hub id or a local folder")

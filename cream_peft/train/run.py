@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PrinterCallback, ProgressCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..locks import locked
+from ..model.adapter import Adapter
 from ..model.base import base_options, load_base, load_tokenizer, lora_config
 from ..model.record import AdapterError, Record, peak_gib
 from ..publish.push import PushError
@@ -119,13 +120,14 @@ def run_recipe(recipe: Recipe) -> RunSummary:
     if recipe.run.model_init_kwargs:
         raise RecipeError("model_init_kwargs is for Python: a recipe has dtype, attn_implementation, model_revision")
     _check_reporting(recipe)
-    config, folder, run = base_config(recipe), Path(str(recipe.run.output_dir)), recipe.run
+    adapter, folder, run = find_adapter(recipe), Path(str(recipe.run.output_dir)), recipe.run
+    config = adapter.base_config if adapter else base_config(recipe)
     lengths = run.resolve(pretrained_window(config))
     check_machine(recipe, config)
     refuse_separate_runs(run)
     with _locked_output(folder), memory_explained(recipe, config):
         checkpoint = find_checkpoint(run.resume_from_checkpoint, folder, run.save_only_model)
-        trainer = _make_trainer(recipe, config, lengths)
+        trainer = _make_trainer(recipe, config, lengths, adapter)
         if checkpoint is None and (checkpoint_folders(folder) or (folder / "cream.json").exists()):
             if wants_newest(run.resume_from_checkpoint) and run.max_steps > 0 and _is_saved(trainer, run.max_steps):
                 return _summary(trainer, run.max_steps)
@@ -135,11 +137,11 @@ def run_recipe(recipe: Recipe) -> RunSummary:
         return _train_and_save(trainer, checkpoint)
 
 
-def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths) -> CREAMTrainer:
+def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths, adapter: Adapter | None) -> CREAMTrainer:
     run, name = recipe.run, str(recipe.model.model_name_or_path)
     tokenizer = _load_tokenizer(recipe, name)
     documents, held_out = load_data(recipe, tokenizer, config.get_text_config().vocab_size)
-    options, adapter = base_options(recipe.model), find_adapter(recipe)
+    options = base_options(recipe.model)
     if adapter:
         model, _ = adapter.load(is_trainable=True, **options)
     else:
@@ -202,7 +204,7 @@ def _is_saved(trainer: CREAMTrainer, steps: int) -> bool:
 
 def _train_and_save(trainer: CREAMTrainer, checkpoint: Checkpoint | None) -> RunSummary:
     output_dir = str(trainer.args.output_dir)
-    output = trainer.train(str(checkpoint.folder) if checkpoint else None)
+    output = trainer.train(checkpoint)
     if checkpoint and output.global_step == checkpoint.step and _is_saved(trainer, checkpoint.step):
         return _summary(trainer, checkpoint.step)
     try:
