@@ -217,6 +217,11 @@ def test_the_planned_figures_equal_what_plan_wrote():
         assert f"{row} | {without_context('7b-default', 'evaluation', 'terms', cache):.1f} GiB |" in text
 
 
+def test_the_planned_peak_of_training_every_weight_equals_its_json():
+    planned = json.loads((ROOT / "recipes/llama-2-7b/results/plan-7b-full.json").read_text())
+    assert f"needs {planned['terms']['total']:.1f} GiB (planned" in " ".join(page("recipes").split())
+
+
 def test_the_figures_of_the_demo_equal_their_json():
     demo = json.loads((TINY / "results/demo.json").read_text())
     assert len(demo["results"]) == 4
