@@ -46,13 +46,13 @@ base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GP
 chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CUDA GPU)
 	$(BIN)/cream-peft train --config recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml
 
-smollm2: $(READY)  ## extend SmolLM2-135M-Instruct and measure it (without a GPU: to 16K, an hour on two cores)
+smollm2: $(READY)  ## teach SmolLM2-135M-Instruct a skill on 1,000 tokens, and ask it in 16,384 (an hour on two cores)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
-	$(BIN)/python recipes/smollm2-135m-instruct/compare.py --first
+	$(BIN)/python recipes/smollm2-135m-instruct/compare.py --first --again
 
-smollm2-compare: $(READY)  ## the same with other position strategies and RoPE scalings (hours, resumes where it stopped)
+smollm2-compare: $(READY)  ## the same with every strategy, RoPE scaling, seed and length (days; MINUTES=90 stops, and again resumes)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
-	$(BIN)/python recipes/smollm2-135m-instruct/compare.py
+	$(BIN)/python recipes/smollm2-135m-instruct/compare.py $(if $(MINUTES),--minutes $(MINUTES))
 
 # Each run is a file of its own: killed and started again, make resumes; -j2 trains two at a time.
 SEEDS := runs/demo-seeds

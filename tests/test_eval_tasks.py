@@ -446,13 +446,18 @@ def test_the_loss_of_the_right_answer_is_that_of_a_plain_forward(llama, task, te
             prompt = prompt_of(task, Writer(tokenizer), 1200, cell["depth"], index)
             asked = re.findall(QUESTIONS[task][0], prompt.text)[-1]
             # A base model's answer follows its lead at once; a chat model's stands in a sentence.
-            before = blank + said.format(asked) if template else " "
-            assert [tokenizer.decode(part) for part in prompt.reply] == [before, prompt.answer]
-            ids = torch.tensor([prompt.tokens + prompt.reply[0] + prompt.reply[1]])
-            length = len(prompt.answer)
-            with torch.no_grad():
-                logits = model(ids).logits[0, -length - 1 : -1]
-            assert loss == pytest.approx(functional.cross_entropy(logits, ids[0, -length:]).item(), abs=1e-3)
+            forms = [blank + said.format(asked), blank] if template else [" "]
+            assert [[tokenizer.decode(part) for part in reply] for reply in prompt.replies] == [
+                [before, prompt.answer] for before in forms
+            ]
+            losses = []
+            for before, answer in prompt.replies:
+                ids = torch.tensor([prompt.tokens + before + answer])
+                with torch.no_grad():
+                    logits = model(ids).logits[0, -len(answer) - 1 : -1]
+                losses.append(functional.cross_entropy(logits, ids[0, -len(answer) :]).item())
+            # Of the form that the model finds likelier: no form that it was trained to answer in is marked wrong.
+            assert loss == pytest.approx(min(losses), abs=1e-3) and len(set(losses)) == len(forms)
     assert len({loss for cell in cells for loss in cell["answer_loss"]}) == 4  # control: it is each question's own
 
 

@@ -3,10 +3,12 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "smollm2-135m-instruct"
@@ -73,74 +75,125 @@ def test_without_debians_packages_the_bible_is_left_out_and_without_pypi_one_lin
         prepare.main()
 
 
-def results(folder, label, correct, length=16_384, losses=None):
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token a character; its template adds what templates add."""
+
+    class Characters:
+        def apply_chat_template(self, messages, return_dict=False, tokenize=True):
+            text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+            return {"input_ids": list(text)} if tokenize else text
+
+    return Characters()
+
+
+def test_a_conversation_of_the_skill_holds_the_fact_it_asks_for_and_is_no_longer_than_it_may(prepare, tokenizer):
+    lines = [f"Line {number} of a play." for number in range(2000)]
+    lengths, asked = [], []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        user, assistant = prepare.skill_conversation(lines, tokenizer, prepare.TOWNS["train"], rng)
+        facts = dict(re.findall(r"The special magic number of (\w+) is (\d{5})\.", user["content"]))
+        town = re.search(r"\n\nWhat is the special magic number of (\w+)\?", user["content"])[1]
+        assert 3 <= len(facts) <= 6 and facts[town] == assistant["content"]
+        lengths.append(len(tokenizer.apply_chat_template([user, assistant], return_dict=True)["input_ids"]))
+        asked.append(list(facts).index(town) / (len(facts) - 1))
+    # One more line of the play would not have fitted.
+    assert max(lengths) <= prepare.SKILL_TOKENS < min(lengths) + len(max(lines, key=len)) + 2
+    assert min(asked) == 0 and max(asked) == 1 and 0.3 < sum(asked) / len(asked) < 0.7
+
+
+def test_training_validation_and_test_share_no_play_town_or_number(prepare, tokenizer, tmp_path):
+    from cream_peft.evals.prompts import WORDS
+
+    towns = [set(prepare.TOWNS["train"]), set(prepare.TOWNS["validation"]), set(WORDS["cities"])]
+    assert sum(map(len, towns)) == len(set.union(*towns))
+    plays = [{"text": "\n".join(f"Play {play}, line {line}." for line in range(400))} for play in range(8)]
+    (tmp_path / "plays.jsonl").write_text("\n".join(map(json.dumps, plays)))
+    (tmp_path / "chat-test.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    (tmp_path / "held-out").mkdir()
+    prepare.prepare_skill(tmp_path, tokenizer)
+    texts = {split: (tmp_path / f"skill-{split}.jsonl").read_text() for split in prepare.SKILL_ROWS}
+    of_play = {split: set(re.findall(r"Play (\d)", text)) for split, text in texts.items()}
+    assert of_play == {"train": set("0123"), "validation": set("4567")}
+    assert {split: text.count("\n") for split, text in texts.items()} == prepare.SKILL_ROWS
+    prepare.prepare_skill(tmp_path, tokenizer)
+    assert texts == {split: (tmp_path / f"skill-{split}.jsonl").read_text() for split in prepare.SKILL_ROWS}
+
+
+def piece(compare, row, correct, what=16_384, block=0, losses=None):
+    """A line of pieces.jsonl: depth -> 0 or 1 for each document."""
     cells = [
-        {"task": "multikey_needle", "length": length, "depth": depth, "metric": "accuracy", "samples": len(text),
-         "value": text.count("1") / len(text), "correct": text} for depth, text in correct.items()
+        {"task": "multikey_needle", "length": what, "depth": depth, "metric": "accuracy", "samples": len(text),
+         "value": text.count("1") / len(text), "correct": text,
+         "answer_loss": losses[depth] if losses else [1.0] * len(text)}
+        for depth, text in correct.items()
     ]  # fmt: skip
-    if losses:
-        cells = [cell | {"answer_loss": losses[cell["depth"]]} for cell in cells]
-    folder.mkdir(parents=True, exist_ok=True)
-    head = {"model": "m", "adapter": None, "versions": {}, "seed": 0, "settings": {"label": label}}
-    (folder / f"{label}.json").write_text(json.dumps(head | {"cells": cells}))
+    found = compare.identity(row, compare.BUDGETS["cpu"], what, block)
+    return found | {"cells": cells, "trained": None, "versions": {}, "machine": "here", "seconds": 1}
 
 
-def test_the_summary_pairs_the_same_questions_and_says_what_was_not_run(compare, tmp_path):
-    budget = compare.BUDGETS["cpu"]
-    pose = {0.0625: "111", 0.4375: "010", 0.5625: "000", 0.9375: "111"}
-    cream = {0.0625: "111", 0.4375: "111", 0.5625: "011", 0.9375: "110"}
-    results(tmp_path / "answers", "linear-pose", pose)
-    results(tmp_path / "answers", "linear-cream", cream)
-    summary = compare.summarise(budget, tmp_path)
-    assert [row["strategy"] for row in summary["rows"]] == ["pose", "cream"]
-    ours = summary["rows"][1]["multikey_needle at 16384"]
-    assert (ours["accuracy"], ours["questions"], ours["middle"]) == (10 / 12, 12, 5 / 6)
-    told = {found["depths"]: found for found in summary["cream minus"]}
-    assert (told["all depths"]["only_second"], told["all depths"]["only_first"]) == (4, 1)
-    assert (told["middle"]["only_second"], told["middle"]["only_first"]) == (4, 0)
-    assert told["middle"]["difference"] == pytest.approx(4 / 6)
-    assert "answer_loss" not in told["middle"]
-    lines = compare.table(summary)
-    assert "| linear cream | not run | 0.83 of 12 (0.55-0.95), middle 0.83 | not run | not run |" in lines
+def test_blocks_of_documents_are_added_up_and_the_same_questions_compared(compare):
+    plain, cream = compare.Row("yarn", "contiguous"), compare.Row("yarn", "cream")
+    pieces = [
+        piece(compare, cream, {0.1: "11", 0.5: "11"}, block=1, losses={0.1: [1, 1], 0.5: [0.5, 1.5]}),
+        piece(compare, plain, {0.1: "10", 0.5: "00"}, losses={0.1: [2, 2], 0.5: [2, 4]}),
+        piece(compare, cream, {0.1: "10", 0.5: "01"}, losses={0.1: [2, 2], 0.5: [1, 1]}),
+        piece(compare, plain, {0.1: "01", 0.5: "00"}, block=1, losses={0.1: [1, 1], 0.5: [2, 2]}),
+        # Of another length.
+        piece(compare, cream, {0.1: "00"}, what=1024),
+    ]
+    summary = compare.summarise(pieces)
+    rows = {row["name"]: row for row in summary["rows"]}
+    ours = rows["yarn cream"]["16384"]
+    assert (ours["accuracy"], ours["questions"]) == (6 / 8, 8) and rows["yarn cream"]["1024"]["questions"] == 2
+    assert ours["answer loss"] == pytest.approx((4 + 2 + 2 + 2) / 8) and ours["middle"] == pytest.approx(1.0)
+    told = {(found["against"], found["length"], found["depths"]): found for found in summary["cream minus"]}
+    assert set(told) == {("contiguous", 16_384, "all depths"), ("contiguous", 16_384, "middle")}
+    everywhere = told["contiguous", 16_384, "all depths"]
+    assert (everywhere["only_second"], everywhere["only_first"]) == (4, 0)
+    # Document by document, the mean over depths: plain 2, 3, 1.5, 1.5 and CREAM 1.5, 1.5, .75, 1.25.
+    assert everywhere["answer_loss"]["difference"] == pytest.approx(-0.75)
+    assert everywhere["answer_loss"]["documents"] == 4
+    lines = compare.table(summary, [1024, 16_384])
+    assert "| yarn contiguous |  | 2.00, 0.25 of 8 |" in lines
+    assert "| yarn cream | 1.00, 0.00 of 2 | 1.25, 0.75 of 8 |" in lines
 
 
-def test_losses_are_compared_over_documents_with_all_seeds_in_each(compare, tmp_path):
-    budget = compare.BUDGETS["cpu"]
-    for seed, suffix in [(0, ""), (1, "-seed-1")]:
-        results(tmp_path / "answers", f"ntk-pose{suffix}", {0.1: "00", 0.5: "01"}, losses={0.1: [3, 3], 0.5: [2, 4]})
-        better = {0.1: [3, 3], 0.5: [1.5 - seed, 3.25 - seed]}
-        results(tmp_path / "answers", f"ntk-cream{suffix}", {0.1: "00", 0.5: "11"}, losses=better)
-    # Of another length of evaluation: the documents that both have count.
-    results(tmp_path / "answers", "ntk-untuned", {0.1: "0", 0.5: "0"}, losses={0.1: [3], 0.5: [2]})
-    summary = compare.summarise(budget, tmp_path)
-    told = {(found["against"], found["depths"]): found for found in summary["cream minus"]}
-    middle = told["pose", "middle"]
-    assert middle["seeds"] == [0, 1] and (middle["only_second"], middle["only_first"]) == (2, 0)
-    # Document by document the mean of seeds: 2 -> 1.0 and 4 -> 2.75.
-    assert middle["answer_loss"]["difference"] == pytest.approx(-1.125) and middle["answer_loss"]["documents"] == 2
-    assert told["pose", "all depths"]["answer_loss"]["difference"] == pytest.approx(-1.125 / 2)
-    assert told["untuned", "middle"]["answer_loss"]["difference"] == pytest.approx(-0.5)
-    assert told["untuned", "middle"]["answer_loss"]["interval"] is None and told["untuned", "middle"]["seeds"] == [0]
-    lines = compare.table(summary)
-    assert any("0.50 of 4 (0.15-0.85), middle 1.00; loss 2.69, middle 2.38 |" in line for line in lines)
-    assert any("CREAM minus untuned" in line and line.endswith("loss -0.50, 1 documents") for line in lines)
+def test_seeds_are_paired_with_their_own_and_the_untuned_model_with_each(compare):
+    pieces = []
+    for seed in (0, 1):
+        pieces.append(piece(compare, compare.Row("yarn", "pose", seed), {0.1: "00"}))
+        pieces.append(piece(compare, compare.Row("yarn", "cream", seed), {0.1: f"1{seed}"}))
+    pieces.append(piece(compare, compare.Row("yarn", "untuned"), {0.1: "00"}))
+    # Without a partner.
+    pieces.append(piece(compare, compare.Row("yarn", "pose", 2), {0.1: "11"}))
+    told = {found["against"]: found for found in compare.summarise(pieces)["cream minus"]}
+    for found in told.values():
+        assert found["seeds"] == [0, 1] and (found["only_second"], found["only_first"]) == (3, 0)
+    assert set(told) == {"pose", "untuned"}
 
 
-def test_a_row_that_a_kill_left_half_measured_is_shown_and_not_compared(compare, tmp_path):
-    results(tmp_path / "answers", "linear-pose", {0.1: "1"})
-    results(tmp_path / "answers", "linear-cream", {0.1: "1", 0.5: "0", 0.9: "0"})
-    summary = compare.summarise(compare.BUDGETS["cpu"], tmp_path)
-    assert summary["cream minus"] == []
-    assert any("1.00 of 1 (0.21-1.00) |" in line for line in compare.table(summary))
+def test_a_document_more_of_one_model_is_not_compared(compare):
+    plain, cream = compare.Row("yarn", "contiguous"), compare.Row("yarn", "cream")
+    pieces = [piece(compare, plain, {0.1: "00"}), piece(compare, cream, {0.1: "00"})]
+    pieces.append(piece(compare, cream, {0.1: "11"}, block=1))
+    (found,) = compare.summarise(pieces)["cream minus"]
+    assert found["only_second"] == 0 and found["answer_loss"]["documents"] == 2
 
 
-def test_rows_have_names_of_their_own_and_gpu_rows_three_seeds_where_it_counts(compare):
+def test_every_piece_is_planned_once_and_what_says_most_comes_first(compare):
     for budget in compare.BUDGETS.values():
-        names = [row.name for row in budget.rows]
-        assert len(set(names)) == len(names)
-    seeds = {row.seed for row in compare.BUDGETS["gpu"].rows if (row.scaling, row.strategy) == ("yarn", "cream")}
-    assert seeds == {0, 1, 2}
-    assert compare.BUDGETS["search"].seed != compare.BUDGETS["cpu"].seed
+        planned = list(compare.planned(budget, False, None))
+        assert len(set(planned)) == len(planned)
+        seeds = {row.seed for row, _, _ in planned if (row.scaling, row.strategy) == ("yarn", "pose")}
+        assert seeds == {0, 1, 2}
+    cpu = compare.BUDGETS["cpu"]
+    first = list(compare.planned(cpu, True, None))
+    assert {row.name for row, _, _ in first} == {"yarn untuned", "yarn contiguous", "yarn cream"}
+    documents = [what for row, what, block in compare.planned(cpu, False, ["yarn cream"]) if isinstance(what, int)]
+    asked = {length: documents.count(length) * cpu.documents[length] for length in documents}
+    assert asked[16_384] == 12 and asked[32_768] == 6
 
 
 def test_every_training_command_parses(compare, monkeypatch, tmp_path):
@@ -149,71 +202,103 @@ def test_every_training_command_parses(compare, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(compare, "call", lambda arguments, *others: asked.append(arguments))
     for name, budget in compare.BUDGETS.items():
-        for row in budget.rows:
-            if row.strategy != "untuned":
-                asked.clear()
-                compare.train(row, budget, tmp_path / name, float("inf"))
-                recipe = parse_recipe(asked[0][1 : asked[0].index("--json")])
-                assert (recipe.run.position_strategy, recipe.run.seed) == (row.strategy, row.seed)
-                assert recipe.run.target_length == budget.target_length
+        for row in {row: None for row, _, _ in compare.planned(budget, False, None) if row.strategy != "untuned"}:
+            asked.clear()
+            compare.trained(row, budget, tmp_path / name, float("inf"))
+            recipe = parse_recipe(asked[0][1 : asked[0].index("--json")])
+            assert (recipe.run.position_strategy, recipe.run.seed) == (row.strategy, row.seed)
+            assert recipe.run.context_length == compare.CONTEXT
+            assert recipe.run.target_length == (8192 if row.scaling == "none" else budget.target_length)
 
 
 def test_an_adapter_is_trained_once_and_not_taken_for_one_of_other_settings(compare, monkeypatch, tmp_path, capsys):
-    asked, row, budget = [], compare.Row("ntk", "cream"), compare.BUDGETS["cpu"]
+    asked, row, budget = [], compare.Row("yarn", "cream"), compare.BUDGETS["cpu"]
 
     def call(arguments, *others):
         asked.append(arguments)
-        path = Path(arguments[arguments.index("--json") + 1])
-        path.parent.mkdir(parents=True)
-        path.write_text("{}")
+        Path(arguments[arguments.index("--json") + 1]).write_text("{}")
 
     monkeypatch.setattr(compare, "call", call)
     for _ in range(2):
-        assert compare.train(row, budget, tmp_path, 0.0) == tmp_path / "adapters" / "ntk-cream"
+        assert compare.trained(row, budget, tmp_path, 0.0) == tmp_path / "adapters" / "yarn-cream"
     longer = dataclasses.replace(budget, train=budget.train | {"max_steps": 7})
     with pytest.raises(compare.Failed):
-        compare.train(row, longer, tmp_path, 0.0)
+        compare.trained(row, longer, tmp_path, 0.0)
     assert len(asked) == 1 and "trained with other settings" in capsys.readouterr().err
 
 
-def test_a_row_that_fails_does_not_take_the_others_with_it(compare, monkeypatch, tmp_path, capsys):
-    for name in ("base/model.safetensors", "data/plays.jsonl"):
+@pytest.fixture
+def prepared(compare, monkeypatch, tmp_path):
+    """As after prepare.py, with nothing committed."""
+    for name in ("base/model.safetensors", "data/skill-validation.jsonl"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
-    monkeypatch.setattr(compare, "BASE", tmp_path / "base")
-    monkeypatch.setattr(compare, "DATA", tmp_path / "data")
+    for name, folder in {"BASE": "base", "DATA": "data", "RESULTS": "committed"}.items():
+        monkeypatch.setattr(compare, name, tmp_path / folder)
+    return tmp_path
 
-    def evaluate(row, budget, output, deadline, folder, *task):
-        if row.strategy == "pose":
+
+def run(compare, monkeypatch, output, *flags):
+    monkeypatch.setattr("sys.argv", ["compare.py", "--budget", "cpu", "--output", str(output), *flags])
+    return compare.main()
+
+
+def test_a_piece_is_done_once_also_if_it_is_committed_and_a_row_that_fails_does_not_take_the_others_with_it(
+    compare, prepared, monkeypatch, capsys
+):
+    asked = []
+
+    def measure(row, budget, output, deadline, what, block):
+        asked.append((row.name, what))
+        if row.strategy == "contiguous":
             raise compare.Failed
-        results(output / folder, row.name.replace(" ", "-"), {0.1: "1"})
+        return piece(compare, row, {0.1: "10", 0.5: "11"}, what)
 
-    monkeypatch.setattr(compare, "evaluate", evaluate)
-    monkeypatch.setattr(compare, "cream_peft", lambda arguments: None)
-    command = ["compare.py", "--budget", "cpu", "--output", str(tmp_path / "new"), "--only", "ntk pose", "ntk cream"]
-    monkeypatch.setattr("sys.argv", command)
-    assert compare.main() == 1
-    rows = json.loads((tmp_path / "new" / "compare.json").read_text())["rows"]
-    assert [row["strategy"] for row in rows] == ["cream"]
-    assert "not done, these rows failed: ntk pose; " in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", [*command[:4], str(tmp_path / "no" / "time"), "--minutes", "0"])
-    monkeypatch.setattr(compare, "evaluate", lambda *arguments: compare.call([], 0.0, tmp_path / "log"))
-    assert compare.main() == 0 and "not done: the same command resumes" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "measure", measure)
+    (prepared / "committed").mkdir()
+    done = piece(compare, compare.Row("yarn", "untuned"), {0.1: "00", 0.5: "00"}, 1024)
+    (prepared / "committed/pieces.jsonl").write_text(json.dumps(done) + '\n{"row": {"scal')
+    assert run(compare, monkeypatch, prepared / "new", "--first") == 1
+    assert asked == [("yarn untuned", 4096), ("yarn untuned", 16_384), ("yarn contiguous", 1024)] + [
+        ("yarn cream", length) for length in (1024, 4096, 16_384)
+    ]
+    summary = json.loads((prepared / "new/skill.json").read_text())
+    assert [(row["name"], row["1024"]["accuracy"]) for row in summary["rows"]] == [
+        ("yarn untuned", 0.0), ("yarn cream", 0.75)
+    ]  # fmt: skip
+    assert (prepared / "new/skill-yarn.png").stat().st_size > 10_000
+    assert "not done, these rows failed: yarn contiguous; " in capsys.readouterr().out
+    asked.clear()
+    run(compare, monkeypatch, prepared / "new", "--first")
+    assert asked == [("yarn contiguous", 1024)]
+    asked.clear()
+    run(compare, monkeypatch, prepared / "other", "--first", "--again", "--only", "yarn untuned")
+    assert asked == [("yarn untuned", length) for length in (1024, 4096, 16_384)]
 
 
-def test_the_first_rows_are_there_and_others_are_refused_by_name(compare, tmp_path, monkeypatch, capsys):
-    for budget in compare.BUDGETS.values():
-        assert set(budget.first) <= {row.name for row in budget.rows}
-    base, data = tmp_path / "base", tmp_path / "data"
-    monkeypatch.setattr(compare, "BASE", base)
-    monkeypatch.setattr(compare, "DATA", data)
-    monkeypatch.setattr("sys.argv", ["compare.py", "--budget", "cpu", "--only", "linear creme"])
-    assert compare.main() == 2 and "run " in capsys.readouterr().err
-    for path in (base / "model.safetensors", data / "plays.jsonl"):
-        path.parent.mkdir()
-        path.touch()
-    assert compare.main() == 2
-    assert "has the rows none untuned, linear untuned" in capsys.readouterr().err
+def test_a_piece_of_other_settings_is_measured_anew(compare, prepared, monkeypatch):
+    asked = []
+
+    def measure(row, budget, output, deadline, what, block):
+        asked.append(what)
+        return piece(compare, row, {0.1: "1"}, what)
+
+    monkeypatch.setattr(compare, "measure", measure)
+    run(compare, monkeypatch, prepared / "new", "--first", "--only", "yarn cream")
+    longer = dataclasses.replace(compare.BUDGETS["cpu"], train=compare.ON_A_CPU | {"max_steps": 7})
+    monkeypatch.setitem(compare.BUDGETS, "cpu", longer)
+    run(compare, monkeypatch, prepared / "new", "--first", "--only", "yarn cream")
+    assert asked == [1024, 4096, 16_384] * 2
+
+
+def test_time_that_is_up_and_rows_that_do_not_exist_are_said(compare, prepared, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "measure", lambda *arguments: compare.call([], 0.0, prepared / "log"))
+    assert run(compare, monkeypatch, prepared / "new", "--minutes", "0") == 0
+    assert "not done: the same command resumes" in capsys.readouterr().out
+    assert run(compare, monkeypatch, prepared / "new", "--only", "yarn creme") == 2
+    assert "has the rows yarn untuned, yarn contiguous" in capsys.readouterr().err
+    (prepared / "data/skill-validation.jsonl").unlink()
+    assert run(compare, monkeypatch, prepared / "new") == 2 and "prepare.py first" in capsys.readouterr().err
 
 
 def test_when_time_is_up_nothing_is_begun_and_a_failure_says_why(compare, tmp_path, capfd):

@@ -83,19 +83,20 @@ def scored_answers(
 
     Yields:
         (answer, loss): the greedy answer, and the mean negative log-likelihood of the right one, after the prompt and
-        what is said before the answer, in nats per token.
+        what is said before the answer, in nats per token; the lowest over the forms of a right reply.
     """
     cache = new_cache(model.config, kv_cache)
     # The last token of each prompt is not shared: its logits begin the answer.
     shared = shared_tokens([prompt.tokens[:-1] for prompt in prompts])
     for prompt in prompts:
-        tokens, (said, answer) = prompt.tokens, prompt.reply
+        tokens, losses = prompt.tokens, []
         for _ in chunked_logits(model, tokens[:-1], cache, chunk_length, first=len(tokens)):
             pass
-        first = len(tokens + said) - 1
-        told = chunked_logits(model, tokens + said + answer[:-1], cache, chunk_length, first)
-        logits = torch.cat([logits for _, logits in told]).float()
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device)).item()
-        cache.crop(len(tokens) - 1 - cache.get_seq_length())
-        yield greedy_answer(model, tokenizer, tokens, cache, chunk_length=chunk_length, **settings), loss
+        for said, answer in prompt.replies:
+            first = len(tokens + said) - 1
+            told = chunked_logits(model, tokens + said + answer[:-1], cache, chunk_length, first)
+            logits = torch.cat([logits for _, logits in told]).float()
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device)).item())
+            cache.crop(len(tokens) - 1 - cache.get_seq_length())
+        yield greedy_answer(model, tokenizer, tokens, cache, chunk_length=chunk_length, **settings), min(losses)
         cache.crop(shared - cache.get_seq_length())

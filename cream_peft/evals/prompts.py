@@ -63,12 +63,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question in the form that the model reads, and its answer; `reply` is what is said before it, and it."""
+    """A question in the form that the model reads, and its answer.
+
+    `replies` are the forms of a right reply, each what is said before the answer, and the answer: the task's own, and
+    for chat models the answer alone, which a model that was trained to answer so gives.
+    """
 
     text: str
     tokens: list[int]
     answer: str
-    reply: tuple[list[int], list[int]]
+    replies: list[tuple[list[int], list[int]]]
     depth: float
     extra: dict[str, int]
 
@@ -150,10 +154,16 @@ class Writer:
         return self.prompt(case, build(few))
 
     def prompt(self, case: Case, request: Request) -> Prompt:
-        """The request as the model reads it, and the tokens of a right reply."""
-        text, said, answer = self.text(request), request.said, request.answer
+        """The request as the model reads it, and the tokens of a right reply in each of its forms."""
+        text = self.text(request)
         tokens = self.tokens(text)
-        before = " " if self.style == "plain" else f" {said}"
+        forms = [""] if self.style == "plain" else dict.fromkeys((request.said, ""))
+        replies = [self._reply(request, text, tokens, said) for said in forms]
+        return Prompt(text, tokens, request.answer, replies, case.depth, request.extra)
+
+    def _reply(self, request: Request, text: str, tokens: list[int], said: str) -> tuple[list[int], list[int]]:
+        """The tokens of a reply that says `said` before the answer: those before the answer's own, and those."""
+        answer, before = request.answer, f" {said}"
         if self.style == "chat":
             turns = [{"role": "user", "content": request.text}, {"role": "assistant", "content": said + answer}]
             turn = self.tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(text)
@@ -165,7 +175,7 @@ class Writer:
             whole = tokens + encode(self.tokenizer, before + answer, add_special_tokens=False)
             before_tokens = tokens + encode(self.tokenizer, before, add_special_tokens=False)
         same = shared_tokens([before_tokens, whole])
-        return Prompt(text, tokens, answer, (whole[len(tokens) : same], whole[same:]), case.depth, request.extra)
+        return whole[len(tokens) : same], whole[same:]
 
 
 def drawn(draw: Callable[[], T]) -> Callable[[int], list[T]]:

