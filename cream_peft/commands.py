@@ -176,7 +176,8 @@ def plot_command(arguments: list[str]) -> None:
     parser = CommandParser(plot_command)
     parser.add_argument("results", nargs="*", metavar="RESULTS.json")
     parser.option("output", "picture, .png or .svg", default="runs/accuracy.png")
-    parser.option("kind", "default: by task", choices=["accuracy", "depth", "heatmap", "perplexity"])
+    kinds = ["accuracy", "depth", "heatmap", "perplexity", "tasks"]
+    parser.option("kind", "default: by task; tasks: one picture, a panel a model and task", choices=kinds)
     parser.option("task", "draw this one; default: every task in the files, a picture each")
     parser.option("title", "what stands above", default="")
     parser.option("positions", "draw the positions of each strategy, no results", action="store_true")
@@ -195,16 +196,19 @@ def plot_command(arguments: list[str]) -> None:
         figure.savefig(options.output)
         print(f"The picture is {options.output}")
         return
-    from .evals.plots import plot_results
+    from .evals.plots import plot_results, save, tasks_figure
     from .evals.results import Results
 
+    found = {name: Results.read(name) for name in options.results}
     labelled: dict[str, Results] = {}
-    for name in options.results:
-        result = Results.read(name)
+    for name, result in found.items():
         if not result.cells:
             raise UserError(f"{name} cannot be drawn: nothing was measured in it yet; `cream-peft evaluate` fills it")
         label = result.settings.label or Path(name).stem
         labelled[f"{label} ({name})" if label in labelled else label] = result
+    if options.kind == "tasks":
+        print(f"The picture is {save(tasks_figure(found.values(), options.title), Path(options.output))}")
+        return
     for path in plot_results(labelled, options.output, options.kind, options.task, options.title):
         print(f"The picture is {path}")
 

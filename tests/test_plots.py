@@ -17,6 +17,7 @@ from cream_peft.evals.plots import (
     length_label,
     perplexity_figure,
     plot_results,
+    tasks_figure,
 )
 from cream_peft.evals.results import Cell, Results, Settings
 
@@ -305,6 +306,25 @@ def test_what_cannot_be_drawn_is_said_in_one_line_and_leaves_no_file(results, op
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
     for part in expected:
         assert part in str(error.value)
+
+
+def test_tasks_of_several_models_stand_side_by_side_with_one_colour_a_label(tmp_path):
+    def of(label, model, task, lengths, value):
+        found = result(lambda length, depth: value, lengths, task=task, window=lengths[0])
+        return dataclasses.replace(found, model=model, settings=dataclasses.replace(found.settings, label=label))
+
+    small, real = ("tiny", "new_skill", [256, 512]), ("hub/Real", "multikey_needle", [1024, 4096, 16_384])
+    everything = [of("base", *small, 0.1), of("CREAM", *small, 0.9), of("CREAM", *real, 0.8)]
+    figure = tasks_figure(everything)
+    assert titles(figure) == ["tiny: new_skill\n", "Real: multikey_needle\n"]
+    heights = [[curve[:, 1].tolist() for curve in curves(axes)] for axes in figure.axes]
+    # The second panel has no base, and CREAM in the colour of the first.
+    assert heights == [[[0.1] * 2, [0.9] * 2], [[], [0.8] * 3]]
+    colours = [[container[0].get_color() for container in axes.containers] for axes in figure.axes]
+    assert colours[0] == colours[1] and len(set(colours[0])) == 2
+    assert [windows(axes) for axes in figure.axes] == [[256], [1024]]
+    with pytest.raises(ValueError, match="shows accuracy"):
+        tasks_figure([perplexity(lambda length: 9.0)])
 
 
 def test_tasks_are_never_pooled_in_one_picture():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,11 +230,33 @@ def perplexity_figure(results: Compared, title: str = "") -> Figure:
     return _finish(figure, axes, results, title)
 
 
+@matplotlib.rc_context(fname=LOOK)
+def tasks_figure(results: Iterable[Results], title: str = "") -> Figure:
+    """Accuracy by length, a panel for each model and task; results of one label are of one colour in all panels."""
+    results = list(results)
+    places = dict.fromkeys((result.model, cell.task) for result in results for cell in result.cells)
+    labels = dict.fromkeys(result.settings.label or result.model for result in results)
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
+    for axes, (model, task) in zip(panels, places, strict=True):
+        here = [replace(result, cells=result.of_task(task)) for result in results if result.model == model]
+        _metrics(dict(enumerate(here)), shown="accuracy")  # ty: ignore[invalid-argument-type] labels serve as names only
+        found = {result.settings.label or model: result for result in here if result.cells}
+        # Those that this panel lacks keep their place and colour.
+        shown = {label: found.get(label, replace(here[0], cells=[])) for label in labels}
+        _draw_accuracy(axes, shown, "length")
+        _length_axis(axes, found)
+        axes.set_title(f"{model.rpartition('/')[2]}: {task}\n")
+    panels[0].set_ylabel(INTERVAL)
+    return _finish(figure, panels[0], dict.fromkeys(labels, results[0]), title)
+
+
 KINDS = {"accuracy": accuracy_figure, "depth": depth_figure, "heatmap": heatmap_figure, "perplexity": perplexity_figure}
 
 
 @matplotlib.rc_context(fname=LOOK)
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a .png or .svg; make its folder if need be."""
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"{path}: the ending must be .png or .svg")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,4 +288,4 @@ def plot_results(
         one = path if len(chosen) == 1 else path.with_name(f"{path.stem}-{name}{path.suffix}")
         heading = f"{title}: {name}" if title and len(chosen) > 1 else title or name
         drawn[one] = KINDS[kind or usual](of_task, heading)
-    return [_save(figure, one) for one, figure in drawn.items()]
+    return [save(figure, one) for one, figure in drawn.items()]
