@@ -160,41 +160,21 @@ def test_the_tables_of_the_reproduction_equal_its_json():
         assert [cell.strip() for cell in cells[2]] == [printed(value) for value in found]
 
 
-def test_the_figures_of_smollm2_equal_their_json():
-    shown = {
-        "`multikey_needle`, 5 cities": "ability/multikey_needle-5",
-        "`multikey_needle`, 8 cities": "ability/multikey_needle-8",
-        "`multikey_needle`, 16 cities": "ability/multikey_needle-16",
-        "`kv_retrieval`, 4 digits": "ability/kv_retrieval-4-digits",
-        "`kv_retrieval`, UUIDs": "ability/kv_retrieval-uuid",
-        "`longchat_lines`": "ability/longchat_lines",
-        "`passkey` ([JSON]": "inside-and-beyond",
-        "`needle`": "ability/needle",
-    }
-    for start, name in shown.items():
-        task = re.search(r"`(\w+)`", start)[1]
-        means = mean_by(Results.read(SMOLLM2 / "results" / f"{name}.json").of_task(task), "length")
-        row = next(line for line in page("recipes/smollm2-135m-instruct").splitlines() if line.startswith(f"| {start}"))
-        told = re.findall(r"(\d[\d,]*): ([\d.]+)", row)
-        told = {int(length.replace(",", "")): float(value) for length, value in told}
-        assert set(means) == set(told)
-        assert all(abs(told[length] - value) <= 0.0051 for length, value in means.items()), row
-
-
-@pytest.mark.parametrize("name", ["cpu", "settings", "search"])
-def test_the_comparison_of_smollm2_is_what_its_script_makes_of_the_json(name):
+def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces():
     spec = importlib.util.spec_from_file_location("compare_in_readme", SMOLLM2 / "compare.py")
     compare = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = compare
     spec.loader.exec_module(compare)
-    text, lines = (
-        page("recipes/smollm2-135m-instruct"),
-        compare.table(json.loads((SMOLLM2 / f"results/{name}.json").read_text())),
-    )
-    assert len(lines) > 4 and all(line in text for line in lines if line.startswith("|"))
-    if name == "cpu":
-        quoted = re.findall(r"^\w+, [\d,]+ tokens, .*: CREAM minus .*$", text, re.MULTILINE)
-        assert quoted and set(quoted) <= set(lines)
+    pieces = compare.read_pieces(SMOLLM2 / "results/skill/pieces.jsonl")
+    summary = json.loads((SMOLLM2 / "results/skill/skill.json").read_text())
+    assert json.loads(json.dumps(compare.summarise(pieces))) == summary
+    text = page("recipes/smollm2-135m-instruct")
+    for lines in (compare.table(summary), compare.differences_table(summary), compare.price_table(summary)):
+        assert len(lines) > 3 and "\n".join(lines) in text
+    # Rows that were not run are named.
+    planned = {row.name for row, _, _ in compare.planned(compare.BUDGETS["cpu"], False, None)}
+    missing = planned - {row["name"] for row in summary["rows"]}
+    assert all(f"`{name}`" in text for name in missing)
 
 
 def test_the_planned_figures_equal_what_plan_wrote():
@@ -281,13 +261,6 @@ def test_the_figures_of_merging_and_of_llama_cpp_equal_their_json():
     assert largest <= float(re.search(r"within ([\d.]+) nats", text)[1]) <= largest + 1e-5
     assert min(control / ours for ours, control in pairs) > 4000 and "over 4,000 times nearer" in text
     assert gguf["versions"]["llama.cpp"].split()[0] in text
-
-
-def test_the_time_and_the_adapter_of_smollm2_equal_their_json():
-    text, clone = page("recipes/smollm2-135m-instruct"), json.loads((SMOLLM2 / "results/fresh-clone.json").read_text())
-    assert f"took {clone['seconds'] / 60:.0f} minutes on a fresh clone" in text
-    earlier = clone["adapter_model_sha256_of_an_earlier_training_in_another_checkout"]
-    assert "bit for bit" in text and clone["adapter_model_sha256"] == earlier
 
 
 def test_every_test_that_tests_readme_names_is_there():

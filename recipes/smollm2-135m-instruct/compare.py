@@ -305,7 +305,7 @@ def summarise(pieces: list[dict[str, Any]]) -> dict[str, Any]:
             if isinstance(what, int):
                 lines[row][key] = told(cells)
             else:
-                lines[row][key] = {str(cell.length): cell.value for cell in cells if what != "passkey"} or told(cells)
+                lines[row][key] = told(cells) if what == "passkey" else {str(cell.length): cell.value for cell in cells}
         if isinstance(what, int):
             compared += differences(found, what)
     rows = [asdict(row) | {"name": row.name} | measured for row, measured in lines.items()]
@@ -317,21 +317,50 @@ def summarise(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     return {"command": "make smollm2", "recipe": RECIPE.name, "rows": rows, "cream minus": compared}
 
 
-def table(summary: dict[str, Any], lengths: list[int]) -> list[str]:
-    """Markdown: a row a model, a column a length: loss of the right answer, and accuracy."""
+def lengths_of(summary: dict[str, Any]) -> list[int]:
+    return sorted({int(key) for row in summary["rows"] for key in row if key.isdecimal()})
+
+
+def table(summary: dict[str, Any]) -> list[str]:
+    """Markdown: a row a model, a column a length: accuracy, questions, loss of the right answer."""
+    lengths = lengths_of(summary)
+    lines = [f"| RoPE scaling, positions | {' | '.join(f'{length:,}' for length in lengths)} |"]
+    lines.append("|---" * (len(lengths) + 1) + "|")
+    for row in summary["rows"]:
+        told = (row.get(str(length)) for length in lengths)
+        columns = [
+            f"{one['accuracy']:.2f} of {one['questions']}, {one['answer loss']:.2f}" if one else "" for one in told
+        ]
+        if any(columns):
+            lines.append(f"| {row['name']} | {' | '.join(columns)} |")
+    return lines
+
+
+def differences_table(summary: dict[str, Any]) -> list[str]:
+    """Markdown: CREAM against each other row at each length: accuracy and loss on the same questions."""
+    lines = ["| CREAM minus | tokens | accuracy | p | loss | documents |", "|---" * 6 + "|"]
+    for one in summary["cream minus"]:
+        if one["depths"] == "all depths":
+            loss = one["answer_loss"]
+            bounds = " ({:+.2f} to {:+.2f})".format(*loss["interval"]) if loss["interval"] else ""
+            lines.append(
+                f"| {one['scaling']} {one['against']} | {one['length']:,} | {one['difference']:+.2f} | "
+                f"{one['p_value']:.3f} | {loss['difference']:+.2f}{bounds} | {loss['documents']} |"
+            )
+    return lines
+
+
+def price_table(summary: dict[str, Any]) -> list[str]:
+    """Markdown: perplexity of prose and of chats, and passkeys found, for the rows that were asked."""
     lines = [
-        f"| RoPE scaling, positions | {' | '.join(f'{length:,}' for length in lengths)} |",
-        "|---" * (len(lengths) + 1) + "|",
+        "| RoPE scaling, positions | prose, 1,024 | prose, 8,192 | chats, 1,024 | passkey, 1,024 |",
+        "|---" * 5 + "|",
     ]
     for row in summary["rows"]:
-        columns = [row["name"]]
-        for length in lengths:
-            found = row.get(str(length))
-            columns.append(
-                f"{found['answer loss']:.2f}, {found['accuracy']:.2f} of {found['questions']}" if found else ""
-            )
-        if any(columns[1:]):
-            lines.append(f"| {' | '.join(columns)} |")
+        if all(name in row for name in PRICE):
+            prose, chats, passkey = (row[name] for name in PRICE)
+            told = f"{prose['1024']:.1f} | {prose['8192']:.1f} | {chats['1024']:.2f} | {passkey['accuracy']:.2f}"
+            lines.append(f"| {row['name']} | {told} |")
     return lines
 
 
@@ -339,10 +368,9 @@ def write(pieces: list[dict[str, Any]], output: Path) -> None:
     """skill.json, a results file for each row, and pictures."""
     summary = summarise(pieces)
     (output / "skill.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    lengths = sorted({piece["what"] for piece in pieces if isinstance(piece["what"], int)})
-    print("\n".join(table(summary, lengths)))
+    print("\n".join([*table(summary), "", *differences_table(summary)]))
     cells: dict[Row, list[Cell]] = defaultdict(list)
-    for length in lengths:
+    for length in lengths_of(summary):
         for row, found in merged(pieces, length).items():
             cells[row] += found
     names = {"untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "pose": "PoSE", "cream": "CREAM"}
