@@ -87,8 +87,9 @@ class Budget:
 
 ON_A_CPU = {
     "context_length": 1024, "max_steps": 96, "warmup_steps": 4, "gradient_accumulation_steps": 1, "max_documents": 400,
-    "held_out_documents": 0, "eval_strategy": "no", "optim": "adamw_torch", "gradient_checkpointing": False,
-    "load_in_4bit": False, "dtype": "bfloat16", "learning_rate": 1e-3, "save_steps": 24,
+    "held_out_documents": 0, "eval_strategy": "no", "load_best_model_at_end": False, "optim": "adamw_torch",
+    "gradient_checkpointing": False, "load_in_4bit": False, "dtype": "bfloat16", "learning_rate": 1e-3,
+    "save_steps": 24,
 }  # fmt: skip
 TRIED_FIRST = ON_A_CPU | {"max_steps": 48, "dtype": "float32", "learning_rate": 5e-4, "save_steps": 12}
 CHOSEN = {name: ON_A_CPU[name] for name in ("max_steps", "dtype", "learning_rate", "save_steps")}
