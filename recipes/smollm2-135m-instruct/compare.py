@@ -87,9 +87,8 @@ class Budget:
 
 ON_A_CPU = {
     "context_length": 1024, "max_steps": 96, "warmup_steps": 4, "gradient_accumulation_steps": 1, "max_documents": 400,
-    "held_out_documents": 0, "eval_strategy": "no", "load_best_model_at_end": False, "optim": "adamw_torch",
-    "gradient_checkpointing": False, "load_in_4bit": False, "dtype": "bfloat16", "learning_rate": 1e-3,
-    "save_steps": 24,
+    "held_out_documents": 0, "eval_strategy": "no", "optim": "adamw_torch", "gradient_checkpointing": False,
+    "load_in_4bit": False, "dtype": "bfloat16", "learning_rate": 1e-3, "save_steps": 24,
 }  # fmt: skip
 TRIED_FIRST = ON_A_CPU | {"max_steps": 48, "dtype": "float32", "learning_rate": 5e-4, "save_steps": 12}
 CHOSEN = {name: ON_A_CPU[name] for name in ("max_steps", "dtype", "learning_rate", "save_steps")}
@@ -192,6 +191,8 @@ def train(row: Row, budget: Budget, output: Path, deadline: float) -> Path:
     asked.write_text(text, encoding="utf-8")
     if list(folder.glob("checkpoint-*")):
         settings["resume_from_checkpoint"] = True
+    if settings.get("eval_strategy") == "no":
+        settings["load_best_model_at_end"] = False
     flags = [word for key, value in settings.items() for word in (f"--{key}", *words_of(value))]
     call(["train", "--config", str(RECIPE), *flags, "--json", str(folder / "summary.json")], deadline, output / "log")
     return folder
