@@ -118,7 +118,7 @@ class Chat:
     pretrained_window: int
     """Tokens that the base was pretrained for."""
     target_length: int
-    """Tokens that it was extended to."""
+    """Tokens that it was trained for."""
     settings: ChatSettings
     messages: list[dict[str, str]] = field(default_factory=list)
 
@@ -145,8 +145,11 @@ class Chat:
 
     def status(self) -> str:
         """How full the context is, in one line."""
-        extended = f"from {self.pretrained_window:,} to {self.target_length:,}"
-        return f"{self.tokens:,} tokens in the context; the model was extended {extended}"
+        window, target = f"{self.pretrained_window:,}", f"{self.target_length:,}"
+        reach = f"extended from {window} to {target}"
+        if self.target_length <= self.pretrained_window:
+            reach = f"trained for {target}, its window is {window}"
+        return f"{self.tokens:,} tokens in the context; the model was {reach}"
 
     def ask(self, question: str, write: Write) -> str:
         """The answer to `question`, handed to `write` word by word; Ctrl-C ends it, and what there is of it stays.
@@ -201,7 +204,7 @@ class Chat:
         if length + room > self.target_length:
             raise ChatError(
                 f"{length:,} tokens and an answer of up to {room:,} exceed the {self.target_length:,} that the model "
-                "was extended to: take a shorter document, a lower --max_new_tokens, or start over with /reset"
+                "was trained for: take a shorter document, a lower --max_new_tokens, or start over with /reset"
             )
 
     def _take_cache(self, ids: list[int]) -> tuple[Cache, int]:
@@ -239,7 +242,7 @@ def load_chat(adapter: str | Path, settings: ChatSettings, **load_options: Any) 
     """A conversation with an adapter, a Hub id or a folder. `load_options` are those of `load_adapter`."""
     model, tokenizer = load_adapter(adapter, **load_options)
     window = rope.pretrained_window(model.unscaled_config)
-    return Chat(model, tokenizer, window, model.config.max_position_embeddings, settings)
+    return Chat(model, tokenizer, window, model.trained_record.target_length, settings)
 
 
 def talk(chat: Chat, lines: Iterable[str], write: Write) -> None:

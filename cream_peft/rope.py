@@ -104,7 +104,10 @@ def scaled_config(config: PreTrainedConfig, target_length: int, rope_scaling_typ
         allowed = ", ".join(BASE_ROPE_TYPES)
         raise RopeError(f"the base has rope_type {found!r}: use a base whose rope_type is one of {allowed}")
     if rope_scaling_type is not None and target_length < window:
-        raise RopeError(f"target_length {target_length} is below the base's window of {window} tokens: raise it")
+        raise RopeError(
+            f"target_length {target_length} is below the base's window of {window} tokens: set rope_scaling_type to "
+            "none, or raise it"
+        )
     _check_sliding_window(config, target_length)
 
     scaled = copy.deepcopy(config)

@@ -1,11 +1,13 @@
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from trl import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template
 
 from cream_peft import CREAMTrainer
@@ -145,6 +147,26 @@ def test_our_llama_2_template_is_used_only_where_it_renders_the_same(byte_tokeni
     assert training_chat_template(byte_tokenizer) is None
     byte_tokenizer.chat_template = None
     assert training_chat_template(byte_tokenizer) is None
+
+
+def test_llama_3_1_has_a_training_template_for_text_that_refuses_tools(byte_tokenizer):
+    families = Path(chat_template_utils.__file__).parent / "chat_templates"
+    byte_tokenizer.chat_template = (families / "llama3_1.jinja").read_text()
+    template = training_chat_template(byte_tokenizer)
+    with pytest.raises(ValueError):
+        get_training_chat_template(byte_tokenizer)  # control: TRL has one for Llama-3 alone
+    for turns in (
+        to_messages(CONVERSATION),
+        to_messages(CONVERSATION, system=" Be brief. "),
+        to_messages(CONVERSATION)[:1],
+    ):
+        options = {"tokenize": False, "add_generation_prompt": len(turns) == 1}
+        served = byte_tokenizer.apply_chat_template(turns, **options)
+        assert byte_tokenizer.apply_chat_template(turns, chat_template=template, **options) == served
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    for options in ({"conversation": [*turns, call]}, {"conversation": turns, "tools": [{"name": "look"}]}):
+        with pytest.raises(Exception, match="tools cannot go with assistant_only_loss"):
+            byte_tokenizer.apply_chat_template(chat_template=template, **options)
 
 
 def test_smollm2_has_a_training_template_that_marks_what_the_assistant_says(byte_tokenizer):

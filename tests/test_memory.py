@@ -9,6 +9,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import Adam8bit
 from conftest import estimate, estimate_evaluation, estimate_validation
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,6 +27,7 @@ from trl.kernels import chunked_logprob
 from trl.models.activation_offloading import OffloadActivations
 from trl.trainer import utils as trl_utils
 
+from cream_peft import CREAMTrainer
 from cream_peft.model import kv_cache
 from cream_peft.model.base import EMBEDDED_CONFIGS, GIB, embedded_config
 from cream_peft.model.kv_cache import new_cache
@@ -197,8 +199,10 @@ def test_parameters_are_counted_as_the_real_model_has_them(config_class, changes
         ("meta-llama/Llama-2-7b-chat-hf", 6_738_415_616, 4096),
         ("meta-llama/Llama-2-13b-hf", 13_015_864_320, 4096),
         ("meta-llama/Llama-3.1-8B", 8_030_261_248, 131_072),
+        ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, 131_072),
         ("mistralai/Mistral-7B-v0.3", 7_248_023_552, 32_768),
         ("Qwen/Qwen3-8B-Base", 8_190_735_360, 32_768),
+        ("Qwen/Qwen3-8B", 8_190_735_360, 40_960),
     ],
 )
 def test_embedded_configs_have_the_published_parameter_counts(model_id, parameters, window):
@@ -209,7 +213,7 @@ def test_embedded_configs_have_the_published_parameter_counts(model_id, paramete
 
 
 def test_a_base_that_is_not_embedded_has_no_config():
-    assert embedded_config("gpt2") is None and len(EMBEDDED_CONFIGS) == 7
+    assert embedded_config("gpt2") is None and len(EMBEDDED_CONFIGS) == 9
     assert embedded_config("mistralai/Mistral-7B-v0.3").sliding_window is None
 
 
@@ -520,6 +524,35 @@ def test_the_peak_of_a_held_out_document_is_within_a_tenth(tmp_path, cuda_autoca
     assert bytes_of(terms, "activations", "quantization") == pytest.approx(live.peak, rel=0.08)
     assert terms == estimate_validation(config, eval_length=tokens // 4, per_device_eval_batch_size=4, **asked)
     assert "gradients" not in terms and "checkpoints" not in terms
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_trainer_computes_a_held_out_loss_without_the_logits_of_all_its_tokens(
+    tmp_path, cuda_autocast, monkeypatch, make_config, tiny_tokenizer, lora, smoothing
+):
+    tokens, tile = 2048, (128, 512)
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", tile[0])
+    monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", tile[1])
+    monkeypatch.setattr(memory, "LM_HEAD_TILE", tile)
+    config = small(vocab_size=16_384, hidden_size=128, intermediate_size=256, num_key_value_heads=2)
+    rows = Dataset.from_dict({"input_ids": [torch.arange(tokens).tolist()] * 2})
+    settings = {"bf16": True, "use_cpu": True, "target_length": tokens, "eval_length": tokens}
+    trainer = CREAMTrainer(
+        model=AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16),
+        args=make_config(**settings, per_device_eval_batch_size=1, label_smoothing_factor=smoothing),
+        train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer, peft_config=lora(r=16),
+    )  # fmt: skip
+    with LiveBytes() as live:
+        trainer.evaluate()
+    logits = 2 * tokens * config.vocab_size
+    if smoothing:
+        # The control: a loss for which TRL makes them.
+        assert live.peak > logits
+        return
+    terms = estimate_validation(config, eval_length=tokens, load_in_4bit=False)
+    planned = max(bytes_of(terms, "activations"), bytes_of(terms, "logits"))
+    # At this size token ids and statistics are a sixth.
+    assert planned < live.peak < 1.2 * planned < logits / 8
 
 
 def test_the_caches_order_themselves_at_long_lengths_and_4_bits_save_the_same_everywhere():

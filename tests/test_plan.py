@@ -269,7 +269,9 @@ def test_plan_prints_every_term_cache_card_and_assumption(recipe, tmp_path, caps
     for term in planned["evaluation"]["terms"]["default"]:
         sizes = " +".join(f"{terms[term]:.2f}" for terms in planned["evaluation"]["terms"].values())
         assert re.search(rf"^  {term}(?: \*)? +{sizes}(?:   \S.*)?$", printed, re.MULTILINE)
-    assert "evaluation at 32,768 tokens" in printed and "held-out loss" in printed
+    assert "evaluation at 32,768 tokens" in printed
+    held_out = f"{planned['validation']['total']:.2f}   total, {planned['validation_tokens']:,} tokens at once"
+    assert planned["validation_tokens"] == 4096 and re.search(rf"held-out loss +{held_out}", printed)
     for row in planned["cards"]:
         line = re.search(rf"^{row['card']} .*", printed, re.MULTILINE)[0]
         assert f"{row['hours']:.1f}" in line and ", ".join(row["evaluates_with"]) in line

@@ -80,15 +80,19 @@ def test_the_recipes_table_says_what_the_recipes_say():
         "recipes/accelerate/fsdp-qlora.yaml"
     }
     short = "recipes/smollm2-135m-instruct/cream-8k-32k-qlora.yaml"
-    assert {path for path, _ in rows} == every - {short} and len(rows) == 7
+    assert {path for path, _ in rows} == every - {short} and len(rows) == 9
     for path, cells in rows:
         text = (ROOT / path).read_text(encoding="utf-8")
         recipe = yaml.safe_load(text)
         base, lengths, scaling, peak = cells.split(" | ")
         assert recipe["model_name_or_path"].endswith(base) and scaling == recipe["rope_scaling_type"]
         assert lengths.endswith(f" to {recipe['target_length']:,}")
-        window = int(lengths.split(" to ")[0].replace(",", ""))
-        assert f"from {window:,} to {recipe['target_length']:,} tokens" in " ".join(text.replace("#", " ").split())
+        first = re.search(r"\d[\d,]*", lengths)[0]
+        window = int(first.replace(",", ""))
+        if "a skill" in lengths:
+            assert window == recipe["context_length"] and "a skill over the window" in text
+        else:
+            assert f"from {window:,} to {recipe['target_length']:,} tokens" in " ".join(text.replace("#", " ").split())
         assert f"{peak} planned by cream-peft plan" in text
 
 
@@ -214,6 +218,26 @@ def test_the_figures_of_the_demo_equal_their_json():
     seconds = [round(clone[name]) for name in ("setup_seconds", "demo_seconds", "test_seconds")]
     told = "set-up took {} s, the demo {} s and `make test` {} s".format(*seconds)
     assert told in " ".join(README.split())
+
+
+def test_when_not_to_train_quotes_the_results_that_it_links_to():
+    text = page("recipes").split("## When not to train")[1].split("\n## ")[0]
+    cpu = json.loads((SMOLLM2 / "results/cpu.json").read_text())["rows"]
+    losses = {(row["scaling"], row["strategy"], row["seed"]): found["answer loss, middle"] for row in cpu
+              if (found := row.get("multikey_needle at 16384"))}  # fmt: skip
+    alone, on_top = losses["yarn", "untuned", 0], losses["yarn", "cream", 0]
+    best = min(loss for (_, strategy, _), loss in losses.items() if strategy != "untuned")
+    for figure, before in ((alone, "has a loss of"), (on_top, "end at"), (best, "trained row at")):
+        assert f"{before} {figure:.2f}" in " ".join(text.split())
+    rows = json.loads((TINY / "results/reproduce.json").read_text())["summary"]["rows"]
+    for strategy, told in (("untuned", "alone answers {}"), ("contiguous", "window {}"), ("cream", "after CREAM {}")):
+        (row,) = (row for row in rows if row["scaling"] == "yarn" and row["strategy"] == strategy
+                  and row["documents"] in (None, "window"))  # fmt: skip
+        assert told.format(f"{row['2048']['mean']:.3f}"[1:]) in " ".join(text.split())
+    demo = json.loads((TINY / "results/demo.json").read_text())["results"]
+    alone, taught = (mean_by(Results.parse(demo[label]).of_task("new_skill"), "length")[2048]
+                     for label in ("RoPE scaling alone", "CREAM"))  # fmt: skip
+    assert f"{alone:.2f}"[1:] + " right with scaling alone, " + f"{taught:.2f}"[1:] in text
 
 
 def test_the_figures_of_ten_seeds_equal_their_json():

@@ -15,12 +15,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import chat_template_utils
 
+from cream_peft import cli
+from cream_peft.chat import ChatSettings, load_chat
 from cream_peft.model import base
 from cream_peft.model.adapter import load_adapter
 from cream_peft.model.base import load_base
+from cream_peft.model.check import check_adapter
 from cream_peft.model.record import BASE_FOLDER
 from cream_peft.plan import gpus as cards
+from cream_peft.publish.merge import merge_adapter
 from cream_peft.rope import pretrained_window
 from cream_peft.tiny.documents import evaluate_recall
 from cream_peft.train import machine
@@ -30,6 +35,7 @@ from cream_peft.train.recipe import RecipeError, parse_recipe
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
 CHAT_RECIPES = [path for path in RECIPES if "assistant_only_loss: true" in path.read_text()]
+WITHIN_WINDOW = [path for path in RECIPES if "rope_scaling_type: none" in path.read_text()]
 
 
 def label(path: Path) -> str:
@@ -54,6 +60,16 @@ LLAMA2_CHAT_TEMPLATE = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+
+FAMILIES = Path(chat_template_utils.__file__).parent / "chat_templates"
+# Base -> its template as the Hub has it; one turn of the assistant as it is trained; what of the rest has capitals.
+TEMPLATES = {
+    "Qwen/Qwen3-8B": ((FAMILIES / "qwen3.jinja").read_text(), r"<think>\n\n</think>\n\n[A-Z]+<\|im_end\|>\n", "$."),
+    "meta-llama/Llama-3.1-8B-Instruct": (
+        (FAMILIES / "llama3_1.jinja").read_text(), r"[A-Z]+<\|eot_id\|>", r"Cutting Kn.*\nToday .*",
+    ),
+}  # fmt: skip
+LLAMA2_CHAT = (LLAMA2_CHAT_TEMPLATE, r" [A-Z]+ </s>", r"\[/?INST\]")
 
 
 def header_of(path: Path) -> dict[str, str]:
@@ -106,8 +122,13 @@ def test_file_name_and_header_agree_with_the_settings(path):
     config = base.embedded_config(recipe.model.model_name_or_path)
     method = "qlora" if recipe.model.load_in_4bit else "lora"
     window, target = pretrained_window(config), recipe.run.target_length
-    assert path.stem == f"{recipe.run.position_strategy}-{shortened(window)}-{shortened(target)}-{method}"
-    assert f"from {window:,} to {target:,} tokens" in header_of(path)["Purpose"]
+    if target <= window:
+        lengths = f"skill-{shortened(recipe.run.context_length)}-{shortened(target)}"
+        assert "a skill over the window" in header_of(path)["Purpose"] and f" {target:,} tokens;" in path.read_text()
+    else:
+        lengths = f"{shortened(window)}-{shortened(target)}"
+        assert f"from {window:,} to {target:,} tokens" in header_of(path)["Purpose"]
+    assert path.stem == f"{recipe.run.position_strategy}-{lengths}-{method}"
 
 
 @PER_RECIPE
@@ -117,6 +138,14 @@ def test_the_header_quotes_the_planned_peak_and_a_card_that_holds_it(path):
     assert header["Peak"] == f"{planned:.1f} GiB planned by cream-peft plan, not run"
     size = re.search(r"of (\d+) GB", header["Hardware"])[1]
     assert planned < min(gpu.gib for name, gpu in cards.GPUS.items() if name.endswith(f" {size}GB"))
+
+
+@PER_RECIPE
+def test_the_held_out_loss_chooses_beyond_what_is_fed_and_within_the_memory_of_training(path):
+    recipe = parse_recipe(["--config", str(path)])
+    planned = machine.plan_recipe(recipe, base.embedded_config(recipe.model.model_name_or_path))
+    assert recipe.run.load_best_model_at_end and recipe.run.eval_length >= 2 * recipe.run.context_length
+    assert planned.validation["total"] < planned.terms["total"]
 
 
 # The whole path
@@ -145,7 +174,8 @@ def tiny_base(recipe, folder: Path) -> None:
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 64, 96, 2
     if hasattr(config, "layer_types") and config.layer_types:
         config.layer_types = config.layer_types[:2]
-    tokenizer = tiny_tokenizer(LLAMA2_CHAT_TEMPLATE if recipe.run.assistant_only_loss else None)
+    template, _, _ = TEMPLATES.get(recipe.model.model_name_or_path, LLAMA2_CHAT)
+    tokenizer = tiny_tokenizer(template if recipe.run.assistant_only_loss else None)
     config.vocab_size, config.bos_token_id, config.eos_token_id = len(tokenizer), 1, 2
     context = recipe.run.context_length
     config.max_position_embeddings = config.max_position_embeddings * CONTEXT // context
@@ -186,6 +216,12 @@ def ultrachat_200k() -> DatasetDict:
     return DatasetDict({split: Dataset.from_dict(columns) for split in ("train", "train_sft", "test_sft")})
 
 
+def capybara() -> DatasetDict:
+    rows = ultrachat_200k()["train"]
+    rows = rows.select_columns(["messages"]).add_column("source", ["-"] * 160).add_column("num_turns", [2] * 160)
+    return DatasetDict(train=rows, test=rows.select(range(10)))
+
+
 def pg19() -> DatasetDict:
     def split(books: int) -> Dataset:
         texts = [f"Chapter {book}. " + "It was the best of times. " * (10 + book % 30) for book in range(books)]
@@ -202,6 +238,7 @@ DATA_SETS = {
     "victor-wu/pile_4k_train": pile_4k_train,
     "HuggingFaceH4/ultrachat_200k": ultrachat_200k,
     "emozilla/pg19": pg19,
+    "trl-lib/Capybara": capybara,
     "runs/smollm2-135m-instruct/data/chat.jsonl": ultrachat_200k,
 }
 
@@ -219,6 +256,7 @@ class Trained:
         changes = {"model_name_or_path": self.base, "dataset_name": documents, "output_dir": self.output}
         changes |= {"context_length": CONTEXT, "target_length": self.target_length, "hub_token": SECRET}
         changes |= {"max_steps": 2, "eval_steps": 1, "save_steps": 1, "disable_tqdm": True}
+        changes["held_out_documents"] = min(64, data.held_out_documents)
         if run.eval_length:
             changes["eval_length"] = run.eval_length * CONTEXT // run.context_length
         flags = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
@@ -236,6 +274,10 @@ class Trained:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "CREAMTrainer", Kept)
             return train.run_recipe(self.recipe)
+
+    @property
+    def is_within_window(self) -> bool:
+        return self.target_length <= self.trainer.pretrained_window
 
     def json(self, name: str):
         return json.loads((self.output / name).read_text())
@@ -272,7 +314,8 @@ def test_the_adapter_is_complete_and_holds_no_path_and_no_token(trained):
     for folder in (trained.output, trained.output / "checkpoint-2"):
         assert all((folder / name).is_file() for name in needed)
     if trained.trainer.processing_class.chat_template:
-        assert (trained.output / "chat_template.jinja").read_text() == LLAMA2_CHAT_TEMPLATE
+        template, _, _ = TEMPLATES.get(trained.written.model.model_name_or_path, LLAMA2_CHAT)
+        assert (trained.output / "chat_template.jinja").read_text() == template
     # base_folder.txt is for this machine, and no push takes it.
     files = [path for path in trained.output.glob("*") if path.name != "base_folder.txt"]
     published = [*files, *trained.output.glob("base_config/*")]
@@ -306,7 +349,7 @@ def test_cream_json_holds_the_positions_of_the_recipe(trained):
 
 def test_the_saved_adapter_loads_back_as_the_trained_model(trained):
     model, tokenizer = load_adapter(trained.output, base_model=str(trained.base))
-    assert model.config.max_position_embeddings == trained.target_length
+    assert model.config.max_position_embeddings == max(trained.target_length, trained.trainer.pretrained_window)
     assert model.config.rope_parameters == trained.trainer.scaled_config.rope_parameters
     assert tokenizer("As it was.").input_ids == trained.trainer.processing_class("As it was.").input_ids
 
@@ -317,32 +360,121 @@ def test_the_saved_adapter_loads_back_as_the_trained_model(trained):
     with torch.no_grad():
         expected = trained.trainer.model.eval()(**inputs).logits
         torch.testing.assert_close(model(**inputs).logits, expected)
-        # The control: a plain PEFT load.
-        assert (unscaled(**inputs).logits - expected).abs().max() > 0.01
+        # The control: a plain PEFT load, which is right only where the base is not scaled.
+        difference = (unscaled(**inputs).logits - expected).abs().max()
+        assert difference < 1e-4 if trained.is_within_window else difference > 0.01
 
 
-def assert_labels_are_the_assistants(tokenizer, input_ids, labels) -> None:
+def assert_labels_are_the_assistants(tokenizer, input_ids, labels, template) -> None:
     ids, labels = torch.as_tensor(input_ids).flatten(), torch.as_tensor(labels).flatten()
     labelled, rest = tokenizer.decode(ids[labels != -100]), tokenizer.decode(ids[labels == -100])
+    _, turn, frame = template
     # The end of the turn is learnt too.
-    assert re.fullmatch(r"(?:[A-Z ]|</s>)+", labelled)
-    assert "</s>" in labelled
-    assert not re.search(r"[A-Z]", re.sub(r"\[/?INST\]", "", rest))
+    assert re.fullmatch(f"(?:{turn})+", labelled)
+    assert not re.search(r"[A-Z]", re.sub(frame, "", rest))
 
 
 @pytest.mark.parametrize("trained", CHAT_RECIPES, indirect=True, ids=label)
 def test_only_the_tokens_of_the_assistant_carry_labels(trained):
     tokenizer, rows = trained.trainer.processing_class, trained.trainer.train_dataset
-    assert len(rows) < 96
+    template = TEMPLATES.get(trained.written.model.model_name_or_path, LLAMA2_CHAT)
+    held_out = trained.trainer.eval_dataset
+    assert len(rows) <= 96 and len(held_out) <= 64
+    assert all(
+        len(row["input_ids"]) >= trained.recipe.run.eval_length for row in held_out.select(range(len(held_out) - 1))
+    )
     assert all(len(row["input_ids"]) >= CONTEXT for row in rows.select(range(len(rows) - 1)))
-    for row in [*rows, *trained.trainer.eval_dataset]:
-        assert_labels_are_the_assistants(tokenizer, row["input_ids"], row["labels"])
+    for row in [*rows, *held_out]:
+        assert_labels_are_the_assistants(tokenizer, row["input_ids"], row["labels"], template)
     batch = trained.trainer.data_collator([rows[0]])
     assert batch["input_ids"].shape == (1, CONTEXT)
     assert (batch["labels"] == batch["input_ids"])[batch["labels"] != -100].all()
     # The control: labels on every token, the authors' way.
     with pytest.raises(AssertionError):
-        assert_labels_are_the_assistants(tokenizer, rows[0]["input_ids"], rows[0]["input_ids"])
+        assert_labels_are_the_assistants(tokenizer, rows[0]["input_ids"], rows[0]["input_ids"], template)
+
+
+def test_qwen3_learns_to_answer_after_the_empty_thought_that_prompts_without_thinking_have():
+    turns = [{"role": "user", "content": "well?"}, {"role": "assistant", "content": "YES"}]
+    tokenizer = tiny_tokenizer(TEMPLATES["Qwen/Qwen3-8B"][0])
+
+    def rendered(turns, **options):
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+    training = chat_template_utils.get_training_chat_template(tokenizer)
+    prompt = rendered(turns[:1], add_generation_prompt=True, enable_thinking=False)
+    assert rendered(turns, chat_template=training) == f"{prompt}YES<|im_end|>\n"
+    # With thinking on, the block is left to the model, which has learnt to leave it empty.
+    assert prompt == rendered(turns[:1], add_generation_prompt=True) + "<think>\n\n</think>\n\n"
+    thought = {**turns[1], "reasoning_content": "hm"}
+    assert "<think>\nhm\n</think>\n\nYES" in rendered([turns[0], thought], chat_template=training)
+    # Served, earlier answers lose the block that each answer is trained with.
+    again = rendered([*turns, turns[0]], add_generation_prompt=True, enable_thinking=False)
+    assert again.count("<think>") == 1 and rendered([*turns] * 2, chat_template=training).count("<think>") == 2
+
+
+# A skill over the window
+
+
+WITHIN = pytest.mark.parametrize("trained", WITHIN_WINDOW, indirect=True, ids=label)
+
+
+@WITHIN
+def test_a_skill_over_the_window_leaves_the_rope_of_the_base_as_it_is(trained):
+    base_config = load_base(str(trained.base)).config
+    assert trained.is_within_window and trained.trainer.scaled_config.rope_parameters == base_config.rope_parameters
+    assert trained.json("base_config/config.json")["max_position_embeddings"] == base_config.max_position_embeddings
+    positions = trained.trainer.data_collator([trained.trainer.train_dataset[0]])["position_ids"]
+    assert int(positions.max()) == trained.target_length - 1
+    found = {one.item: (one.verdict, one.found) for one in check_adapter(trained.output)}
+    window = trained.trainer.pretrained_window
+    said = f"{trained.target_length:,} tokens, within the base's window of {window:,}"
+    assert found["trained for"] == ("ok", said) and found["plain PEFT load"][0] == "ok" and "extended" not in found
+
+
+@WITHIN
+def test_its_card_speaks_of_no_extension(trained):
+    card, window = (trained.output / "README.md").read_text(), trained.trainer.pretrained_window
+    assert f"over {trained.target_length:,} tokens, within its window of {window:,}" in card
+    assert "no RoPE scaling" in card and "plain PEFT loads the adapter too" in card
+    assert not re.search("extend|scaled config|--hf-overrides|fails silently", card)
+    assert f"--max-model-len {trained.target_length}" in card
+
+
+@WITHIN
+def test_it_is_evaluated_from_the_length_it_was_taught_at_to_the_target(trained, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("It was the best of times. " * 200)
+    models = [f"base={trained.base}", f"mine={trained.output}"]
+    command = ["evaluate", "--tasks", "perplexity", "--text", str(tmp_path / "book.txt"), "--no_4bit", "--compare"]
+    output = ["--output_dir", str(tmp_path / "out"), "--json", str(tmp_path / "results.json")]
+    assert cli.main([*command, *models, *output]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    doubled = [CONTEXT * 2**power for power in range(12) if CONTEXT * 2**power <= trained.target_length]
+    assert len(doubled) > 3
+    assert all([cell["length"] for cell in results[label]["cells"]] == doubled for label in ("base", "mine"))
+    # What would be the base again, under another name.
+    assert cli.main([*command, f"{trained.base}+yarn", models[1], *output]) == 2
+    assert f"RoPE scaling does nothing up to {trained.target_length:,} tokens" in capsys.readouterr().err
+
+
+@WITHIN
+def test_it_chats_and_is_merged_into_a_model_with_the_window_of_its_base(trained, tmp_path):
+    window, target = trained.trainer.pretrained_window, trained.target_length
+    chat = load_chat(trained.output, ChatSettings(max_new_tokens=2))
+    assert f"the model was trained for {target:,}, its window is {window:,}" in chat.status()
+    chat.ask("well?", lambda text: None)
+
+    merge_adapter(trained.output, tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert merged["max_position_embeddings"] == window
+    assert {one.verdict for one in check_adapter(tmp_path / "merged")} == {"ok"}
+    model, _ = load_adapter(trained.output, load_in_4bit=False)
+    inputs = {"input_ids": torch.arange(3, 35)[None], "position_ids": torch.linspace(0, target - 1, 32).long()[None]}
+    inputs |= {"attention_mask": torch.ones(1, 32, dtype=torch.int64), "use_cache": False}
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(**inputs).logits
+        torch.testing.assert_close(whole, model(**inputs).logits, rtol=1e-3, atol=1e-3)
+    assert "extend" not in (tmp_path / "merged" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -183,6 +183,10 @@ SETUPS = {
     "epochs": [*EPOCHS, "--save_strategy", "epoch"],
     "the best model": ["--held_out_documents", "4", "--eval_strategy", "steps", "--eval_steps", "2",
                        "--load_best_model_at_end", "true"],
+    # The highest loss is that of the first checkpoint.
+    "the best model alone": ["--held_out_documents", "4", "--eval_strategy", "steps", "--eval_steps", "2",
+                             "--load_best_model_at_end", "true", "--save_total_limit", "1",
+                             "--greater_is_better", "true"],
     "no checkpoints": ["--save_strategy", "no"],
     "a stream": ["--dataset_streaming", "true", "--dataset_name", "documents.jsonl"],
 }  # fmt: skip

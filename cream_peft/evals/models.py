@@ -53,6 +53,8 @@ class OpenedModel:
     """Hub id or folder of the base."""
     config: PreTrainedConfig
     settings: Settings
+    context_length: int | None = None
+    """Tokens of a training example, of what was trained within the window of its base."""
 
     def load(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """The model with its RoPE scaled, and its tokenizer."""
@@ -119,7 +121,8 @@ def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | Non
         rope_scaling_type=record.rope_scaling_type,
         adapter_sha256=digest,
     )
-    return OpenedModel(spec, adapter, record.base_model, config, settings)
+    fed = record.positions.context_length if record.is_within_window else None
+    return OpenedModel(spec, adapter, record.base_model, config, settings, fed)
 
 
 def open_models(
@@ -151,5 +154,10 @@ def open_models(
             window = model.settings.pretrained_window or 0
             usual = window if within_window and not model.spec.rope_scaling_type else beside
             target = target_length or usual or rope.DEFAULT_FACTOR * window
+            if model.spec.rope_scaling_type and target <= window:
+                raise ValueError(
+                    f"{specs[place].label}: RoPE scaling does nothing up to {target:,} tokens, since the window is "
+                    f"{window:,}: leave out +{model.spec.rope_scaling_type}, or set a longer --target_length"
+                )
             opened[place] = replace(model, settings=replace(model.settings, target_length=target))
     return opened

@@ -76,7 +76,12 @@ def add_options(parser: CommandParser) -> None:
     compared = f"{COMPARED} in the table"
     parser.option("compare", compared, nargs="+", default=["cream-peft-tiny"], metavar="MODEL")
     parser.option("tasks", f"of {', '.join(TASKS)}", nargs="+", default=["kv_retrieval", "needle"])
-    parser.option("lengths", "tokens; default: doubling from window to target", nargs="+", type=int)
+    parser.option(
+        "lengths",
+        "tokens; default: doubling up to the target from the window, or from the context_length within it",
+        nargs="+",
+        type=int,
+    )
     parser.option("target_length", "tokens that bases are scaled to; default: the adapters', or 8 windows", type=int)
     parser.option("samples", "questions at each length and depth", type=int, default=32)
     parser.option("seed", "seed of the prompts", type=int, default=1000)

@@ -121,10 +121,13 @@ def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
     found = []
     target, in_4bit = options.target_length, options.load_in_4bit
     models = open_models(options.compare, target_length=target, base_model=options.base_model, load_in_4bit=in_4bit)
+    fed = [model.context_length for model in models if model.context_length]
     for model in models:
         _refuse_other_vocabulary(options.tasks, model.config, model.spec.name)
         window, target = model.settings.pretrained_window or 0, model.settings.target_length or 0
-        lengths = options.lengths or [window * 2**power for power in range(20) if window * 2**power <= target]
+        # What was taught within the window is asked from the length on that it was taught at.
+        first = min(fed, default=window) if target <= window else window
+        lengths = options.lengths or [first * 2**power for power in range(20) if first * 2**power <= target]
         if options.lengths is None and (options.keys or options.lines):
             # So many keys are as long as they are; the longest length has room for them.
             lengths = [target]

@@ -46,6 +46,13 @@ def describe_rope(config: PreTrainedConfig, scaling: str | None = None) -> str:
     return f"{named}, theta {theta:,.0f}{rest}, max_position_embeddings {config.max_position_embeddings:,}"
 
 
+def _reach(record: Record) -> Finding:
+    if record.is_within_window:
+        found = f"{record.target_length:,} tokens, within the base's window of {record.pretrained_window:,}"
+        return Finding("trained for", "ok", found)
+    return Finding("extended", "ok", f"{record.pretrained_window:,} to {record.target_length:,} tokens")
+
+
 def check_weights(path: Path) -> Finding:
     """Whether the adapter's tensors are finite, and have moved: lora_B starts at zero."""
     item = "adapter weights"
@@ -116,12 +123,13 @@ def _check_merged(folder: Path, record: Record, is_here: bool) -> list[Finding]:
     config, target = rope.load_base_config(folder / "config.json"), record.target_length
     scaling = record.rope_scaling_type
     kind = scaling if scaling in ("linear", "yarn") else config.rope_parameters["rope_type"]
-    if config.rope_parameters["rope_type"] != kind or config.max_position_embeddings != target:
+    reach = max(target, record.pretrained_window)
+    if config.rope_parameters["rope_type"] != kind or config.max_position_embeddings != reach:
         found = f"{describe_rope(config)}: config.json is not that of the merge ({scaling}, {target:,} tokens)"
         return [Finding("RoPE", "wrong", f"{found}: merge again")]
     return [
         Finding("kind", "ok", f"{'a fully trained' if record.full else 'a merged'} model of {record.base_model}"),
-        Finding("extended", "ok", f"{record.pretrained_window:,} to {target:,} tokens"),
+        _reach(record),
         Finding("RoPE", "ok", describe_rope(config, scaling)),
         # Those of a model on the Hub are not downloaded for this.
         *([_check_whole(folder, config), *_mixture(folder, record)] if is_here else []),
@@ -160,7 +168,7 @@ def check_adapter(
     return [
         Finding("files", "ok", "complete, and the adapter's tensors are those that its base takes"),
         Finding("base", "ok", f"{adapter.base_name}{at}, shape and vocabulary as trained on"),
-        Finding("extended", "ok", f"{record.pretrained_window:,} to {record.target_length:,} tokens"),
+        _reach(record),
         Finding("RoPE trained with", "ok", describe_rope(trained, record.rope_scaling_type)),
         check_weights(adapter.folder / "adapter_model.safetensors"),
         *_mixture(adapter.folder, record),

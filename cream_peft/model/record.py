@@ -66,6 +66,17 @@ class Positions:
 
 
 @dataclass(frozen=True)
+class Best:
+    """With load_best_model_at_end: whose weights these are, chosen by the value of a metric on held-out documents."""
+
+    step: int = 0
+    metric: str = "unknown"
+    value: float = 0.0
+    eval_length: int = 0
+    """Tokens of such a document at most, at plain positions."""
+
+
+@dataclass(frozen=True)
 class Record:
     """The content of cream.json, format 2. Files of before, which say no format, are read too."""
 
@@ -74,7 +85,7 @@ class Record:
     pretrained_window: int
     """Tokens that the base was pretrained for."""
     target_length: int
-    """Tokens that it was extended to."""
+    """Tokens that it was trained for: those that it was extended to, or a part of the window."""
     rope_scaling_type: str | None
     base_is_local: bool = False
     """Whether base_model is the name of a folder, which nobody else has."""
@@ -85,6 +96,7 @@ class Record:
     load_in_4bit: bool = False
     license: str | None = None
     steps: int = 0
+    best: Best | None = None
     first_step: int = 0
     """The step at which this run began, above 0 if it was resumed."""
     seconds: float | None = None
@@ -137,6 +149,8 @@ class Record:
             if known.get("format", 1) > FORMAT:
                 raise AdapterError(f"{FILE} of {name} has format {known['format']}: upgrade cream-peft to read it")
             known["positions"] = Positions(**known_fields(Positions, known.get("positions", {}), "positions."))
+            if "best" in known:
+                known["best"] = Best(**known_fields(Best, known["best"], "best."))
             known["format"] = FORMAT
             return cls(**known)
         except AdapterError:
@@ -151,6 +165,11 @@ class Record:
         if self.rope_scaling_type not in (None, *ROPE_SCALING_TYPES):
             wrong, allowed = shown(self.rope_scaling_type), ", ".join(ROPE_SCALING_TYPES)
             raise ValueError(f"rope_scaling_type is {wrong}, and must be null or one of {allowed}")
+
+    @property
+    def is_within_window(self) -> bool:
+        """Whether it was taught something over the window that its base has, and not extended."""
+        return self.target_length <= self.pretrained_window
 
     def as_stage(self) -> dict[str, Any]:
         """What the record of a later stage says of this one."""

@@ -12,6 +12,7 @@ from ..model.kv_cache import KV_CACHES, PREFILL_CHUNK
 from ..terminal import table
 from .gpus import GPUS
 from .memory import (
+    LM_HEAD_TILE,
     Phases,
     Reading,
     Settings,
@@ -38,7 +39,7 @@ EXPLAINED = {
     "kv_cache": "keys and values of the document",
     "attention": "one layer adds to its cache and attends to it",
     "activations": "one linear layer with its adapter",
-    "logits": "LM head",
+    "logits": f"LM head, in tiles of {LM_HEAD_TILE[0]:,} tokens by {LM_HEAD_TILE[1]:,} words at most",
     "quantization": "the largest 4-bit weight, in 16 bits while it is used",
     "cuda_context": "assumed: CUDA, cuBLAS, fragmentation",
 }
@@ -155,11 +156,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `cream-peft plan --json` writes: GiB of a training step and of the held-out loss (None: none is computed),
-    evaluation, the GPUs under the name of today's files, and what to change."""
+    """What `cream-peft plan --json` writes: GiB of a training step, of the held-out loss and its tokens at once (None:
+    none is computed), evaluation, the GPUs under the name of today's files, and what to change."""
 
     terms: Terms
     validation: Terms | None
+    validation_tokens: int | None
     evaluation: Evaluation
     work: Work
     cards: list[Fit]
@@ -184,6 +186,7 @@ def plan_gpus(
     share = UTILISATION if linear_parameters(config) > SMALLEST_TIMED else None
     work = Work(tokens, tokens * training.gradient_accumulation_steps, training.max_steps, flops, share)
     terms, held_out = training.terms(config), validation.terms(config) if validation else None
+    at_once = validation.eval_length * validation.per_device_eval_batch_size if validation else None
 
     def fit(name: str, gib: float) -> Fit:
         peak = max(each["total"] for each in (terms, held_out) if each)
@@ -193,7 +196,7 @@ def plan_gpus(
 
     fits = [fit(name, gib) for name, gib in (gpus or {name: gpu.gib for name, gpu in GPUS.items()}).items()]
     advice = list(_advice(config, fits, training, validation, reading))
-    return Plan(terms, held_out, Evaluation(reading.length, PREFILL_CHUNK, read, whole), work, fits, advice)
+    return Plan(terms, held_out, at_once, Evaluation(reading.length, PREFILL_CHUNK, read, whole), work, fits, advice)
 
 
 def _advice(
@@ -234,7 +237,11 @@ def _terms_table(columns: Mapping[str, Terms], phases: Phases, *more: Sequence[s
 def text_of(plan: Plan) -> str:
     """The plan as `cream-peft plan` prints it."""
     work, evaluation, steps = plan.work, plan.evaluation, plan.work.max_steps or 1000
-    held_out = [("held-out loss", f"{plan.validation['total']:.2f}", "total, between steps")] if plan.validation else []
+    held_out = (
+        [("held-out loss", f"{plan.validation['total']:.2f}", f"total, {plan.validation_tokens:,} tokens at once")]
+        if plan.validation
+        else []
+    )
     whole = ("16-bit base", *(f"{size:.2f}" for size in evaluation.sixteen_bit_base.values()), "total, with --no_4bit")
     rows = [
         (

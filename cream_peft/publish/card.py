@@ -86,6 +86,7 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
     """The vLLM line that serves the adapter on its base, the RoPE scaled as in training."""
     config = json.loads((folder / "base_config" / "config.json").read_text(encoding="utf-8"))
     overrides = {key: config[key] for key in ("max_position_embeddings", "rope_parameters")}
+    scaled = [] if record.is_within_window else [f"--hf-overrides {shlex.quote(json.dumps(overrides))}"]
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     refused = [field for field in ("modules_to_save", "use_dora") if adapter.get(field)]
     if refused:
@@ -96,7 +97,7 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
         [
             f"vllm serve {shlex.quote(record.base_model)}"
             + (f" --revision {shlex.quote(record.base_revision)}" if record.base_revision else ""),
-            f"--hf-overrides {shlex.quote(json.dumps(overrides))}",
+            *scaled,
             f"--max-model-len {record.target_length}",
             f"--enable-lora --max-lora-rank {rank} --lora-modules {name.split('/')[-1]}={name}",
         ]

@@ -187,7 +187,7 @@ def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: s
         generation = json.loads((base_folder / GENERATION).read_text(encoding="utf-8"))
         # Llama-2's ends generation at the base's window.
         if generation.get("max_length") == window:
-            generation["max_length"] = target
+            generation["max_length"] = max(target, window)
         write_json(folder / GENERATION, generation)
     record = replace(adapter.record, merged=True, dtype=dtype, adapter_sha256=adapter_sha256(adapter.folder))
     record.write(folder)

@@ -275,7 +275,7 @@ def push_folder(
         repo = create_repository(repo, private=private, token=token)
         if revision:
             _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
-        message = message or f"{record.base_model} to {record.target_length} tokens with cream-peft"
+        message = message or f"{record.base_model}, {record.target_length} tokens, with cream-peft"
 
         def with_text_of(card: str) -> bytes:
             # Not searched again: what is new in it is public already.

@@ -220,7 +220,7 @@ class ResumingTrainer(SavingTrainer):
         """
         folder, only_model = Path(str(self.args.output_dir)), self.args.save_only_model
         checkpoint = find_checkpoint(resume_from_checkpoint, folder, only_model)
-        self.run_id, self.resumed_step = secrets.token_hex(8), 0
+        self.run_id, self.resumed_step, self.best = secrets.token_hex(8), 0, None
         if checkpoint:
             found = difference(checkpoint.folder, checkpoint.record, self)
             if found:

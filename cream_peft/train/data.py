@@ -224,9 +224,9 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
 def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A template with generation marks that renders exactly what the tokenizer's own does, or None.
 
-    TRL has training templates for many families; Llama-2 and SmolLM2 are not among them. One of ours is used only
-    where the two render a probe conversation to the same string, so that the model is trained on the format it is
-    served with.
+    TRL has training templates for many families; Llama-2, Llama-3.1 and SmolLM2 are not among them. One of ours is
+    used only where the two render a probe conversation to the same string, so that the model is trained on the format
+    it is served with.
     """
     if not tokenizer.chat_template or isinstance(tokenizer.chat_template, dict):
         return None

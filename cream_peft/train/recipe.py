@@ -54,6 +54,11 @@ REWORDED = (
     (r"argument (?P<key>--\w+)\S*: (?P<text>.*)", "{key}: {text}"),
     (r".* not used by .*\['(?P<word>[^']*\.ya?ml)'.*", "unexpected argument '{word}': did you mean --config {word}?"),
     (r".* not used by .*\['(?P<word>.*?)'.*", "unexpected argument '{word}': write --key value"),
+    (
+        r".*load_best_model_at_end requires.*",
+        "load_best_model_at_end=true needs the same eval_strategy and save_strategy, and save_steps a multiple of "
+        "eval_steps: set them so, or load_best_model_at_end to false",
+    ),
     (r".*support bf16.*", "bf16=true needs a GPU that has it: leave bf16 out, it is then set as the machine can"),
 )
 """What the parser and the dataclasses say, and what we say."""

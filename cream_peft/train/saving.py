@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Generator
@@ -23,6 +24,7 @@ from ..model.base import make_tokenizer_readable
 from ..model.record import (
     BASE_FOLDER,
     FILE,
+    Best,
     Positions,
     Record,
     adapter_sha256,
@@ -38,6 +40,8 @@ from ..tiny import TINY_ID, TINY_LICENSE
 from .collator import ROW_COLUMN
 from .config import Lengths
 from .publishing import PublishingTrainer
+
+logger = logging.getLogger(__name__)
 
 ASIDE = ".saving"
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "*.jinja")
@@ -98,6 +102,8 @@ class SavingTrainer(PublishingTrainer):
     earlier: Record | None
     run_id: str | None = None
     """The same in all that one run saves, resumed or not."""
+    best: Best | None = None
+    """Once training has ended with load_best_model_at_end: the step whose weights the model then has."""
 
     @cached_property
     def data_identity(self) -> str | None:
@@ -132,6 +138,7 @@ class SavingTrainer(PublishingTrainer):
             load_in_4bit=bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
             license=args.license or (TINY_LICENSE if self.base_model_name() == TINY_ID else None),
             steps=self.state.global_step,
+            best=self.best,
             first_step=getattr(getattr(self, "_set_epoch", None), "first_step", 0),
             seconds=self.seconds and round(self.seconds, 1),
             peak_gib=peak_gib(),
@@ -146,6 +153,16 @@ class SavingTrainer(PublishingTrainer):
             full=is_full,
             dtype=str(self.model.dtype).removeprefix("torch.") if is_full else None,
         )
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        step, metric = int(self.state.best_global_step or 0), str(self.args.metric_for_best_model)
+        metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        self.best = Best(step, metric, float(self.state.best_metric or 0), self.lengths.eval_length)
+        logger.info(
+            "step %d is taken, the best on held-out documents: %s %.3f at up to %s tokens",
+            step, metric, self.best.value, f"{self.best.eval_length:,}",
+        )  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with saved_whole(Path(output_dir or str(self.args.output_dir)), self.args.should_save) as folder:

@@ -240,6 +240,9 @@ class CREAMTrainer(ResumingTrainer):
             self._training_documents = None
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if not is_training:
+            if args.short_documents == "join":
+                # Else the loss of short documents says nothing about eval_length.
+                dataset = fit_short_documents(dataset, "join", self.lengths.eval_length)
             return dataset.map(lambda row: {ROW_COLUMN: EVALUATION_ROW}).with_format("numpy")
         refuse_empty(dataset)
         dataset = fit_short_documents(dataset, args.short_documents, args.context_length)

@@ -1,0 +1,121 @@
+"""A checkpoint chosen by the loss of held-out documents at plain positions beyond the window."""
+
+import json
+
+import pytest
+import torch
+from conftest import TARGET, WINDOW
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from cream_peft import CREAMTrainer
+from cream_peft.model.record import Record, adapter_sha256
+
+CHOICE = {
+    "max_steps": 5, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+    "save_total_limit": 2, "per_device_eval_batch_size": 1, "load_best_model_at_end": True, "eval_length": 2 * WINDOW,
+    "learning_rate": 3e-2, "lr_scheduler_type": "constant",
+}  # fmt: skip
+BEST = 2
+
+
+class WorsensAfterBest(TrainerCallback):
+    """From the third step on the adapter is pushed ever further away from what it has learnt."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step > BEST:
+            torch.manual_seed(state.global_step)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data += 0.3 * state.global_step * torch.randn_like(parameter)
+
+
+@pytest.fixture
+def repeated():
+    """Documents of three windows that repeat a few tokens, which a step or two teaches."""
+    return Dataset.from_dict({"input_ids": [[5 + (start + place) % 7 for place in range(3 * WINDOW)]
+                                            for start in range(24)]})  # fmt: skip
+
+
+@pytest.fixture
+def make_chooser(repeated, make_model, make_config, tiny_tokenizer, lora):
+    def make(callbacks=(), **changes):
+        return CREAMTrainer(
+            model=make_model(), args=make_config(**(CHOICE | changes)), train_dataset=repeated.select(range(20)),
+            eval_dataset=repeated.select(range(20, 24)), processing_class=tiny_tokenizer, peft_config=lora(),
+            callbacks=[WorsensAfterBest(), *callbacks],
+        )  # fmt: skip
+
+    return make
+
+
+def same(one, other):
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_adapter_is_that_of_the_lowest_held_out_loss_at_plain_positions_beyond_the_window(make_chooser, tmp_path):
+    trainer = make_chooser()
+    assert next(iter(trainer.get_eval_dataloader()))["position_ids"].tolist() == [list(range(2 * WINDOW))]
+    trainer.train()
+    trainer.save_model()
+    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
+    assert min(losses, key=losses.get) == BEST and losses[5] > losses[BEST] + 0.2
+    run = tmp_path / "run"
+    # Rotation keeps the best one, however old.
+    assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{BEST}", "checkpoint-5"}
+    assert same(run, run / f"checkpoint-{BEST}") and not same(run, run / "checkpoint-5")
+    record = Record.read(run, "run")
+    assert (record.best.step, record.best.metric, record.best.eval_length) == (BEST, "eval_loss", 2 * WINDOW)
+    assert record.best.value == pytest.approx(losses[BEST]) and record.steps == 5
+    assert record.adapter_sha256 == adapter_sha256(run / f"checkpoint-{BEST}")
+    card = (run / "README.md").read_text()
+    assert f"The weights are those of step {BEST}, the best on held-out documents of up to 128 tokens" in card
+    # A checkpoint is what it was at its own step.
+    assert json.loads((run / "checkpoint-5" / "cream.json").read_text())["best"] is None
+    assert "those of step" not in (run / "checkpoint-5" / "README.md").read_text()
+
+
+def test_without_the_choice_the_worse_last_step_is_taken(make_chooser, tmp_path):
+    trainer = make_chooser(load_best_model_at_end=False)
+    trainer.train()
+    trainer.save_model()
+    assert same(tmp_path / "run", tmp_path / "run" / "checkpoint-5")
+    assert Record.read(tmp_path / "run", "run").best is None
+
+
+class StopsAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_takes_the_best_step_of_before_it_was_killed(make_chooser, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        make_chooser([StopsAt(4)]).train()
+    assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{BEST}", "checkpoint-4"}
+    trainer = make_chooser()
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    assert trainer.state.best_global_step == BEST and same(run, run / f"checkpoint-{BEST}")
+    assert Record.read(run, "run").best.step == BEST
+
+
+@pytest.mark.parametrize(("mode", "lengths"), [("join", [128, 62]), ("shrink", [62] * 4)])
+def test_short_documents_held_out_are_joined_to_eval_length_as_those_for_training_to_the_window(
+    mode, lengths, make_model, make_config, tiny_tokenizer, lora
+):
+    short = Dataset.from_dict({"input_ids": [list(range(1, 63))] * 4})
+    trainer = CREAMTrainer(
+        model=make_model(), args=make_config(short_documents=mode, eval_length=2 * WINDOW, target_length=TARGET),
+        train_dataset=short, eval_dataset=short, processing_class=tiny_tokenizer, peft_config=lora(),
+    )  # fmt: skip
+    rows = trainer.eval_dataset
+    fed = [trainer.data_collator([row])["input_ids"].shape[1] for row in rows]
+    assert fed == lengths
+    assert trainer.data_collator([rows[0]])["position_ids"][0].tolist() == list(range(fed[0]))
