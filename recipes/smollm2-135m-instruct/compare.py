@@ -31,7 +31,7 @@ from cream_peft.model.record import machine, versions
 
 HOME = Path("runs/smollm2-135m-instruct")
 HERE = Path(__file__).parent
-RECIPE, RESULTS = HERE / "cream-skill-1k-32k-qlora.yaml", HERE / "results/skill"
+RECIPE, RESULTS = HERE / "cream-8k-32k-qlora.yaml", HERE / "results/skill"
 BASE, DATA = HOME / "base", HOME / "data"
 TEST, OTHER = DATA / "held-out/paradise-lost.txt", DATA / "held-out/areopagitica.txt"
 EIGHTHS = [(place + 0.5) / 8 for place in range(8)]
@@ -42,7 +42,10 @@ PATIENCE = 20
 """Seconds that an interrupted command has to end."""
 SEED = 2026
 """Of the first documents; a later block has the next one."""
-ON_A_CPU = {"load_in_4bit": False, "dtype": "bfloat16", "gradient_checkpointing": False, "optim": "adamw_torch"}
+ON_A_CPU = {
+    "load_in_4bit": False, "dtype": "bfloat16", "gradient_checkpointing": False, "optim": "adamw_torch",
+    "eval_strategy": "no", "load_best_model_at_end": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

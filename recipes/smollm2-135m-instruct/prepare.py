@@ -50,9 +50,9 @@ BIBLE_SHA256 = "cd45f0c9cedab8e4439bd6486c8952c77cc8b0ecc5d1f6ae3513f2039f47229d
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT_CONVERSATIONS = 200
 MILTON = {"paradise-lost": "paradiselost.txt", "areopagitica": "areopagitica.txt"}
-SKILL_TOKENS = 1000
-"""Of a conversation at most, chat template included."""
-SKILL_ROWS = {"train": 2048, "validation": 128}
+SKILL_TOKENS = {"train": 1000, "validation": 16_000}
+"""Of a conversation at most, chat template included. The validation is as long as what is served."""
+SKILL_ROWS = {"train": 2048, "validation": 32}
 VALIDATION_PLAYS = 4
 TOWNS = {
     "train": [
@@ -168,10 +168,11 @@ def read_bible(folder: Path) -> str | None:
 
 
 def skill_conversation(
-    lines: list[str], tokenizer: PreTrainedTokenizerBase, towns: list[str], rng: np.random.Generator
+    lines: list[str], tokenizer: PreTrainedTokenizerBase, towns: list[str], rng: np.random.Generator, tokens: int
 ) -> list[dict[str, str]]:
-    """A page from somewhere in `lines` with three to six facts, a question about one, and its number."""
-    begin = int(rng.integers(len(lines) - SKILL_TOKENS // 4))
+    """At most `tokens` from somewhere in `lines`, with three to six facts, a question about one, and its number."""
+    most_lines = tokens // 4
+    begin = int(rng.integers(len(lines) - most_lines))
     facts = int(rng.integers(3, 7))
     chosen = rng.permutation(towns)[:facts].tolist()
     numbers = rng.choice(np.arange(10_000, 100_000), size=facts, replace=False).tolist()
@@ -186,9 +187,9 @@ def skill_conversation(
 
     def fits(count: int) -> bool:
         taken = tokenizer.apply_chat_template(messages(count), return_dict=True)["input_ids"]
-        return len(taken) <= SKILL_TOKENS
+        return len(taken) <= tokens
 
-    return messages(bisect.bisect_left(range(SKILL_TOKENS // 4), True, key=lambda count: not fits(count)) - 1)
+    return messages(bisect.bisect_left(range(most_lines), True, key=lambda count: not fits(count)) - 1)
 
 
 def prepare_skill(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -200,7 +201,7 @@ def prepare_skill(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         if not path.is_file():
             lines = [line for text in texts[split] for line in text.splitlines() if line.strip()]
             rng = np.random.default_rng(seed)
-            found = (skill_conversation(lines, tokenizer, TOWNS[split], rng) for _ in range(count))
+            found = (skill_conversation(lines, tokenizer, TOWNS[split], rng, SKILL_TOKENS[split]) for _ in range(count))
             _write_rows(path, [{"messages": messages} for messages in found])
     chats = (output / "chat-test.jsonl").read_text(encoding="utf-8").splitlines()
     text = "\n".join(tokenizer.apply_chat_template(json.loads(chat)["messages"], tokenize=False) for chat in chats)
