@@ -167,12 +167,13 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Loading):
-    """A run, in the keys of a recipe. max_steps: None where it counts epochs."""
+    """A run, in the keys of a recipe. max_steps: None where it counts epochs; distillation_length: 0 for none."""
 
     context_length: int
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     max_steps: int | None = None
+    distillation_length: int = 0
     lora_dropout: float = 0.05
     gradient_checkpointing: bool = True
     activation_offloading: bool = False
@@ -235,8 +236,8 @@ class Training(Loading):
         products = 2 if not self.use_peft or "down_proj" in target_linears(config, self.target_modules) else 3
         passing = 2 * tokens * (hidden + products * config.intermediate_size)
         inputs_kept = min(layers, OFFLOAD_STASH) if self.activation_offloading else layers
-        # The last norm's fp32 input, and the larger of its backward pass (four fp32 tensors and one in bf16) and the
-        # head: a tile of logits, the scored hidden states and their gradient in fp32 and bf16.
+        # The last norm's fp32 input, and the larger of its backward pass (four in fp32, one in bf16) and the head: a
+        # tile of logits, scored hidden states, their gradient in fp32 and bf16. Distillation: six fp32, three in bf16.
         head = max(tokens * hidden * (4 * 4 + 2), _tile(tokens) + tokens * hidden * (2 + 4 + 2))
         each, gradient_bytes = self._weight_bytes(), 4 if self.use_peft else self._weight_bytes()
         in_hand, sizes = 1 if self.gradient_checkpointing else layers, [i * o for i, o in _linears(config).values()]
@@ -249,7 +250,9 @@ class Training(Loading):
             weight_copies=2 * (in_hand * sum(sizes) + max(sizes)) if each == 4 else 0,
             checkpoints=inputs_kept * each * tokens * hidden if self.gradient_checkpointing else layers * kept,
             recomputation=passing + (kept if self.gradient_checkpointing else 0),
-            logits=tokens * hidden * 4 + head,
+            logits=max(
+                tokens * hidden * 4 + head, 30 * tokens * hidden * self.distillation_length / self.context_length
+            ),
         )
 
 
