@@ -227,8 +227,7 @@ class Training(Loading):
         checkpoints is what the forward pass leaves for the backward pass: each layer's input, or without
         gradient_checkpointing all that it keeps; with activation_offloading the layer inputs not yet in main memory.
         recomputation is the layer in hand: what it keeps when run again, and the gradients passing through it;
-        quantization its largest weight in 16 bits. logits is the LM head and the last norm, over before the layers'
-        backward pass.
+        quantization its largest weight in 16 bits. logits is the LM head and the last norm, over before the layers run.
         """
         tokens = self.context_length * self.per_device_train_batch_size
         hidden, layers, kept = config.hidden_size, config.num_hidden_layers, self._layer_bytes(config, tokens)
@@ -237,8 +236,9 @@ class Training(Loading):
         passing = 2 * tokens * (hidden + products * config.intermediate_size)
         inputs_kept = min(layers, OFFLOAD_STASH) if self.activation_offloading else layers
         # The last norm's fp32 input, and the larger of its backward pass (four in fp32, one in bf16) and the head: a
-        # tile of logits, scored hidden states, their gradient in fp32 and bf16. Distillation: six fp32, three in bf16.
-        head = max(tokens * hidden * (4 * 4 + 2), _tile(tokens) + tokens * hidden * (2 + 4 + 2))
+        # tile of logits, scored hidden states, their gradient in fp32 and bf16. Or distillation: 5 in fp32, 3 in bf16.
+        distilled = (5 * 4 + 3 * 2) * self.distillation_length / self.context_length
+        head = max(tokens * hidden * max(4 * 4 + 2, distilled), _tile(tokens) + tokens * hidden * (2 + 4 + 2))
         each, gradient_bytes = self._weight_bytes(), 4 if self.use_peft else self._weight_bytes()
         in_hand, sizes = 1 if self.gradient_checkpointing else layers, [i * o for i, o in _linears(config).values()]
         return self._gib(
@@ -250,9 +250,7 @@ class Training(Loading):
             weight_copies=2 * (in_hand * sum(sizes) + max(sizes)) if each == 4 else 0,
             checkpoints=inputs_kept * each * tokens * hidden if self.gradient_checkpointing else layers * kept,
             recomputation=passing + (kept if self.gradient_checkpointing else 0),
-            logits=max(
-                tokens * hidden * 4 + head, 30 * tokens * hidden * self.distillation_length / self.context_length
-            ),
+            logits=tokens * hidden * 4 + head,
         )
 
 
