@@ -12,6 +12,9 @@ import yaml
 
 from cream_peft.cli import COMMANDS
 from cream_peft.evals.results import Results, mean_by
+from cream_peft.model.base import embedded_config
+from cream_peft.plan.advice import training_flops
+from cream_peft.plan.memory import Training
 from cream_peft.train.recipe import DATACLASSES, EMBEDDED_RECIPE
 
 ROOT = Path(__file__).parent.parent
@@ -251,6 +254,26 @@ def test_the_figures_of_ten_seeds_equal_their_json():
         shares = [[at[length] for at in means] for length in (256, 2048)]
         told = " | ".join(f"{min(share):.2f} to {max(share):.2f}" for share in shares)
         assert len(means) == 10 and f"| {row} | {told} |\n" in page("recipes/cream-peft-tiny")
+
+
+def test_the_figures_of_distillation_equal_their_json_and_its_cost_the_plan():
+    found = json.loads((TINY / "results/distillation.json").read_text())["results"]
+    assert len(found) == 5
+    text = page("recipes")
+    for name, row in (("base", "base"), ("weight-0-", "no distillation"), ("weight-1-", "`distillation_weight: 1`")):
+        results = [Results.parse(result) for label, result in found.items() if label.startswith(name)]
+        shares = [
+            [f"{mean_by(result.of_task(task), 'length')[length]:.2f}" for result in results]
+            for task in ("recall", "new_skill")
+            for length in (256, 2048)
+        ]
+        told = " | ".join(" to ".join(dict.fromkeys([min(share), max(share)])) for share in shares)
+        assert f"| {row} | {told} |\n" in text
+    config = embedded_config("meta-llama/Llama-2-7b-hf")
+    for length, told in ((1024, "1.31 times the operations"), (4096, "2.32 times at all of it")):
+        flops = training_flops(config, Training(context_length=4096, distillation_length=length, lora_dropout=0.0))
+        whole = sum(flops.values())
+        assert told.startswith(f"{whole / (whole - flops['distillation']):.2f} times") and told in text
 
 
 def test_the_figures_of_speed_equal_their_json():

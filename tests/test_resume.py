@@ -106,6 +106,7 @@ OTHER_SETTINGS = {
     "position_strategy": (["--position_strategy", "pose"], "position_strategy=cream, now pose"),
     "sigma": (["--sigma", "1.5"], "sigma=3.0, now 1.5"),
     "short_documents": (["--short_documents", "skip"], "short_documents=shrink, now skip"),
+    "distillation": (["--distillation_weight", "1"], "distillation_weight=0.0, now 1.0"),
     "seed": (["--seed", "7"], "seed=0, now 7"),
     "data_seed": (["--data_seed", "7"], "data_seed=0, now 7"),
     "quantization": (["--load_in_4bit", "true"], "load_in_4bit=False, now True"),

@@ -93,6 +93,9 @@ class Record:
     base_fingerprint: dict[str, list[float]] | list[float] = field(default_factory=dict)
     """See `fingerprint`. Earlier files have a list: values of the input embeddings alone."""
     positions: Positions = field(default_factory=Positions)
+    distillation_weight: float = 0.0
+    """Of the loss that held the adapter to its base, on the first so many tokens of a window; 0: there was none."""
+    distillation_length: int | None = None
     load_in_4bit: bool = False
     license: str | None = None
     steps: int = 0

@@ -54,6 +54,7 @@ def training_flops(config: PreTrainedConfig, training: Training) -> dict[str, fl
     kept (the layers with gradient_checkpointing, the head's tiles always), and backward: once to the inputs of frozen
     weights, which have no gradient of their own, twice where weights are trained too, and twice in attention.
     Checkpointing stops when it has what was kept, which is before down_proj where that has no adapter.
+    Self-distillation trains on the first part of each window again, without the head, after a forward pass of the base.
     """
     again, linears = int(training.gradient_checkpointing), 2 * linear_parameters(config)
     down_proj = 2 * config.num_hidden_layers * config.intermediate_size * config.hidden_size
@@ -63,12 +64,19 @@ def training_flops(config: PreTrainedConfig, training: Training) -> dict[str, fl
         # Backward to the inputs and to the weights.
         passes = {"linears": (3 + again) * linears, "attention": (3 + again) * attention}
         return passes | {"adapter": 0, "head": 4 * 2 * config.vocab_size * config.hidden_size}
-    return {
+    flops = {
         "linears": 2 * linears + again * (linears - (0 if adapted else down_proj)),
         "attention": (3 + again) * attention,
         "adapter": (3 + again) * 2 * training.trained_parameters(config),
         "head": 3 * 2 * config.vocab_size * config.hidden_size,
     }
+    if training.distillation_length:
+        share = training.distillation_length / training.context_length
+        # Attention's part of a token grows with the tokens before it.
+        flops["distillation"] = share * (
+            flops["linears"] + flops["adapter"] + linears + share * (flops["attention"] + attention)
+        )
+    return flops
 
 
 def advise(config: PreTrainedConfig, gib: float, settings: Settings) -> dict[str, Any] | None:

@@ -167,12 +167,13 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Loading):
-    """A run, in the keys of a recipe. max_steps: None where it counts epochs."""
+    """A run, in the keys of a recipe. max_steps: None where it counts epochs; distillation_length: 0 for none."""
 
     context_length: int
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
     max_steps: int | None = None
+    distillation_length: int = 0
     lora_dropout: float = 0.05
     gradient_checkpointing: bool = True
     activation_offloading: bool = False
@@ -226,8 +227,7 @@ class Training(Loading):
         checkpoints is what the forward pass leaves for the backward pass: each layer's input, or without
         gradient_checkpointing all that it keeps; with activation_offloading the layer inputs not yet in main memory.
         recomputation is the layer in hand: what it keeps when run again, and the gradients passing through it;
-        quantization its largest weight in 16 bits. logits is the LM head and the last norm, over before the layers'
-        backward pass.
+        quantization its largest weight in 16 bits. logits is the LM head and the last norm, over before the layers run.
         """
         tokens = self.context_length * self.per_device_train_batch_size
         hidden, layers, kept = config.hidden_size, config.num_hidden_layers, self._layer_bytes(config, tokens)
@@ -235,9 +235,10 @@ class Training(Loading):
         products = 2 if not self.use_peft or "down_proj" in target_linears(config, self.target_modules) else 3
         passing = 2 * tokens * (hidden + products * config.intermediate_size)
         inputs_kept = min(layers, OFFLOAD_STASH) if self.activation_offloading else layers
-        # The last norm's fp32 input, and the larger of its backward pass (four fp32 tensors and one in bf16) and the
-        # head: a tile of logits, the scored hidden states and their gradient in fp32 and bf16.
-        head = max(tokens * hidden * (4 * 4 + 2), _tile(tokens) + tokens * hidden * (2 + 4 + 2))
+        # The last norm's fp32 input, and the larger of its backward pass (four in fp32, one in bf16) and the head: a
+        # tile of logits, scored hidden states, their gradient in fp32 and bf16. Or distillation: 5 in fp32, 3 in bf16.
+        distilled = (5 * 4 + 3 * 2) * self.distillation_length / self.context_length
+        head = max(tokens * hidden * max(4 * 4 + 2, distilled), _tile(tokens) + tokens * hidden * (2 + 4 + 2))
         each, gradient_bytes = self._weight_bytes(), 4 if self.use_peft else self._weight_bytes()
         in_hand, sizes = 1 if self.gradient_checkpointing else layers, [i * o for i, o in _linears(config).values()]
         return self._gib(

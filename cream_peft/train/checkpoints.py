@@ -153,6 +153,8 @@ def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
         "position_strategy": positions.strategy,
         "sigma": positions.sigma,
         "short_documents": positions.short_documents,
+        "distillation_weight": record.distillation_weight,
+        "distillation_length": record.distillation_length,
         "seed": record.seed,
         "data_seed": positions.seed,
         **{

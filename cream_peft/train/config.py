@@ -99,6 +99,12 @@ class CREAMConfig(SFTConfig):
     eval_length: int | None = _option(
         None, "Tokens per evaluation document, at plain positions 0..n-1. None: context_length."
     )
+    distillation_weight: float = _option(
+        0.0, "Weight of the loss that holds the adapter to the untouched base at plain positions. 0: none."
+    )
+    distillation_length: int | None = _option(
+        None, "Tokens of each window that this loss reads. None: a quarter of context_length."
+    )
     base_model_id: str | None = _option(
         None, "Hub id that the adapter names as its base when the base was loaded from a local folder."
     )
@@ -186,7 +192,7 @@ class CREAMConfig(SFTConfig):
             raise ValueError(f"num_train_epochs={self.num_train_epochs:g} must be above 0")
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps={self.max_steps} must be at least 1, or -1 to count epochs")
-        for name in ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"):
+        for name in ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "distillation_weight"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value:g} must be a finite number of at least 0")
@@ -203,14 +209,20 @@ class CREAMConfig(SFTConfig):
             raise ValueError(f"lr_scheduler_kwargs={kwargs} do not go with lr_scheduler_type={name}: {said}") from error
 
     def _check_lengths(self) -> None:
-        for name, least in (("context_length", 2), ("target_length", 2), ("eval_length", 2)):
+        for name in ("context_length", "target_length", "eval_length"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least} tokens: one is given and one predicted")
+            if value is not None and value < 2:
+                raise ValueError(f"{name}={value} must be at least 2 tokens: one is given and one predicted")
             if value is not None and value > (self.target_length or value):
                 raise ValueError(
                     f"{name}={value} is longer than target_length={self.target_length}: lower it, or raise the other"
                 )
+        length = self.distillation_length
+        if length is not None and not (self.distillation_weight and 0 < length <= (self.context_length or length)):
+            raise ValueError(
+                f"distillation_length={length} goes with a distillation_weight above 0, and must be at least 1 and at "
+                f"most context_length ({self.context_length or 'the window'})"
+            )
         if self.max_length is not None and self.max_length != self.target_length:
             raise ValueError(
                 f"max_length={self.max_length} is not for you to set: TRL would cut documents there before positions "
@@ -247,6 +259,8 @@ class CREAMConfig(SFTConfig):
             self.context_length = min(pretrained_window, self.target_length)
         if self.eval_length is None:
             self.eval_length = self.context_length
+        if self.distillation_weight and self.distillation_length is None:
+            self.distillation_length = max(1, self.context_length // 4)
         self.max_length = self.target_length
         self._check_lengths()
         return Lengths(self.context_length, self.target_length, self.eval_length)

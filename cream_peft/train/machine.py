@@ -130,6 +130,7 @@ def memory_settings(recipe: Recipe) -> tuple[Training, Validation | None]:
         per_device_train_batch_size=run.per_device_train_batch_size,
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         max_steps=run.max_steps if run.max_steps > 0 else None,
+        distillation_length=run.distillation_length or 0,
         lora_dropout=model.lora_dropout,
         gradient_checkpointing=bool(run.gradient_checkpointing),
         activation_offloading=bool(run.activation_offloading),

@@ -23,6 +23,7 @@ from ..terminal import is_first_process
 from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
 from .config import Lengths
 from .data import load_data, summary_of
+from .distillation import refuse_distillation
 from .machine import base_config, check_machine, find_adapter, memory_explained, refuse_separate_runs
 from .recipe import Recipe, RecipeError
 from .trainer import CREAMTrainer
@@ -123,6 +124,7 @@ def run_recipe(recipe: Recipe) -> RunSummary:
     adapter, folder, run = find_adapter(recipe), Path(str(recipe.run.output_dir)), recipe.run
     config = adapter.base_config if adapter else base_config(recipe)
     lengths = run.resolve(pretrained_window(config))
+    refuse_distillation(run, recipe.model.use_peft and not adapter)
     check_machine(recipe, config)
     refuse_separate_runs(run)
     with _locked_output(folder), memory_explained(recipe, config):

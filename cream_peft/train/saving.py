@@ -134,6 +134,8 @@ class SavingTrainer(PublishingTrainer):
             pretrained_window=self.pretrained_window,
             target_length=self.lengths.target_length,
             rope_scaling_type=args.rope_scaling_type,
+            distillation_weight=args.distillation_weight,
+            distillation_length=args.distillation_length,
             positions=positions,
             load_in_4bit=bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
             license=args.license or (TINY_LICENSE if self.base_model_name() == TINY_ID else None),

@@ -34,6 +34,7 @@ from .checkpoints import ResumingTrainer
 from .collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
 from .data import fit_short_documents, prepare_columns, refuse_empty, training_chat_template
+from .distillation import distil, refuse_distillation
 from .preflight import check_positions
 from .watch import StopIfNotFinite, digest, refuse_useless
 
@@ -59,7 +60,8 @@ class CREAMTrainer(ResumingTrainer):
 
     It takes SFTTrainer's arguments (`kwargs` are passed on), with a CREAMConfig. What it changes: the base's RoPE is
     scaled to `args.target_length`, the data collator is a CREAMDataCollator, adapters stay in fp32, and what it saves
-    says how the base was scaled. Evaluation runs at plain positions. The loss is TRL's own.
+    says how the base was scaled. Evaluation runs at plain positions. The loss is TRL's own; with a distillation_weight
+    the gradient of a second one is added, see `distillation.distil`, and logged beside it as distillation_loss.
 
     Raises:
         PositionError: from `train`, before the first step, if the drawn positions do not reach the model or attention
@@ -100,6 +102,7 @@ class CREAMTrainer(ResumingTrainer):
             )
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError("peft_config goes with a base: the model has an adapter already, which is trained further")
+        refuse_distillation(args, peft_config is not None)
         if args.device.type == "cpu":
             # There is nowhere to offload from, and TRL's offloading fails when it looks for a GPU.
             args.activation_offloading = False
@@ -256,6 +259,11 @@ class CREAMTrainer(ResumingTrainer):
         super()._set_signature_columns_if_needed()
         columns = self._signature_columns or []
         self._signature_columns = columns if ROW_COLUMN in columns else [*columns, ROW_COLUMN]
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        if self.args.distillation_weight and self.model.training:
+            self._metrics["train"]["distillation_loss"].append(distil(self, model, inputs))
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any):
         self.check_positions()
