@@ -184,6 +184,23 @@ def test_a_checkpoint_of_before_there_were_options_goes_on_with_the_sigma_that_i
     assert resume(run, "--sigma", "3").loss is not None
 
 
+def test_an_infinite_sigma_is_recorded_as_json_and_resumed(tmp_path):
+    train(tmp_path, "--sigma", "inf")
+    file = tmp_path / "cream.json"
+    content = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert content["positions"]["options"]["sigma"] == content["recipe"]["sigma"] == "inf"
+    assert resume(tmp_path, "--sigma", "inf").loss is None
+    with pytest.raises(CheckpointError, match="sigma=inf, now None"):
+        resume(tmp_path)
+
+
+def test_a_growing_target_is_refused_for_a_stream(tmp_path):
+    with pytest.raises(ValueError, match=r"target_growth=0.5 cannot go with a streamed data set"):
+        (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(9)))
+        data = ["--dataset_streaming", "true", "--dataset_name", str(tmp_path / "d.jsonl")]
+        train(tmp_path / "run", *data, "--target_growth", "0.5")
+
+
 GROWING = ["--target_growth", "1", "--contiguous_share", "0.2", "--gradient_accumulation_steps", "2"]
 GROWING += ["--held_out_documents", "4", "--eval_strategy", "steps", "--eval_steps", "1"]
 
