@@ -181,6 +181,9 @@ def plot_command(arguments: list[str]) -> None:
     parser.option("task", "draw this one; default: every task in the files, a picture each")
     parser.option("title", "what stands above", default="")
     parser.option("positions", "draw the positions of each strategy, no results", action="store_true")
+    parser.option(
+        "strategies", "of --positions, such as pose,chunks=4", nargs="+", default=["contiguous", "pose", "cream"]
+    )
     parser.option("context_length", "of --positions: tokens fed", type=int, default=256)
     parser.option("target_length", "of --positions: the length to reach", type=int, default=2048)
     options = parser.parse_args(arguments)
@@ -191,7 +194,7 @@ def plot_command(arguments: list[str]) -> None:
     if options.positions:
         from .evals.draw_positions import positions_figure
 
-        figure = positions_figure(options.context_length, options.target_length)
+        figure = positions_figure(options.context_length, options.target_length, strategies=options.strategies)
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(options.output)
         print(f"The picture is {options.output}")

@@ -6,10 +6,13 @@ All lengths are in tokens. Under the equations: N window, L target, n document, 
 """
 
 import bisect
+import inspect
 import math
 import operator
 from collections.abc import Callable
 from functools import lru_cache
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,22 +38,25 @@ def cream(
         context_length: tokens fed, the window.
         target_length: the length to reach; positions lie in 0..target_length - 1.
         rng: from `generator`.
-        sigma: standard deviation of the middle's place, in half windows (of the tokens fed). None is 3 f / 8 with
-            f = target_length / min(num_tokens, context_length): the paper's 3 at f = 8.
+        sigma: width of the law of the middle's place, in half windows (of the tokens fed; f is target_length /
+            min(num_tokens, context_length)). None is 3 f / 8, truncated to what fits and renormalised: the same shape
+            at any factor, but distances just above the window and just below the target become rare as f grows. A
+            number is the authors' law, which they found best at 3 and f = 8: what the Gaussian puts outside goes to
+            the two ends, where the middle touches head or tail. With 3 f / 8 these are 2 % of the draws at f = 8, half
+            of them at f = 2. inf is a middle that ends anywhere alike: of the three it trains the rarest distances
+            most, and the centre no more than the rest.
 
     Returns:
         Token indices and position ids. Positions begin at 0 and, with two tokens or more, end at target_length - 1.
 
     Raises:
-        ValueError: a length below 1, target_length below context_length, or a sigma that is not positive and finite.
+        ValueError: a length below 1, target_length below context_length, or a sigma that is not above 0.
     """
     n, window, L = _checked_lengths(num_tokens, context_length, target_length)
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"sigma={sigma} must be above 0 (half windows; inf is a uniform middle)")
     N = min(n, window)
     factor = L / N
-    if sigma is None:
-        sigma = SIGMA_PER_FACTOR * factor
-    if not (sigma > 0 and math.isfinite(sigma)):
-        raise ValueError(f"sigma must be a positive finite number, or None for 3/8 of the factor; got {sigma}")
 
     # "Relativity" makes three equal parts; "continuity" keeps the ends short, so that the middle is nearly the window.
     third = max(1, N // 3)
@@ -59,34 +65,48 @@ def cream(
     t = min(h, N - h)
     m = N - h - t
 
-    alpha = _draw_half_windows(factor, sigma, rng)
-    # Both bounds in whole numbers: alpha >= 2 makes the interval never empty, alpha <= 2 f keeps it before the tail.
-    middle_end = int(rng.integers(h + (m - 1) * alpha // 2, alpha * N // 2 - t - 1, endpoint=True))
+    if sigma == math.inf:
+        first_end, last_end = N - t - 1, L - t - 1
+    else:
+        alpha = _draw_half_windows(factor, sigma, rng)
+        # alpha >= 2 makes the interval never empty, alpha <= 2 f keeps it before the tail.
+        first_end, last_end = int(h + (m - 1) * alpha // 2), int(alpha * N // 2) - t - 1
+    middle_end = int(rng.integers(first_end, last_end, endpoint=True))
 
     # A middle that would reach into the tail's tokens, or beyond the document, takes those just before the tail.
     last_middle_token = min(middle_end, n - t - 1)
     return _three_runs(N, h, t, last_middle_token, n), _three_runs(N, h, t, middle_end, L)
 
 
-def pose(num_tokens: int, context_length: int, target_length: int, rng: np.random.Generator) -> Draw:
-    """PoSE: two chunks with one random skip between their positions (arXiv 2309.10400).
+def pose(num_tokens: int, context_length: int, target_length: int, rng: np.random.Generator, chunks: int = 2) -> Draw:
+    """PoSE: chunks with a random skip before each but the first (arXiv 2309.10400).
 
-    The first r tokens keep positions 0..r-1, r at most half of what is fed; the rest is a chunk from further on in
-    the document, its positions raised by a skip of 0..target_length - (tokens fed).
+    With two, as published, the first r tokens keep positions 0..r-1, r at most half of what is fed; the rest is a
+    chunk from further on in the document, its positions raised by a skip of 0..target_length - (tokens fed). Of more
+    chunks each takes at most its share of the tokens that are left, the last one the rest, and each is raised by at
+    least as much as the one before it.
 
     Raises:
-        ValueError: a length below 1, or target_length below context_length.
+        ValueError: a length below 1, target_length below context_length, or fewer than two chunks.
     """
     n, window, L = _checked_lengths(num_tokens, context_length, target_length)
+    if chunks < 2:
+        raise ValueError(f"chunks={chunks} must be at least 2: position_strategy=contiguous has one")
     N = min(n, window)
-    first_chunk = rng.integers(1, (N + 1) // 2, endpoint=True)
-    skip = rng.integers(0, L - N, endpoint=True)
-    second_chunk_end = rng.integers(N, min(n, L), endpoint=True)
-    token_indices = np.arange(N, dtype=np.int64)
-    token_indices[first_chunk:] += second_chunk_end - N
-    position_ids = np.arange(N, dtype=np.int64)
-    position_ids[first_chunk:] += skip
-    return token_indices, position_ids
+    chunks = min(chunks, N)
+    lengths: list[int] = []
+    for left in range(chunks, 1, -1):
+        lengths.append(int(rng.integers(1, (N - sum(lengths) + left - 1) // left, endpoint=True)))
+    lengths.append(N - sum(lengths))
+
+    def raised(most: int) -> NDArray[np.int64]:
+        shifts = [0]
+        for _ in lengths[1:]:
+            shifts.append(int(rng.integers(shifts[-1], most, endpoint=True)))
+        return np.arange(N, dtype=np.int64) + np.repeat(shifts, lengths)
+
+    position_ids = raised(L - N)
+    return raised(min(n, L) - N), position_ids
 
 
 def randpos(num_tokens: int, context_length: int, target_length: int, rng: np.random.Generator) -> Draw:
@@ -99,6 +119,30 @@ def randpos(num_tokens: int, context_length: int, target_length: int, rng: np.ra
     N = min(n, window)
     sample = rng.choice(L, size=N, replace=False, shuffle=False)
     return np.arange(N, dtype=np.int64), np.sort(sample).astype(np.int64, copy=False)
+
+
+def segments(
+    num_tokens: int, context_length: int, target_length: int, rng: np.random.Generator, segment_length: int = 32
+) -> Draw:
+    """Short segments of the first tokens, the positions that are skipped shared out between them (arXiv 2409.00509).
+
+    LongRecipe cuts at the ends of sentences. Here a cut follows each token with probability 1 / segment_length, which
+    is the mean number of tokens between cuts; 1 is RandPos that begins at 0. The first segment begins at 0, and every
+    way to share out the skipped positions, before each other segment and after the last, is as likely.
+
+    Raises:
+        ValueError: a length below 1, target_length below context_length, or a segment_length below 1.
+    """
+    n, window, L = _checked_lengths(num_tokens, context_length, target_length)
+    if segment_length < 1:
+        raise ValueError(f"segment_length={segment_length} must be at least 1 token")
+    N = min(n, window)
+    segment_of = np.concatenate([[0], np.cumsum(rng.random(N - 1) < 1 / segment_length)])
+    cuts = int(segment_of[-1])
+    # Sorted places of the cuts among themselves and the skipped positions: what precedes a cut has been skipped.
+    places = np.sort(rng.choice(L - N + cuts, size=cuts, replace=False, shuffle=False))
+    skipped = np.concatenate([[0], places - np.arange(cuts)])
+    return np.arange(N, dtype=np.int64), np.arange(N, dtype=np.int64) + skipped[segment_of]
 
 
 def contiguous(num_tokens: int, context_length: int, target_length: int, rng: np.random.Generator) -> Draw:
@@ -116,8 +160,15 @@ POSITION_STRATEGIES: dict[str, Callable[..., Draw]] = {
     "cream": cream,
     "pose": pose,
     "randpos": randpos,
+    "segments": segments,
     "contiguous": contiguous,
 }
+
+
+def options_of(strategy: str) -> dict[str, Any]:
+    """The options that a strategy takes beside lengths and random numbers, and their defaults."""
+    parameters = inspect.signature(POSITION_STRATEGIES[strategy]).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
 
 
 def generator(seed: int, epoch: int, row: int) -> np.random.Generator:
@@ -148,17 +199,22 @@ def _checked_lengths(num_tokens: int, context_length: int, target_length: int) -
 
 
 @lru_cache(maxsize=128)
-def _truncated_gaussian(factor: float, sigma: float) -> tuple[list[float], list[float]]:
-    """CDF of N(factor + 1, sigma^2) and the half windows 2..2 factor it is taken at, GRID_POINTS numbers each."""
+def _gaussian(factor: float, sigma: float) -> tuple[list[float], list[float]]:
+    """CDF of N(factor + 1, sigma^2), and the half windows 2..2 factor it is taken at: the authors' grid."""
     half_windows = np.linspace(2, 2 * factor, GRID_POINTS).tolist()
     scale = sigma * math.sqrt(2)
     return [0.5 * (1 + math.erf((x - factor - 1) / scale)) for x in half_windows], half_windows
 
 
-def _draw_half_windows(factor: float, sigma: float, rng: np.random.Generator) -> int:
-    """alpha, in 2..floor(2 factor). What the Gaussian puts outside the range goes to its two ends, as published."""
-    cdf, half_windows = _truncated_gaussian(factor, sigma)
+def _draw_half_windows(factor: float, sigma: float | None, rng: np.random.Generator) -> float:
+    """alpha: without a sigma in [2, 2 factor], with one in 2..floor(2 factor), where what the Gaussian puts outside
+    goes to the two ends, as published."""
     u = rng.random()
+    if sigma is None:
+        gaussian = NormalDist(factor + 1, SIGMA_PER_FACTOR * factor)
+        low, high = gaussian.cdf(2), gaussian.cdf(2 * factor)
+        return min(max(2.0, gaussian.inv_cdf(low + u * (high - low))), 2 * factor)
+    cdf, half_windows = _gaussian(factor, sigma)
     # numpy's interp converts both lists to arrays for each number, which takes ten times longer.
     above = bisect.bisect_right(cdf, u)
     if above in (0, GRID_POINTS):

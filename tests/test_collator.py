@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from cream_peft.positions import POSITION_STRATEGIES
+from cream_peft import CREAMTrainer
+from cream_peft.positions import POSITION_STRATEGIES, options_of
 from cream_peft.train.collator import DRAWS_PER_ROW, EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 
 
@@ -117,3 +119,105 @@ def test_redraws_in_worker_processes_are_counted_too():
     collate = collator()
     list(DataLoader(examples, batch_size=2, collate_fn=collate, num_workers=2))
     assert collate.unlabelled() == 8
+
+
+@pytest.mark.parametrize("strategy", ["cream", "pose", "randpos", "segments"])
+def test_a_share_of_the_draws_is_contiguous(strategy):
+    settings = {"position_strategy": strategy}
+    if strategy == "segments":
+        settings["strategy_options"] = {"segment_length": 4}  # the default's would leave many of 64 tokens in one
+
+    def plain(**share):
+        batch = collator(**settings, **share)(rows(2000))
+        numbers = torch.arange(64)
+        return ((batch["position_ids"] == numbers) & (batch["input_ids"] == numbers + 1)).all(1)
+
+    assert stats.binomtest(int(plain(contiguous_share=0.3).sum()), 2000, 0.3).pvalue > 1e-3
+    assert plain(contiguous_share=1.0).all() and plain().sum() < 5
+
+
+@pytest.mark.parametrize("strategy", ["cream", "pose"])
+def test_contiguous_text_has_the_strategys_positions_and_the_first_tokens(strategy):
+    batch, crops = (collator(position_strategy=strategy, contiguous_text=text)(rows(50)) for text in (True, False))
+    assert torch.equal(batch["position_ids"], crops["position_ids"])
+    assert (batch["input_ids"] == torch.arange(1, 65)).all()
+    assert (crops["input_ids"] != torch.arange(1, 65)).any()  # control
+
+
+def test_the_options_of_a_strategy_reach_it():
+    def most_segments(**changes):
+        return int((collator(**changes)(rows(50))["position_ids"].diff(dim=1) > 1).sum(1).max()) + 1
+
+    assert most_segments(position_strategy="pose") == 2
+    assert most_segments(position_strategy="pose", strategy_options={"chunks": 5}) == 5
+
+
+@pytest.mark.parametrize("strategy", POSITION_STRATEGIES)
+def test_a_growing_target_rises_from_the_window_by_whole_steps(strategy):
+    collate = collator(position_strategy=strategy, target_growth=0.5)
+    assert collate.current_target() == 512  # outside of training
+    collate.set_progress(step=0, steps=8, batches_per_step=2)
+    targets, highest = [], []
+    for _ in range(16):
+        targets.append(collate.current_target())
+        # Evaluation comes between the batches and does not count.
+        collate([{"input_ids": np.arange(100), ROW_COLUMN: EVALUATION_ROW}])
+        highest.append(int(collate(rows(40))["position_ids"].max()))
+    rising = [64, 64 + 112, 64 + 224, 64 + 336]
+    assert targets == [target for target in rising + 4 * [512] for _ in range(2)]
+    assert all(last < target for last, target in zip(highest, targets, strict=True))
+    if strategy != "contiguous":
+        assert all(last > 0.75 * target for last, target in zip(highest, targets, strict=True))
+    collate.set_progress(step=3, steps=8, batches_per_step=2)
+    assert collate.current_target() == 400
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": -1, "num_train_epochs": 3}])
+def test_the_trainer_lets_the_target_grow_over_its_steps(
+    options, make_model, make_documents, make_config, tiny_tokenizer, lora
+):
+    class Noting(CREAMDataCollator):
+        targets = ()
+
+        def __call__(self, examples):
+            if examples[0][ROW_COLUMN] != EVALUATION_ROW:
+                self.targets += (self.current_target(),)
+            return super().__call__(examples)
+
+    # Three batches of documents are a step of two and, at the end of each epoch, a step of one.
+    settings = {"max_steps": 6, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = CREAMTrainer(
+        model=make_model(), args=make_config(**(settings | options), target_growth=1.0),
+        data_collator=(noting := Noting(0, context_length=64, target_length=512, target_growth=1.0)),
+        train_dataset=make_documents(12), eval_dataset=make_documents(4), processing_class=tiny_tokenizer,
+        peft_config=lora(),
+    )  # fmt: skip
+    trainer.check_positions = lambda: None
+    trainer.train()
+    by_step = [64 + 448 * step // 6 for step in range(6)]
+    assert trainer.state.global_step == 6
+    assert noting.targets == tuple(by_step[step] for step in (0, 0, 1, 2, 2, 3, 4, 4, 5))
+
+
+def test_every_option_of_a_strategy_is_a_key_and_another_strategys_is_refused(make_config):
+    values = {"sigma": 2.0, "chunks": 3, "segment_length": 9}
+    assert values.keys() == {name for strategy in POSITION_STRATEGIES for name in options_of(strategy)}
+    for strategy, (name, value) in ((s, one) for s in POSITION_STRATEGIES for one in values.items()):
+        if name in options_of(strategy):
+            config = make_config(position_strategy=strategy, **{name: value})
+            assert config.strategy_options() == {name: value}
+        else:
+            with pytest.raises(ValueError, match=f"{name}={value} goes with position_strategy=.*, got {strategy}"):
+                make_config(position_strategy=strategy, **{name: value})
+
+
+def test_positions_are_checked_on_a_draw_that_jumps(make_model, make_documents, make_config, tiny_tokenizer, lora):
+    trainer = CREAMTrainer(
+        model=make_model(), args=make_config(contiguous_share=0.8, target_growth=0.5),
+        train_dataset=make_documents(12), processing_class=tiny_tokenizer, peft_config=lora(),
+    )  # fmt: skip
+    drawn, collate = [], trainer.data_collator
+    trainer.data_collator = lambda examples: drawn.append(collate(examples)) or drawn[-1]
+    trainer.check_positions()
+    assert (drawn[-1]["position_ids"].diff() > 1).any()
+    assert not (drawn[0]["position_ids"].diff() > 1).any()  # control

@@ -65,6 +65,36 @@ def test_the_curves_count_the_examples_that_hold_a_position_and_a_distance(figur
             np.testing.assert_allclose(axes.lines[line].get_ydata(), counted, atol=1e-9)
 
 
+def test_other_strategies_are_drawn_where_they_are_named():
+    named = ["cream,sigma=inf", "pose,chunks=4", "segments,segment_length=64", "randpos"]
+    figure = positions_figure(WINDOW, TARGET, ROWS, named)
+    labels = [label.get_text().split("\n")[0] for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["CREAM sigma=inf"] * 2 + ["PoSE chunks=4", "segments segment_length=64", "RandPos"]
+    assert [line.get_label() for line in figure.axes[1].lines] == labels[1:]
+    assert len(bars(figure.axes[0], 2.1)) == 4
+    drawn = [
+        POSITION_STRATEGIES["pose"](TARGET, WINDOW, TARGET, generator(0, 0, row), chunks=4)[1] for row in range(ROWS)
+    ]
+    apart = [np.isin(np.arange(TARGET), ids[:, None] - ids[None, :]) for ids in drawn]
+    np.testing.assert_allclose(figure.axes[2].lines[1].get_ydata(), 100 * np.mean(apart, axis=0), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ("craem", "'craem' is no position strategy: use one of cream, "),
+        ("cream,chunks=3", "'cream,chunks=3': cream takes sigma, not chunks"),
+        ("randpos,sigma=3", "randpos takes no option, not sigma"),
+        ("pose,chunks=x", "'pose,chunks=x': chunks must be a number"),
+        ("pose,chunks=1", "chunks=1 must be at least 2"),
+    ],
+)
+def test_a_strategy_that_is_not_there_is_not_drawn(strategy, said, capsys):
+    assert main(["plot", "--positions", "--strategies", strategy]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
 def test_plot_positions_writes_the_picture_of_readme(tmp_path, capsys):
     path = tmp_path / "new" / "positions.png"
     assert main(["plot", "--positions", "--output", str(path)]) == 0

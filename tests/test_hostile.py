@@ -31,6 +31,7 @@ EDITS = {
     (CREAM, "rope_scaling_type"): [3, "banana"],
     (CREAM, "positions"): [[1], "cream"],
     (CREAM, "positions.sigma"): ["wide", -3.0],
+    (CREAM, "positions.options"): ["wide", [3.0]],
     (CREAM, "steps"): ["many", -1],
     (CREAM, "versions"): [["x"]],
     (CREAM, "format"): ["two", [2], 99],

@@ -1,4 +1,6 @@
 import json
+import math
+import time
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -6,11 +8,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cream_peft.positions import POSITION_STRATEGIES, cream, generator
+from cream_peft.positions import POSITION_STRATEGIES, cream, generator, options_of
 
 AUTHORS = json.loads((Path(__file__).parent / "data" / "authors_draws.json").read_text())["settings"]
 SETTINGS = [pytest.param(s, id=f"window {s['window']} factor {s['factor']}") for s in AUTHORS]
 STRATEGIES = sorted(POSITION_STRATEGIES)
+WITH_OPTIONS = [(strategy, {}) for strategy in STRATEGIES] + [
+    ("cream", {"sigma": 3.0}),
+    ("cream", {"sigma": math.inf}),
+    ("pose", {"chunks": 3}),
+    ("pose", {"chunks": 40}),
+    ("segments", {"segment_length": 1}),
+    ("segments", {"segment_length": 7}),
+]
 # The statistical tests are seeded, so they cannot be flaky; a wrong law gives a p-value far below this.
 SMALLEST_P = 1e-3
 BRANCH_COIN = {"relativity": 0.25, "continuity": 0.75}
@@ -64,8 +74,8 @@ def assert_contract(draw, num_tokens, context_length, target_length):
         assert numbers[0] >= 0 and numbers[-1] < end
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_keeps_the_contract_over_windows_targets_and_documents(strategy):
+@pytest.mark.parametrize(("strategy", "options"), WITH_OPTIONS)
+def test_every_strategy_keeps_the_contract_over_windows_targets_and_documents(strategy, options):
     windows_and_targets = [
         (256, 2048),
         (255, 2048),
@@ -81,17 +91,18 @@ def test_every_strategy_keeps_the_contract_over_windows_targets_and_documents(st
         documents |= {target_length - 1, target_length, target_length + 1, 3 * target_length}
         for num_tokens, row in product(sorted(documents), range(12)):
             rng = generator(7, 0, row)
-            draw = POSITION_STRATEGIES[strategy](num_tokens, context_length, target_length, rng)
+            draw = POSITION_STRATEGIES[strategy](num_tokens, context_length, target_length, rng, **options)
             assert_contract(draw, num_tokens, context_length, target_length)
             assert strategy == "randpos" or draw[1][0] == 0
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_smallest_windows_and_documents_keep_the_contract(strategy):
+@pytest.mark.parametrize(("strategy", "options"), WITH_OPTIONS)
+def test_the_smallest_windows_and_documents_keep_the_contract(strategy, options):
     for num_tokens, context_length, extra in product(range(1, 14), range(1, 10), (0, 1, 2, 5, 30)):
         target_length = context_length + extra
         for row in range(4):
-            draw = POSITION_STRATEGIES[strategy](num_tokens, context_length, target_length, generator(1, 2, row))
+            rng = generator(1, 2, row)
+            draw = POSITION_STRATEGIES[strategy](num_tokens, context_length, target_length, rng, **options)
             assert_contract(draw, num_tokens, context_length, target_length)
             if strategy == "cream":
                 fed_one = len(draw[1]) == 1
@@ -99,7 +110,7 @@ def test_the_smallest_windows_and_documents_keep_the_contract(strategy):
                 assert draw[0][0] == 0 and draw[0][-1] == (0 if fed_one else num_tokens - 1)
 
 
-@pytest.mark.parametrize("sigma", [5e-324, 1e-9, 0.01, 3, 1e6, 1e300])
+@pytest.mark.parametrize("sigma", [5e-324, 1e-9, 0.01, 3, 1e6, 1e300, math.inf])
 def test_cream_keeps_the_contract_at_extreme_sigmas(sigma):
     for num_tokens, target_length, row in product((1, 3, 64, 65, 700), (64, 65, 100, 640), range(20)):
         draw = cream(num_tokens, 64, target_length, generator(3, 0, row), sigma=sigma)
@@ -127,10 +138,20 @@ def test_impossible_lengths_are_refused_with_what_was_got_and_what_is_allowed(st
         POSITION_STRATEGIES[strategy](*lengths, generator(0, 0, 0))
 
 
-@pytest.mark.parametrize("sigma", [0, -1.0, float("nan"), float("inf")])
-def test_a_sigma_that_is_not_positive_and_finite_is_refused(sigma):
-    with pytest.raises(ValueError, match=f"sigma must be a positive finite number.*got {sigma}"):
-        cream(100, 64, 512, generator(0, 0, 0), sigma=sigma)
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("cream", {"sigma": sigma}) for sigma in (0, -1.0, math.nan, -math.inf)]
+    + [("pose", {"chunks": 1}), ("segments", {"segment_length": 0})],
+)
+def test_an_option_out_of_its_range_is_refused(strategy, options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value} must be (above 0|at least [12])"):
+        POSITION_STRATEGIES[strategy](100, 64, 512, generator(0, 0, 0), **options)
+
+
+def test_the_options_of_a_strategy_are_those_of_its_signature():
+    assert options_of("cream") == {"sigma": None} and options_of("pose") == {"chunks": 2}
+    assert options_of("segments") == {"segment_length": 32} and options_of("randpos") == {}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -190,7 +211,7 @@ def test_the_middle_ends_where_the_authors_own_draws_end(setting):
 
 def test_the_middle_ends_by_the_exact_law_in_both_branches():
     setting = AUTHORS[0]
-    draws = [edge_and_middle_end(cream(4096, 4096, 32768, generator(5, 0, row))[1], 32768) for row in range(6000)]
+    draws = [edge_and_middle_end(cream(4096, 4096, 32768, generator(5, 0, row), 3.0)[1], 32768) for row in range(6000)]
     law = setting["alpha"]
     for branch in setting["branches"].values():
         intervals = branch["last_position_of_middle"]
@@ -260,7 +281,7 @@ def test_a_factor_that_is_not_whole_is_used_as_it_is():
     # f = 3.90625: k = floor(4 f) = 15, so m = 226; the mean, f + 1, gives alpha 4, and the upper end, 2 f, gives 7.
     for uniform, alpha in ((0.0, 2), (0.5, 4), (1 - 1e-9, 7)):
         rng = ScriptedGenerator("continuity", uniform)
-        assert edge_and_middle_end(cream(256, 256, 1000, rng)[1], 1000)[0] == 15
+        assert edge_and_middle_end(cream(256, 256, 1000, rng, 3 * 3.90625 / 8)[1], 1000)[0] == 15
         assert rng.interval == [15 + 225 * alpha // 2, alpha * 256 // 2 - 15 - 1]
 
 
@@ -271,33 +292,68 @@ def test_at_a_factor_of_one_cream_is_contiguous_and_just_above_it_only_the_tail_
         assert tail in ([97, 101], [68, 101])
 
 
-def test_no_sigma_is_three_at_a_factor_of_eight_and_grows_with_the_factor():
-    def same(target_length, sigma, row, num_tokens=1000):
-        drawn = [cream(num_tokens, 256, target_length, generator(4, 1, row), sigma=s)[1] for s in (None, sigma)]
-        return np.array_equal(*drawn)
+@pytest.mark.parametrize(("window", "target_length"), [(4096, 8192), (4096, 32768), (256, 1000), (256, 64 * 256)])
+def test_without_a_sigma_the_middles_place_is_a_truncated_gaussian(window, target_length):
+    factor = target_length / window
+    width = 3 * factor / 8
+    law = stats.truncnorm((1 - factor) / width, (factor - 1) / width, factor + 1, width)
+    ends = {"relativity": window // 3, "continuity": min(int(4 * factor), window // 3)}
+    for (branch, end), uniform in product(ends.items(), np.linspace(0, 0.999, 200)):
+        rng, alpha = ScriptedGenerator(branch, uniform), law.ppf(uniform)
+        cream(window, window, target_length, rng)
+        wanted = end + (window - 2 * end - 1) * alpha / 2, alpha * window / 2 - end - 1
+        # Both bounds are rounded down.
+        assert (np.subtract(wanted, rng.interval) > -1e-6).all() and (np.subtract(wanted, rng.interval) < 1).all()
 
-    rows = range(100)
-    assert all(same(8 * 256, 3.0, row) for row in rows)
-    assert all(same(64 * 256, 24.0, row) for row in rows)
-    assert all(same(8 * 256, 12.0, row, num_tokens=64) for row in rows)
-    assert not all(same(64 * 256, 3.0, row) for row in rows)
+
+def test_no_draws_pile_up_at_the_ends_unless_a_sigma_is_given():
+    def touching(factor, sigma):
+        """The share of draws whose middle touches head or tail."""
+        drawn = [cream(9999, 1024, 1024 * factor, generator(4, 1, row), sigma)[1] for row in range(2000)]
+        return np.mean([len(runs(position_ids)) < 3 for position_ids in drawn])
+
+    assert touching(2, None) < 0.01 and touching(8, None) < 0.002
+    assert touching(2, math.inf) < 0.01
+    # The controls: the authors' law with as wide a Gaussian, and with a wider one that should be nearly uniform.
+    assert touching(2, 0.75) > 0.45 and touching(8, 24.0) > 0.3
 
 
-def test_a_sigma_that_grows_with_the_factor_trains_the_distances_a_fixed_one_never_sees():
-    window, target_length = 4096, 64 * 4096
+@pytest.mark.parametrize(("branch", "end"), [("relativity", 85), ("continuity", 16)])
+def test_with_an_infinite_sigma_the_middle_ends_anywhere_alike(branch, end):
+    rng = ScriptedGenerator(branch, None)
+    cream(9999, 256, 1024, rng, math.inf)
+    assert rng.interval == [256 - end - 1, 1024 - end - 1]
 
-    def share_of_distances_seen(sigma):
+
+def distances_seen(strategy, window, target_length, rows, **options):
+    """The share of draws that train each distance, by distance."""
+    counts = np.zeros(target_length)
+    for row in range(rows):
+        rng = generator(0, 0, row)
+        segments = runs(POSITION_STRATEGIES[strategy](target_length, window, target_length, rng, **options)[1])
         seen = np.zeros(target_length, dtype=bool)
-        for row in range(400):
-            segments = runs(cream(target_length, window, target_length, generator(0, 0, row), sigma=sigma)[1])
-            for i, (start, end) in enumerate(segments):
-                for later_start, later_end in segments[i:]:
-                    seen[max(0, later_start - end + 1) : later_end - start] = True
-        return seen.mean()
+        for i, (start, end) in enumerate(segments):
+            for later_start, later_end in segments[i:]:
+                seen[max(0, later_start - end + 1) : later_end - start] = True
+        counts += seen
+    return counts / rows
 
-    assert share_of_distances_seen(None) > 0.92
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_every_distance_up_to_the_target_is_trained(factor):
+    for strategy, options in [("cream", {}), ("cream", {"sigma": math.inf}), ("segments", {})]:
+        assert distances_seen(strategy, 1024, 1024 * factor, 400, **options).min() > 0
+    # The control: plain positions.
+    assert distances_seen("contiguous", 1024, 1024 * factor, 2)[1024:].max() == 0
+
+
+def test_at_a_factor_of_64_only_the_papers_sigma_leaves_distances_out():
+    def share(**options):
+        return (distances_seen("cream", 4096, 64 * 4096, 400, **options) > 0).mean()
+
+    assert share() > 0.92 and share(sigma=math.inf) == 1
     # The control: the paper's sigma leaves about a third of the distances untrained at this factor.
-    assert 0.65 < share_of_distances_seen(3.0) < 0.75
+    assert 0.65 < share(sigma=3.0) < 0.75
 
 
 def test_pose_makes_one_skip_in_positions_and_one_in_tokens_each_uniform():
@@ -322,6 +378,62 @@ def test_pose_makes_one_skip_in_positions_and_one_in_tokens_each_uniform():
     for values, low, high in ((first_chunks, 1, 4), (skips, 0, 32), (ends, 8, 20)):
         assert min(values) == low and max(values) == high
         assert stats.chisquare(np.bincount(values)[low:]).pvalue > SMALLEST_P
+
+
+def test_pose_with_two_chunks_takes_the_same_random_numbers_as_its_definition():
+    for num_tokens, row in product((20, 64, 5000), range(50)):
+        rng, fed = generator(3, 0, row), min(num_tokens, 64)
+        first, skip = rng.integers(1, (fed + 1) // 2, endpoint=True), rng.integers(0, 512 - fed, endpoint=True)
+        end = rng.integers(fed, min(num_tokens, 512), endpoint=True)
+        token_indices, position_ids = POSITION_STRATEGIES["pose"](num_tokens, 64, 512, generator(3, 0, row))
+        assert position_ids.tolist() == [*range(first), *range(first + skip, fed + skip)]
+        assert token_indices.tolist() == [*range(first), *range(end - fed + first, end)]
+
+
+def test_each_chunk_of_pose_is_raised_by_at_least_as_much_as_the_one_before():
+    shifts = []
+    for row in range(3000):
+        tokens, positions = POSITION_STRATEGIES["pose"](90, 9, 40, generator(0, 0, row), chunks=3)
+        raised = positions - np.arange(9)
+        assert (np.diff(raised) >= 0).all() and len(set(raised)) <= 3 and raised[0] == 0 and raised[-1] <= 31
+        assert (np.diff(tokens - np.arange(9)) >= 0).all() and len(set(tokens - np.arange(9))) <= 3
+        shifts.append(int(raised[-1]))
+    # The last skip, from the first one, which is uniform: P(s) = sum over first <= s of 1 / 32 / (32 - first).
+    law = [sum(1 / 32 / (32 - first) for first in range(last + 1)) for last in range(32)]
+    observed, expected = np.bincount(shifts, minlength=32), np.array(law) * len(shifts)
+    cells = [slice(0, 12), *(slice(i, i + 1) for i in range(12, 32))]
+    pairs = np.array([(observed[cell].sum(), expected[cell].sum()) for cell in cells])
+    assert stats.chisquare(*pairs.T).pvalue > SMALLEST_P
+
+
+def test_segments_share_out_the_skipped_positions_in_every_way_alike():
+    # With a cut after every token each set of three positions that holds 0 is as likely.
+    counts = {}
+    for row in range(4000):
+        token_indices, position_ids = POSITION_STRATEGIES["segments"](9, 3, 7, generator(0, 0, row), segment_length=1)
+        assert token_indices.tolist() == [0, 1, 2] and position_ids[0] == 0
+        counts[tuple(position_ids.tolist())] = counts.get(tuple(position_ids.tolist()), 0) + 1
+    assert len(counts) == 15 and stats.chisquare(list(counts.values())).pvalue > SMALLEST_P
+
+
+def test_segments_are_cut_after_each_token_alike():
+    # So long a target hardly ever skips nothing at a cut.
+    cuts, rows = np.zeros(99), 3000
+    for row in range(rows):
+        position_ids = POSITION_STRATEGIES["segments"](999, 100, 10**6, generator(0, 0, row), segment_length=5)[1]
+        cuts += np.diff(position_ids) > 1
+    assert stats.binomtest(int(cuts.sum()), 99 * rows, 1 / 5).pvalue > SMALLEST_P
+    assert stats.chisquare(cuts).pvalue > SMALLEST_P
+
+
+@pytest.mark.parametrize(("strategy", "options"), WITH_OPTIONS)
+def test_a_draw_of_4096_tokens_takes_less_than_a_millisecond(strategy, options):
+    def seconds(row):
+        rng, start = generator(0, 0, row), time.perf_counter()
+        POSITION_STRATEGIES[strategy](32768, 4096, 32768, rng, **options)
+        return time.perf_counter() - start
+
+    assert min(map(seconds, range(50))) < 1e-3
 
 
 def test_pose_never_takes_tokens_beyond_the_target_length():
@@ -350,10 +462,10 @@ def test_token_indices_and_position_ids_do_not_share_memory():
         assert not np.shares_memory(*strategy(100, 64, 64, generator(0, 0, 0)))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_draw_depends_on_seed_epoch_and_row_and_on_nothing_else(strategy):
+@pytest.mark.parametrize(("strategy", "options"), WITH_OPTIONS)
+def test_a_draw_depends_on_seed_epoch_and_row_and_on_nothing_else(strategy, options):
     def draw(row):
-        return POSITION_STRATEGIES[strategy](700, 64, 640, generator(42, 1, row))
+        return POSITION_STRATEGIES[strategy](700, 64, 640, generator(42, 1, row), **options)
 
     state = np.random.get_state()[1].copy()
     forwards = {row: draw(row) for row in range(30)}

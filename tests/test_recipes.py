@@ -342,7 +342,7 @@ def test_cream_json_holds_the_positions_of_the_recipe(trained):
     positions = found["positions"]
     assert (positions["strategy"], positions["short_documents"]) == (run.position_strategy, run.short_documents)
     assert (positions["context_length"], positions["factor"]) == (CONTEXT, factor)
-    assert positions["sigma"] == (run.sigma or 3 * factor / 8)
+    assert positions["options"].items() >= run.strategy_options().items() and positions["options"]["sigma"] == run.sigma
     assert (found["target_length"], found["rope_scaling_type"]) == (trained.target_length, run.rope_scaling_type)
     window = pretrained_window(base.embedded_config(trained.written.model.model_name_or_path))
     assert found["target_length"] / found["pretrained_window"] == run.target_length / window

@@ -23,6 +23,7 @@ from cream_peft.model.check import check_adapter
 from cream_peft.model.record import AdapterError, Record, adapter_sha256
 from cream_peft.tiny import base_folder
 from cream_peft.train.checkpoints import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
+from cream_peft.train.collator import CREAMDataCollator
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.run import run_recipe
 from cream_peft.train.saving import saved_whole
@@ -104,7 +105,9 @@ OTHER_SETTINGS = {
     "target_length": (["--target_length", "1024"], "target_length=512, now 1024"),
     "context_length": (["--context_length", "32"], "context_length=64, now 32"),
     "position_strategy": (["--position_strategy", "pose"], "position_strategy=cream, now pose"),
-    "sigma": (["--sigma", "1.5"], "sigma=3.0, now 1.5"),
+    "sigma": (["--sigma", "1.5"], "sigma=None, now 1.5"),
+    "contiguous_share": (["--contiguous_share", "0.5"], "contiguous_share=0.0, now 0.5"),
+    "target_growth": (["--target_growth", "0.5"], "target_growth=0.0, now 0.5"),
     "short_documents": (["--short_documents", "skip"], "short_documents=shrink, now skip"),
     "distillation": (["--distillation_weight", "1"], "distillation_weight=0.0, now 1.0"),
     "seed": (["--seed", "7"], "seed=0, now 7"),
@@ -167,6 +170,60 @@ def test_a_checkpoint_that_says_less_is_resumed(run):
     before = load_file(run / "adapter_model.safetensors")
     assert resume(run).loss is not None
     assert_equal(load_file(run / "adapter_model.safetensors"), before)
+
+
+def test_a_checkpoint_of_before_there_were_options_goes_on_with_the_sigma_that_it_had(run):
+    """A sigma left open was 3/8 of the factor, clamped."""
+    shutil.rmtree(run / "checkpoint-4")
+    path = run / "checkpoint-2" / "cream.json"
+    content = json.loads(path.read_text())
+    del content["positions"]["options"]
+    content["positions"]["sigma"] = 3.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"sigma=3.0, now None"):
+        resume(run)
+    assert resume(run, "--sigma", "3").loss is not None
+
+
+def test_an_infinite_sigma_is_recorded_as_json_and_resumed(tmp_path):
+    train(tmp_path, "--sigma", "inf")
+    file = tmp_path / "cream.json"
+    content = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert content["positions"]["options"]["sigma"] == content["recipe"]["sigma"] == "inf"
+    assert resume(tmp_path, "--sigma", "inf").loss is None
+    with pytest.raises(CheckpointError, match="sigma=inf, now None"):
+        resume(tmp_path)
+
+
+def test_a_growing_target_is_refused_for_a_stream(tmp_path):
+    with pytest.raises(ValueError, match=r"target_growth=0.5 cannot go with a streamed data set"):
+        (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(9)))
+        data = ["--dataset_streaming", "true", "--dataset_name", str(tmp_path / "d.jsonl")]
+        train(tmp_path / "run", *data, "--target_growth", "0.5")
+
+
+GROWING = ["--target_growth", "1", "--contiguous_share", "0.2", "--gradient_accumulation_steps", "2"]
+GROWING += ["--held_out_documents", "4", "--eval_strategy", "steps", "--eval_steps", "1"]
+
+
+@pytest.mark.parametrize("extra", [[], ["--max_steps", "-1", "--num_train_epochs", "2", "--max_documents", "10"]])
+def test_a_growing_target_is_resumed_where_it_stood(extra, tmp_path, monkeypatch):
+    """Ten documents, four of them held out: an epoch has a step of two batches and one of a single batch."""
+    whole = tmp_path / "whole"
+    train(whole, *GROWING, *extra)
+    folders = {"resumed": shutil.copytree(whole, tmp_path / "resumed"), "control": tmp_path / "control"}
+    shutil.rmtree(folders["resumed"] / "checkpoint-4")
+    (folders["resumed"] / "cream.json").unlink()
+    shutil.copytree(folders["resumed"], folders["control"])
+    resume(folders["resumed"], *GROWING, *extra)
+    expected = load_file(whole / "adapter_model.safetensors")
+    assert_equal(load_file(folders["resumed"] / "adapter_model.safetensors"), expected)
+    # The control: a target that starts again when the run is resumed.
+    set_progress = CREAMDataCollator.set_progress
+    monkeypatch.setattr(CREAMDataCollator, "set_progress", lambda self, step, *rest: set_progress(self, 0, *rest))
+    resume(folders["control"], *GROWING, *extra)
+    control = load_file(folders["control"] / "adapter_model.safetensors")
+    assert not all(torch.equal(control[name], expected[name]) for name in expected)
 
 
 def interrupt(*arguments, **keywords):

@@ -6,6 +6,7 @@ import enum
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -55,8 +56,10 @@ class Positions:
     """Tokens fed per training example."""
     factor: float | None = None
     """Target length over context length."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Those of the strategy, sigma in half windows, and those that go with any."""
     sigma: float | None = None
-    """Standard deviation of CREAM's Gaussian, in half-windows; None for the other strategies."""
+    """In files of before there were options: CREAM's, also where it was left open."""
     seed: int | None = None
     short_documents: str | None = None
     redrawn: int = 0
@@ -230,13 +233,16 @@ def public_name(text: str) -> str:
 
 
 def without_secrets(content: Any) -> Any:
-    """`content` for a JSON file that is published: no key that names a token, no local path, enums as their values."""
+    """`content` for a JSON file that is published: no key that names a token, no local path, enums as their values,
+    inf as text, which JSON has no number for."""
     if isinstance(content, dict):
         return {key: without_secrets(value) for key, value in content.items() if not _is_secret(key)}
     if isinstance(content, list | tuple):
         return [without_secrets(value) for value in content]
     if isinstance(content, enum.Enum):
         return content.value
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
     return public_name(content) if isinstance(content, str) else content
 
 

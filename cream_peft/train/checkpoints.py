@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..model.fingerprint import differing
-from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Record, is_adapter
+from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Positions, Record, is_adapter
+from ..positions import POSITION_STRATEGIES, options_of
+from .collator import MIXED, CREAMDataCollator
 from .config import CREAMConfig
 from .saving import SavingTrainer
 
@@ -24,7 +26,7 @@ TRAINING_FILES = ["optimizer*", "scheduler.pt", "rng_state*.pth"]
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights")
 FREE_FIELDS += ("auto_mapping", "peft_version", "task_type")
 """Of adapter_config.json: what may differ when a run is resumed."""
-OPTIONAL = ("model_name_or_path", "model_revision", "context_length", "sigma", "short_documents", "seed", "data_seed")
+OPTIONAL = ("model_name_or_path", "model_revision", "context_length", "short_documents", "seed", "data_seed")
 OPTIONAL += ("dataset_name",)
 """What an earlier version may not have recorded: compared where both runs say it."""
 KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -136,6 +138,13 @@ def find_checkpoint(wanted: Any, folder: Path, only_model: bool = False) -> Chec
         raise CheckpointError(f"resume_from_checkpoint: {error}: choose another checkpoint") from error
 
 
+def _options(positions: Positions) -> dict[str, Any]:
+    """Those of the strategy and those that go with any. Earlier versions recorded sigma alone."""
+    own = options_of(positions.strategy) if positions.strategy in POSITION_STRATEGIES else {}
+    mixed = {name: getattr(CREAMDataCollator, name) for name in MIXED}
+    return own | mixed | (positions.options or ({"sigma": positions.sigma} if positions.sigma else {}))
+
+
 def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
     """Key of a recipe -> what a run must not change when it is resumed; None where it is not known."""
     positions = record.positions
@@ -151,7 +160,7 @@ def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
         "target_length": record.target_length,
         "context_length": positions.context_length,
         "position_strategy": positions.strategy,
-        "sigma": positions.sigma,
+        **_options(positions),
         "short_documents": positions.short_documents,
         "distillation_weight": record.distillation_weight,
         "distillation_length": record.distillation_length,

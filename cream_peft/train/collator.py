@@ -15,6 +15,8 @@ ROW_COLUMN = "document_row"
 EVALUATION_ROW = -1
 IGNORE_INDEX = -100
 DRAWS_PER_ROW = 16
+MIXED = ("contiguous_share", "contiguous_text", "target_growth")
+"""Settings of positions that go with any strategy."""
 _WORKER_SLOTS = 129
 
 
@@ -30,6 +32,11 @@ class CREAMDataCollator:
     Returns a dict of int64 tensors [batch, tokens]: input_ids, labels (-100 where padded), position_ids, and an
     attention_mask made from lengths. The mask is always there: without it transformers reads each jump of the
     positions as the start of a new packed document and blocks attention across the segments.
+
+    `strategy_options` are those of the strategy, see `positions.options_of`. The others go with any: a draw has plain
+    positions with probability `contiguous_share`; with `contiguous_text` the document's first tokens are fed at the
+    strategy's positions; and `target_growth` is the share of the run over which the target rises linearly from
+    context_length to target_length, see `set_progress`.
     """
 
     pad_token_id: int
@@ -40,9 +47,13 @@ class CREAMDataCollator:
     seed: int = 0
     eval_length: int | None = None
     pad_to_multiple_of: int | None = None
+    contiguous_share: float = 0.0
+    contiguous_text: bool = False
+    target_growth: float = 0.0
 
     def __post_init__(self):
-        self._draw = positions.POSITION_STRATEGIES[self.position_strategy]
+        self._strategy = positions.POSITION_STRATEGIES[self.position_strategy]
+        self._batches, self._batches_of_growth, self._batches_per_step = 0, 0.0, 1
         # In shared memory, so that persistent workers see the new epoch and the main process their counts.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._counts = torch.zeros(2, _WORKER_SLOTS, dtype=torch.int64).share_memory_()
@@ -50,6 +61,19 @@ class CREAMDataCollator:
     def set_epoch(self, epoch: int) -> None:
         """Epoch (from 0) that the next draws belong to."""
         self._epoch[0] = epoch
+
+    def set_progress(self, step: int, steps: int, batches_per_step: int) -> None:
+        """The next batch is the first of optimizer step `step` (from 0) out of `steps`, from where the batches are
+        counted. Before the first call, as outside of training, the target is the full one."""
+        self._batches, self._batches_per_step = step * batches_per_step, batches_per_step
+        self._batches_of_growth = self.target_growth * steps * batches_per_step
+
+    def current_target(self) -> int:
+        """The target of the next batch, in tokens. It grows by whole steps, however they are cut into batches."""
+        batches = self._batches - self._batches % self._batches_per_step
+        if batches >= self._batches_of_growth:
+            return self.target_length
+        return self.context_length + int((self.target_length - self.context_length) * batches / self._batches_of_growth)
 
     def redrawn(self) -> int:
         """Draws thrown away so far because they held no label."""
@@ -61,6 +85,8 @@ class CREAMDataCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [self._example(example) for example in examples]
+        # Evaluation comes between the steps, and is none.
+        self._batches += any(int(example[ROW_COLUMN]) != EVALUATION_ROW for example in examples)
         length = max(len(row[0]) for row in rows)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -99,14 +125,20 @@ class CREAMDataCollator:
         worker = get_worker_info()
         self._counts[what, 0 if worker is None else 1 + worker.id % (_WORKER_SLOTS - 1)] += 1
 
+    def _draw(self, num_tokens: int, rng: np.random.Generator) -> positions.Draw:
+        lengths = num_tokens, self.context_length, self.current_target()
+        # Without a share no random number is taken, so that the draws stay those of the strategy alone.
+        if self.contiguous_share and rng.random() < self.contiguous_share:
+            return positions.contiguous(*lengths, rng)
+        tokens, position_ids = self._strategy(*lengths, rng, **self.strategy_options)
+        return np.arange(len(tokens)) if self.contiguous_text else tokens, position_ids
+
     def _training_example(
         self, input_ids: np.ndarray, labels: np.ndarray, row: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = positions.generator(self.seed, self._epoch.item(), row)
         for _ in range(DRAWS_PER_ROW):
-            tokens, position_ids = self._draw(
-                len(input_ids), self.context_length, self.target_length, rng, **self.strategy_options
-            )
+            tokens, position_ids = self._draw(len(input_ids), rng)
             drawn_ids = input_ids.take(tokens)
             if labels is input_ids:
                 return drawn_ids, drawn_ids, position_ids

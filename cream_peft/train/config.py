@@ -1,4 +1,4 @@
-"""The three dataclasses that a recipe fills in: the run (CREAMConfig), the model and the data."""
+"""CREAMConfig: the settings of a run. Those of the model and of the data are in arguments.py."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
-from trl import ModelConfig, ScriptArguments, SFTConfig
+from trl import SFTConfig
 
 from ..model.base import default_dtype, expand_cuda_segments
-from ..positions import POSITION_STRATEGIES
+from ..positions import POSITION_STRATEGIES, generator, options_of
 from ..publish.licenses import refuse_license
 from ..rope import DEFAULT_FACTOR, ROPE_SCALING_TYPES
 
@@ -87,8 +87,17 @@ class CREAMConfig(SFTConfig):
     position_strategy: str = _option("cream", f"How positions are drawn: {', '.join(POSITION_STRATEGIES)}.")
     sigma: float | None = _option(
         None,
-        "Standard deviation of the middle segment's Gaussian, in half-windows (cream only). "
-        "None: 3/8 of target_length / context_length, which is the paper's 3 at a factor of 8.",
+        "Width of the Gaussian that places the middle segment, in half windows (cream only). A number: the authors' "
+        "law, at 3 in their paper. inf: a uniform middle. None: 3/8 of the factor, truncated: no pile-up at the ends.",
+    )
+    chunks: int | None = _option(None, "Chunks with a skip before each but the first (pose only). None: 2.")
+    segment_length: int | None = _option(None, "Mean tokens of a segment (segments only). None: 32.")
+    contiguous_share: float = _option(0.0, "Share of the examples that get plain positions, whatever the strategy.")
+    contiguous_text: bool = _option(
+        False, "Feed the first tokens of each document, whatever tokens the strategy would pick."
+    )
+    target_growth: float = _option(
+        0.0, "Share of the run over which positions rise from context_length to target_length. 0: the target at once."
     )
     rope_scaling_type: str | None = _option("yarn", f"RoPE scaling of the base: none, {', '.join(ROPE_SCALING_TYPES)}.")
     short_documents: str = _option(
@@ -154,10 +163,7 @@ class CREAMConfig(SFTConfig):
         _one_of("position_strategy", self.position_strategy, POSITION_STRATEGIES)
         _one_of("rope_scaling_type", self.rope_scaling_type, (None, *ROPE_SCALING_TYPES))
         _one_of("short_documents", self.short_documents, SHORT_DOCUMENTS)
-        if self.sigma is not None and self.position_strategy != "cream":
-            raise ValueError(f"sigma={self.sigma} goes with position_strategy=cream, got {self.position_strategy}")
-        if self.sigma is not None and self.sigma <= 0:
-            raise ValueError(f"sigma={self.sigma} must be above 0 (half-windows)")
+        self._check_strategy()
         _one_of("memory", self.memory, MEMORY_SETTINGS)
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         _refuse_below(1, self, *sizes)
@@ -177,6 +183,29 @@ class CREAMConfig(SFTConfig):
             raise ValueError(
                 "dataset_kwargs={'skip_prepare_dataset': true} bypasses the row numbers that positions are drawn from; "
                 "pass pre-tokenised documents in an input_ids column instead"
+            )
+
+    def strategy_options(self) -> dict[str, Any]:
+        """The options of the position strategy that are set."""
+        values = {name: getattr(self, name) for name in options_of(self.position_strategy)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _check_strategy(self) -> None:
+        for strategy in POSITION_STRATEGIES:
+            for name in set(options_of(strategy)) - set(options_of(self.position_strategy)):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f"{name}={value} goes with position_strategy={strategy}, got {self.position_strategy}"
+                    )
+        # The strategy itself says which values it takes.
+        POSITION_STRATEGIES[self.position_strategy](1, 1, 1, generator(0, 0, 0), **self.strategy_options())
+        for name in ("contiguous_share", "target_growth"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name):g} must be from 0 to 1")
+        if self.target_growth and self.dataloader_num_workers:
+            raise ValueError(
+                f"target_growth={self.target_growth:g} cannot go with dataloader_num_workers="
+                f"{self.dataloader_num_workers}, since workers draw ahead of the steps: set one of them to 0"
             )
 
     def _check_rates(self) -> None:
@@ -264,65 +293,3 @@ class CREAMConfig(SFTConfig):
         self.max_length = self.target_length
         self._check_lengths()
         return Lengths(self.context_length, self.target_length, self.eval_length)
-
-
-@_documented
-@dataclass
-class CREAMModelArguments(ModelConfig):
-    """TRL's ModelConfig with QLoRA on the attention layers as the default."""
-
-    model_name_or_path: str | None = _option(
-        None, "Base model: a Hub id or a local folder, or cream-peft-tiny, the embedded one."
-    )
-    dtype: str | None = _option(None, "Precision of what is not quantized. None: bfloat16 on a GPU, float32 on a CPU.")
-    use_peft: bool = _option(
-        True, "Train a LoRA adapter. false: train every weight, which takes many times the memory."
-    )
-    adapter_name_or_path: str | None = _option(
-        None, "Adapter of cream-peft, a Hub id or a folder, to train further: on other data, or to a longer target."
-    )
-    lora_dropout: float = _option(0.0, "LoRA dropout.")
-    lora_target_modules: list[str] | None = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
-        metadata={"help": "Modules that get a LoRA adapter."},
-    )
-    load_in_4bit: bool | None = _option(  # ty: ignore[incompatible-attribute-override] None until __post_init__
-        None, "Quantize the base to 4 bits when loading. None: true, with use_peft: false it is false."
-    )
-    use_bnb_nested_quant: bool = _option(True, "Quantize the quantization constants too (double quantization).")
-
-    def __post_init__(self):
-        if self.load_in_4bit is None:
-            self.load_in_4bit = self.use_peft
-        if not self.use_peft and (self.load_in_4bit or self.adapter_name_or_path):
-            name = "load_in_4bit=true" if self.load_in_4bit else f"adapter_name_or_path={self.adapter_name_or_path}"
-            raise ValueError(f"use_peft=false trains every weight of the base, which cannot go with {name}")
-        if self.load_in_8bit:
-            raise ValueError("load_in_8bit=true is not offered: use load_in_4bit=true, or false for 16-bit")
-        _refuse_below(1, self, "lora_r", "lora_alpha")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout:g} must be at least 0 and below 1")
-        _one_of("dtype", self.dtype, (None, "auto", "bfloat16", "float16", "float32"))
-        super().__post_init__()
-
-
-@_documented
-@dataclass
-class CREAMDataArguments(ScriptArguments):
-    """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
-
-    dataset_name: str | None = _option(
-        None, "Hub id, folder, or .jsonl, .json, .parquet, .txt file; cream-peft-tiny is the embedded one"
-    )
-    dataset_revision: str | None = _option(None, "Commit, tag or branch of the data set.")
-    dataset_test_split: str | None = _option(  # ty: ignore[incompatible-attribute-override] None: no such split
-        None, "Split for evaluation. None: the documents held out by held_out_documents."
-    )
-    held_out_documents: int = _option(
-        0, "Documents taken off the training split for evaluation when dataset_test_split is None."
-    )
-    max_documents: int | None = _option(None, "Use only the first so many documents. None: all of them.")
-
-    def __post_init__(self):
-        _refuse_below(0, self, "held_out_documents")
-        _refuse_below(1, self, "max_documents")

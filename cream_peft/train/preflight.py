@@ -14,6 +14,7 @@ from .collator import ROW_COLUMN
 logger = logging.getLogger(__name__)
 
 CHECKED_TOKENS = 64
+MOST_DRAWS = 64
 
 
 class PositionError(RuntimeError):
@@ -34,12 +35,15 @@ def check_positions(trainer: Any) -> None:
         return
     row = next(iter(trainer.train_dataset))
     input_ids = row["input_ids"][:CHECKED_TOKENS]
-    example = {"input_ids": input_ids, "labels": input_ids, ROW_COLUMN: row.get(ROW_COLUMN, 0)}
-    batch = trainer.data_collator([example])
-    if "position_ids" not in batch:
-        raise PositionError(f"{type(trainer.data_collator).__name__} emits no position_ids: use CREAMDataCollator")
-    wanted = batch["position_ids"][0]
-    jumps = torch.nonzero(wanted.diff() != 1).flatten()
+    for number in range(MOST_DRAWS):
+        batch = trainer.data_collator([{"input_ids": input_ids, "labels": input_ids, ROW_COLUMN: number}])
+        if "position_ids" not in batch:
+            raise PositionError(f"{type(trainer.data_collator).__name__} emits no position_ids: use CREAMDataCollator")
+        wanted = batch["position_ids"][0]
+        jumps = torch.nonzero(wanted.diff() != 1).flatten()
+        # Plain positions, a share of the draws perhaps, would prove nothing.
+        if len(jumps):
+            break
     head_length = int(jumps[0]) + 1 if len(jumps) else max(1, len(wanted) // 2)
     changed = {name: tensor.clone() for name, tensor in batch.items()}
     changed["input_ids"][:, :head_length] += 1

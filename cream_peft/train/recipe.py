@@ -1,4 +1,4 @@
-"""Parses a recipe (YAML) and the command line, strictly, into the three dataclasses of config.py."""
+"""Parses a recipe (YAML) and the command line, strictly, into the dataclasses of config.py and arguments.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from trl import TrlParser
 
 from ..model.record import without_secrets
 from ..tiny import TINY_ID, base_folder
-from .config import CREAMConfig, CREAMDataArguments, CREAMModelArguments
+from .arguments import CREAMDataArguments, CREAMModelArguments
+from .config import CREAMConfig
 
 EMBEDDED_RECIPE = base_folder().parent / "recipe.yaml"
 DATACLASSES = (CREAMDataArguments, CREAMConfig, CREAMModelArguments)

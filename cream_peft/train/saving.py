@@ -32,12 +32,13 @@ from ..model.record import (
     model_sha256,
     peak_gib,
     versions,
+    without_secrets,
     write_json,
 )
-from ..positions import SIGMA_PER_FACTOR
+from ..positions import options_of
 from ..publish.card import CARD, write_card
 from ..tiny import TINY_ID, TINY_LICENSE
-from .collator import ROW_COLUMN
+from .collator import MIXED, ROW_COLUMN
 from .config import Lengths
 from .publishing import PublishingTrainer
 
@@ -115,12 +116,12 @@ class SavingTrainer(PublishingTrainer):
         args, collator = self.args, self.data_collator
         is_full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         factor = collator.target_length / collator.context_length
-        sigma = collator.strategy_options.get("sigma") or SIGMA_PER_FACTOR * factor
+        options = options_of(collator.position_strategy) | collator.strategy_options
         positions = Positions(
             strategy=collator.position_strategy,
             context_length=collator.context_length,
             factor=factor,
-            sigma=sigma if collator.position_strategy == "cream" else None,
+            options=without_secrets(options | {name: getattr(collator, name) for name in MIXED}),
             seed=collator.seed,
             short_documents=args.short_documents,
             redrawn=collator.redrawn(),

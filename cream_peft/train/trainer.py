@@ -31,7 +31,7 @@ from ..model.record import (
     Record,
 )
 from .checkpoints import ResumingTrainer
-from .collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
+from .collator import EVALUATION_ROW, MIXED, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
 from .data import fit_short_documents, prepare_columns, refuse_empty, training_chat_template
 from .distillation import distil, refuse_distillation
@@ -52,6 +52,7 @@ class _SetEpoch(TrainerCallback):
     # Counted, not read from state.epoch: with a streamed data set that one lags behind.
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.collator.set_epoch(self.epoch)
+        self.collator.set_progress(state.global_step, state.max_steps, args.gradient_accumulation_steps)
         self.epoch += 1
 
 
@@ -123,6 +124,11 @@ class CREAMTrainer(ResumingTrainer):
             raise ValueError(
                 f"dataloader_num_workers={args.dataloader_num_workers} cannot go with a streamed data set: each worker "
                 "would number the documents anew. Set it to 0, or do not stream"
+            )
+        if isinstance(train_dataset, IterableDataset) and args.target_growth:
+            raise ValueError(
+                f"target_growth={args.target_growth:g} cannot go with a streamed data set, of which a resumed run "
+                "reads what it skips: set it to 0, or do not stream"
             )
         self._training_documents = train_dataset
         handed_over = base.named_parameters() if isinstance(base, PeftModel) else ()
@@ -214,7 +220,7 @@ class CREAMTrainer(ResumingTrainer):
                 f"data_collator={type(given).__name__} draws no CREAM positions: leave it out, or subclass "
                 "CREAMDataCollator"
             )
-        for name in ("context_length", "target_length", "position_strategy"):
+        for name in ("context_length", "target_length", "position_strategy", "strategy_options", *MIXED):
             if getattr(given, name) != getattr(ours, name):
                 raise ValueError(
                     f"data_collator has {name}={getattr(given, name)}, args {getattr(ours, name)}: make them equal"
@@ -225,7 +231,8 @@ class CREAMTrainer(ResumingTrainer):
             pad_token_id=tokenizer.pad_token_id or 0,
             **self.lengths._asdict(),
             position_strategy=args.position_strategy,
-            strategy_options={"sigma": args.sigma} if args.position_strategy == "cream" else {},
+            strategy_options=args.strategy_options(),
+            **{name: getattr(args, name) for name in MIXED},
             seed=args.data_seed if args.data_seed is not None else args.seed,
             pad_to_multiple_of=args.pad_to_multiple_of,  # ty: ignore[invalid-argument-type] TRL has made it a number
         )
