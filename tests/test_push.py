@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from cream_peft import CREAMTrainer, cli
 from cream_peft.model.base import load_base
-from cream_peft.model.record import AdapterError, Record, adapter_sha256, find_secret, public_name
+from cream_peft.model.record import AdapterError, Record, adapter_sha256
+from cream_peft.model.secrets import find_secret, public_name
 from cream_peft.publish.card import metadata, vllm_command
 from cream_peft.publish.licenses import LICENSES
 from cream_peft.publish.merge import MergeError, merge_adapter

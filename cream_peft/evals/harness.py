@@ -17,7 +17,8 @@ from typing import Any
 
 from .. import rope
 from ..errors import about
-from ..model.record import machine, versions, without_secrets, write_json
+from ..model.record import machine, versions, write_json
+from ..model.secrets import without_secrets
 from ..terminal import table
 from .models import open_models
 from .results import file_name

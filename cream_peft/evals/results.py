@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from ..model.fields import known_fields
-from ..model.record import without_secrets
+from ..model.secrets import without_secrets
 
 FORMAT = 2
 NEEDED = ("model", "adapter", "versions", "seed", "settings", "cells")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..evals.results import Results, tasks_in
-from ..model.record import MERGED_FILES, REQUIRED_FILES, find_secret, without_secrets
+from ..model.record import MERGED_FILES, REQUIRED_FILES
+from ..model.secrets import find_secret, without_secrets
 from .card import CARD
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]

@@ -11,7 +11,8 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
 from ..errors import explain
-from ..model.record import AdapterError, Record, public_name
+from ..model.record import AdapterError, Record
+from ..model.secrets import public_name
 from ..publish import push as hub
 from ..publish.card import CARD
 from ..tiny import TINY_ID, base_folder

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
-from ..model.record import without_secrets
+from ..model.secrets import without_secrets
 from ..tiny import TINY_ID, base_folder
 from .arguments import CREAMDataArguments, CREAMModelArguments
 from .config import CREAMConfig
