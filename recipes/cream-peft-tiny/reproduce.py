@@ -2,9 +2,9 @@
 
 python recipes/cream-peft-tiny/reproduce.py [--minutes 30] [--only new_skill ntk]
 
-`recall` is the form of question that the base knows, `new_skill` one that it never saw. The new skill is trained at a rate
-that was chosen for each RoPE scaling on other seeds, by the accuracy at the window. The bases are the shipped one and the two in
-bases/, not quantized. The evaluation documents are drawn from a seed that no setting was chosen on.
+`recall` is the form of question that the base knows, `new_skill` one that it never saw. The rate of the new skill was
+chosen for each RoPE scaling on other seeds, by the accuracy at the window. The bases are the shipped one and the two
+in bases/, not quantized. The evaluation documents are drawn from a seed that no setting was chosen on.
 
 A finished run is a line of reproduce-runs.jsonl. Runs that are in results/ or in the output folder are not done again.
 At the end, or with --report, the figures of all finished runs are written into the output folder; --publish writes them
@@ -78,7 +78,9 @@ def place(run: Run) -> tuple[str, int, int]:
     return run["scaling"], run["context_length"], run["target_length"]
 
 
-def _run(task: str, where: tuple[str, int, int], case: tuple[str, dict], base: int, seed: int | None, **more: Any) -> Run:
+def _run(
+    task: str, where: tuple[str, int, int], case: tuple[str, dict], base: int, seed: int | None, **more: Any
+) -> Run:
     scaling, context_length, target_length = where
     run = {"task": task, "scaling": scaling, "context_length": context_length, "target_length": target_length}
     run |= {"strategy": case[0], "options": case[1], "documents": "window", "rate": None, "base": base, "seed": seed}
@@ -113,7 +115,7 @@ def search_runs(where: tuple[str, int, int]) -> list[Run]:
 
 
 def mean_at_window(done: list[Run], where: tuple[str, int, int]) -> dict[float, float]:
-    """Rate -> accuracy at the window, averaged over strategies and the search's seeds; empty until all of them are done."""
+    """Rate -> accuracy at the window, averaged over strategies and the search's seeds; empty until all are done."""
     finished = {key(run): run for run in done}
     wanted = search_runs(where)
     if not all(key(run) in finished for run in wanted):
@@ -253,7 +255,9 @@ def measure(model: Any, run: Run) -> dict[str, Any]:
         by_length[str(length)] = float(found["correct"].mean())
     # The last length is the target. Depths are below 1, since the questions come last.
     tenths = (found["depth"] * 10).astype(int)
-    by_depth = {f"0.{tenth}5": float(found["correct"][tenths == tenth].mean()) for tenth in sorted(set(tenths.tolist()))}
+    by_depth = {
+        f"0.{tenth}5": float(found["correct"][tenths == tenth].mean()) for tenth in sorted(set(tenths.tolist()))
+    }
     return {"by_length": by_length, "by_depth": by_depth}
 
 
