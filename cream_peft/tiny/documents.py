@@ -151,7 +151,7 @@ def evaluate_recall(
 ) -> dict[str, np.ndarray]:
     """Recall of `model` on `documents` evaluation documents, at the plain positions 0..num_tokens-1.
 
-    An answer is right when it is the argmax over the whole vocabulary. Logits are computed for the cells of the questions only.
+    An answer is right when it is the argmax over the whole vocabulary. Logits are computed for the questions only.
 
     Returns:
         depth, float64, and correct, bool: [documents * queries] each, in the order of the documents.

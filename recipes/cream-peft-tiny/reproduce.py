@@ -154,7 +154,7 @@ def planned(done: list[Run]) -> list[Run]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of runs; a last line cut off by a kill is dropped."""
+    """The lines of a file of runs; empty ones, and one cut off by a kill, are passed over."""
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             yield json.loads(line)
@@ -192,6 +192,7 @@ def train(run: Run, scratch: str) -> Any:
     from cream_peft import CREAMConfig, CREAMTrainer
     from cream_peft.model.base import load_base, load_tokenizer
     from cream_peft.tiny.documents import CONFIGURATIONS, training_rows
+    from cream_peft.train.watch import TrainingError
 
     scaling, context_length, target_length = place(run)
     folder, scaling = str(base_of(run["base"])), None if scaling == "none" else scaling
@@ -232,7 +233,11 @@ def train(run: Run, scratch: str) -> Any:
             r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
         ),
     )
-    trainer.train()
+    try:
+        trainer.train()
+    except TrainingError as error:
+        # It stops before what is not finite reaches the weights: the run counts as far as it came.
+        run["stopped"] = str(error)
     return trainer.model
 
 
@@ -299,6 +304,8 @@ def work(output: Path, workers: int, minutes: float, only: list[str]) -> None:
     done, known = read_runs(output)
     pending: dict[Future, str] = {}
     with ProcessPoolExecutor(workers, get_context("spawn"), quiet) as pool, (output / RUNS).open("a") as file:
+        # Ends a line that a kill cut off; empty lines are passed over.
+        print(file=file)
         if current["environment"] not in known:
             print(json.dumps(current), file=file, flush=True)
         while True:

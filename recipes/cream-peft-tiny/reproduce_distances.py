@@ -1,18 +1,24 @@
-"""Do the distances that a strategy trains explain its accuracy by depth? Histograms, and a correlation with recall."""
+"""Do the distances that a strategy trains explain its accuracy by depth? Histograms, and a correlation with recall.
+
+python recipes/cream-peft-tiny/reproduce_distances.py    (20 minutes)
+
+trains PoSE and CREAM under linear scaling again (recall, three bases); writes their accuracy by distance near the end.
+"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-from reproduce import EXTENSION, RECALL_RATE, Run
+from reproduce import EVALUATION_SEED, EXTENSION, HERE, RECALL_RATE, Run, quiet, recall_runs, train
 from scipy import stats
 
 from cream_peft.positions import POSITION_STRATEGIES, generator
-from cream_peft.tiny.documents import IGNORED, evaluation_document, training_rows
+from cream_peft.tiny.documents import IGNORED, evaluate_recall, evaluation_document, training_rows
 
 STRATEGIES = ("contiguous", "randpos", "pose", "cream")
 BIN = 32
@@ -83,6 +89,34 @@ def explain(runs: list[Run], output: Path) -> None:
     )
 
 
+def near_the_end(model: Any, length: int, documents: int = 256) -> list[tuple[int, int]]:
+    """(right answers, questions) for each 32 tokens of distance, up to a quarter of the target."""
+    found = evaluate_recall(model, length, documents, EVALUATION_SEED)
+    rng = np.random.default_rng(EVALUATION_SEED)
+    drawn = [evaluation_document(rng, length) for _ in range(documents)]
+    distance = np.concatenate([questions - np.rint(depths * length) for _, questions, _, depths in drawn])
+    edges = np.arange(0, TARGET // 4 + 1, BIN)
+    asked, right = (np.histogram(distance[of], edges)[0] for of in (slice(None), found["correct"]))
+    return list(zip(right.tolist(), asked.tolist(), strict=True))
+
+
+def main() -> None:
+    from cream_peft.model.record import machine, versions
+
+    quiet()
+    found: dict[str, Any] = {"command": "python recipes/cream-peft-tiny/reproduce_distances.py"}
+    found |= {"versions": versions(), "machine": machine(), "runs": []}
+    for run in recall_runs():
+        where = (run["scaling"], run["documents"], run["context_length"], run["seed"])
+        if where == ("linear", "window", WINDOW, 0) and run["strategy"] in ("pose", "cream"):
+            with tempfile.TemporaryDirectory() as scratch:
+                model = train(run, scratch)
+            of = {str(length): near_the_end(model, length) for length in EXTENSION}
+            found["runs"].append(run | {"right_and_asked_by_distance": of})
+            print(json.dumps(found["runs"][-1]), flush=True)
+    (HERE / "results/reproduce-near.json").write_text(json.dumps(found) + "\n")
+
+
 def _of(runs: list[Run], scaling: str, strategy: str) -> list[Run]:
     return [
         run
@@ -119,3 +153,7 @@ def _draw(distances: dict, positions: dict, content: dict[str, Any], path: Path)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
