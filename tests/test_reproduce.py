@@ -1,6 +1,7 @@
 """The reproduction on the tiny model: which runs are done, how rates are chosen, its statistics, and its page."""
 
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,3 +152,46 @@ def test_the_tables_of_the_page_are_those_of_its_json():
     assert all(f"<!-- table: {name} -->\n{table[0]}\n" in PAGE for name, table in lines.items())
     assert reproduce_report.with_tables(PAGE, lines) == PAGE
     assert reproduce_report.with_tables(PAGE, lines | {"recall": lines["recall"][:-1]}) != PAGE
+
+
+def test_the_answer_about_distances_says_what_its_json_says():
+    text = " ".join(PAGE.split("## Why PoSE led")[1].split("\n## ")[0].split())
+    found = json.loads((FOLDER / "results/reproduce-distances.json").read_text())
+    scalings, near = found["by_scaling"], found["linear_near_the_end"]
+    times = [2**ratio for ratio in found["log2_cream_to_pose"]]
+    assert f"its distances {times[0]:.1f} times" in text and f"trains it {times[-1]:.2f}".replace("0.", ".") in text
+    assert f"depths .5 to .7 {np.mean(times[5:7]):.1f} times as often" in text
+    first = sorted(of["cream_minus_pose"][0] for of in scalings.values())
+    assert f"leads there by {first[0]:.2f} to {first[-1]:.2f}".replace("0.", ".") in text
+    shares = {name: of["cream_minus_pose"][0] / sum(of["cream_minus_pose"]) for name, of in scalings.items()}
+    assert 0.3 < shares.pop("none") < 0.37 and min(shares.values()) > 0.5
+    of_all = sorted(of["correlation"] for of in scalings.values())
+    rest = sorted(of["correlation_without_first_tenth"] for of in scalings.values())
+    assert f"{of_all[0]:.2f} to {of_all[-1]:.2f}".replace("0.", ".") in text
+    assert f"−{-rest[0]:.2f} to −{-rest[-1]:.2f}".replace("0.", ".") in text
+    bases = zip(near["cream at 2048, 96 to 192, by base"], near["pose at 2048, 96 to 192, by base"], strict=True)
+    assert ", ".join(f"{cream:.2f} against {pose:.2f}" for cream, pose in bases).replace("0.", ".") in text
+    inside = near["pose at 256, 96 to 192, by base"] + near["cream at 256, 96 to 192, by base"]
+    assert {f"{value:.2f}" for value in inside} <= {"0.99", "1.00"}
+    assert f"{scalings['linear']['accuracy_by_tenth']['contiguous'][-1]:.2f}"[1:] == ".03" and "has .03" in text
+
+
+def test_what_the_page_says_of_recall_holds_in_its_json():
+    gaps = {(g["task"], g["scaling"], g["strategy"]): g for g in FIGURES["cream_minus"] if g["documents"] == "window"}
+    pose = {scaling: gaps["recall", scaling, "pose"] for scaling in reproduce.RECALL_RATE}
+    for gap in pose.values():
+        assert min(gap["target"]["by_base"].values()) > 0 and gap["target"]["half_width_95"] > gap["target"]["mean"]
+    last = pose["linear"]["last tenth"]
+    assert last["mean"] + last["half_width_95"] < 0
+    rows = {(row["scaling"], row["strategy"]): row for row in FIGURES["rows"]
+            if (row["task"], row["documents"], row["context_length"]) == ("recall", "window", 256)}  # fmt: skip
+    plain, untuned = (rows["linear", name]["target"]["by_base"] for name in ("contiguous", "untuned"))
+    assert all(plain[base] < untuned[base] for base in plain)
+    best = max(rows.values(), key=lambda row: row["target"]["mean"])
+    assert (best["scaling"], best["strategy"]) == ("yarn", "cream sigma=3")
+
+
+def test_the_front_page_counts_the_runs_of_recall(committed):
+    readme = (FOLDER.parent.parent / "README.md").read_text(encoding="utf-8")
+    runs = sum(run["task"] == "recall" for run in committed)
+    assert all(int(number) == runs for number in re.findall(r"\[(\d+) runs\]\(recipes/cream-peft-tiny", readme))

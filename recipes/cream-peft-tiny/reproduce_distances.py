@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -82,6 +83,7 @@ def explain(runs: list[Run], output: Path) -> None:
         "log2_cream_to_pose": ratio.tolist(),
         "questions_in_last_tenth": {s: float(np.mean(where >= 0.9 * TARGET)) for s, (_, where) in pairs.items()},
         "by_scaling": found,
+        "linear_near_the_end": summary_of_near(distances),
     }
     (output / "reproduce-distances.json").write_text(json.dumps(content, indent=1) + "\n")
     _draw(
@@ -98,6 +100,22 @@ def near_the_end(model: Any, length: int, documents: int = 256) -> list[tuple[in
     edges = np.arange(0, TARGET // 4 + 1, BIN)
     asked, right = (np.histogram(distance[of], edges)[0] for of in (slice(None), found["correct"]))
     return list(zip(right.tolist(), asked.tolist(), strict=True))
+
+
+def summary_of_near(distances: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What main wrote: accuracy by distance with the bases pooled, beside how often the distance is trained."""
+    runs = json.loads((HERE / "results/reproduce-near.json").read_text())["runs"]
+    found: dict[str, Any] = {"bin": BIN}
+    for length, strategy in product(map(str, EXTENSION), ("pose", "cream")):
+        of_base = [r["right_and_asked_by_distance"][length] for r in runs if r["strategy"] == strategy]
+        right, asked = np.array(of_base).transpose(2, 0, 1)
+        # A bin that a short document hardly reaches is left out.
+        bins = asked.sum(0) >= 50
+        found[f"{strategy} at {length}"] = (right.sum(0)[bins] / asked.sum(0)[bins]).tolist()
+        found[f"{strategy} at {length}, 96 to 192, by base"] = (right[:, 3:6].sum(1) / asked[:, 3:6].sum(1)).tolist()
+    gap = np.array(found[f"cream at {TARGET}"]) - np.array(found[f"pose at {TARGET}"])
+    ratio = np.log2(distances["cream"] / distances["pose"])[: len(gap)]
+    return found | {"log2_cream_to_pose": ratio.tolist(), "correlation": stats.pearsonr(ratio, gap).statistic}
 
 
 def main() -> None:
@@ -130,7 +148,7 @@ def _draw(distances: dict, positions: dict, content: dict[str, Any], path: Path)
     from matplotlib import pyplot as plt
 
     colors = dict(zip(STRATEGIES, ("#e08214", "#8073ac", "#2166ac", "#b2182b"), strict=True))
-    figure, axes = plt.subplot_mosaic("AAAABBBBCCCC;000111222333", figsize=(11, 5.8), layout="constrained")
+    figure, axes = plt.subplot_mosaic("AAABBBCCCDDD;000111222333", figsize=(12, 5.8), layout="constrained")
     edges, tenths = np.arange(0, TARGET + 1, BIN), np.arange(0.05, 1, 0.1)
     for strategy, color in colors.items():
         # A question at the end meets distance (1 - depth) times the target.
@@ -141,7 +159,12 @@ def _draw(distances: dict, positions: dict, content: dict[str, Any], path: Path)
             axes[str(column)].set(title=scaling, xlabel="depth at 2,048 tokens", ylim=(0, 1.03))
     for marker, (scaling, found) in zip("o^sD", content["by_scaling"].items(), strict=True):
         axes["C"].scatter(content["log2_cream_to_pose"], found["cream_minus_pose"], marker=marker, s=14, label=scaling)
-    axes["A"].set(yscale="log", ylim=(1e-5, None), xlabel="depth that a question at the end meets the distance at")
+    near = content["linear_near_the_end"]
+    for strategy in ("pose", "cream"):
+        accuracy = near[f"{strategy} at {TARGET}"]
+        axes["D"].plot(BIN * (np.arange(len(accuracy)) + 0.5), accuracy, color=colors[strategy], marker=".")
+    axes["D"].set(xlabel="distance (tokens)", ylabel="accuracy", title="linear, near the end", ylim=(0.7, 1))
+    axes["A"].set(yscale="log", ylim=(1e-5, None), xlabel="depth seen from the end")
     axes["A"].set(ylabel="share per token", title="distances that are trained")
     axes["B"].set(yscale="log", ylim=(1e-5, None), xlabel="position (tokens)", title="positions of trained questions")
     axes["C"].set(xlabel="trained by CREAM over PoSE (log2)", ylabel="CREAM minus PoSE", title="each tenth of depth")
