@@ -12,12 +12,15 @@ from typing import Any
 
 from reproduce import (
     BASES,
+    EVALUATION_SEED,
     EXTENSION,
     IN_WINDOW,
+    QUESTIONS,
     RECALL_RATE,
     RUNS,
     SEARCH_SEEDS,
     SEARCHED,
+    TRAINING,
     Run,
     base_of,
     key,
@@ -148,13 +151,13 @@ def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
         cases = [(*EXTENSION, "window", name) for name in ("untuned", "contiguous", "randpos", "pose", cream)]
         cases += [(*whole, "target", "contiguous"), (*EXTENSION, "target", "pose"), (*EXTENSION, "target", cream)]
         recall.append([scaling, *(cell("target", "recall", scaling, *case) for case in cases)])
-    skill = [["RoPE scaling", "rate", "untuned", "plain", "RandPos", "PoSE", "CREAM", "CREAM, 256 tokens"]]
-    for where in SEARCHED:
-        if where[1:] == EXTENSION:
-            strategies = ("untuned", "contiguous", "randpos", "pose", cream)
-            cells = [cell("target", "new_skill", *where, "window", name) for name in strategies]
-            rate = f"{chosen[where]['rate']:g}" if where in chosen else OPEN
-            skill.append([where[0], rate, *cells, cell("256", "new_skill", *where, "window", cream)])
+    places = [where for where in SEARCHED if where[1:] == EXTENSION]
+    rates = [f"{chosen[where]['rate']:g}" if where in chosen else OPEN for where in places]
+    skill = [["", *(place_name(*where) for where in places)], ["rate", *rates]]
+    found = [kind[-1] for kind in rows if kind[0] == "new_skill" and kind[2:4] == EXTENSION]
+    for name in dict.fromkeys(["untuned", "contiguous", "randpos", "pose", cream, *found]):
+        shown = "CREAM" if name == cream else NAMES.get(name, name)
+        skill.append([shown, *(cell("target", "new_skill", *where, "window", name) for where in places)])
     parts = [str(length) for length in (64, 128, 256)] + ["first tenth", "middle", "last tenth"]
     inside = [["positions", *(f"{part} tokens" if part.isdigit() else part for part in parts)]]
     for name in ("untuned", "contiguous", "randpos", "pose", ours(*IN_WINDOW)):
@@ -251,8 +254,10 @@ def report(output: Path, page_folder: Path | None) -> None:
     content = {
         "command": "make reproduce",
         "settings": {
+            "training": TRAINING,
             "lora_r": 16,
-            "evaluation_questions": 512,
+            "evaluation_seed": EVALUATION_SEED,
+            "evaluation_questions": QUESTIONS,
             "rate_of_new_skill": "the highest mean accuracy at the window in `search`; of equals the lowest rate",
         },
         "environments": list(environments.values()),
