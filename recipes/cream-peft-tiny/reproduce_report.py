@@ -227,6 +227,7 @@ def draw(runs: list[Run], task: str, path: Path) -> None:
         ticks = lengths({"context_length": where[1], "target_length": where[2]})
         axes[0, column].set_xscale("log", base=2)
         axes[0, column].set_xticks(ticks, [f"{length:,}" for length in ticks])
+        axes[0, column].set(xlim=(ticks[0] * 0.9, ticks[-1] * 1.1), ylim=(-0.03, 1.03))
         axes[0, column].set(title=place_name(*where), xlabel="document length (tokens)")
         axes[1, column].set(xlabel=f"depth at {where[2]:,} tokens")
     for axis in axes.flat:
