@@ -66,8 +66,8 @@ demo-seeds: $(SEED_RUNS:%=%/cream.json)  ## the demo's two trainings with ten se
 	$(BIN)/cream-peft evaluate --tasks new_skill --lengths 256 2048 --samples 16 --compare $(SEED_RUNS) \
 		--output_dir $(SEEDS)/results --json $(SEEDS)/results.json
 
-reproduce: $(READY)  ## every strategy and RoPE scaling on the tiny task (over an hour, resumes where it stopped)
-	$(BIN)/python recipes/cream-peft-tiny/reproduce.py --output runs/reproduce
+reproduce: $(READY)  ## position strategies under each RoPE scaling, tiny model (hours, resumes; MINUTES=30 ONLY="new_skill ntk")
+	$(BIN)/python recipes/cream-peft-tiny/reproduce.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 
 tiny-base: $(READY)  ## pretrain the embedded tiny model again (under 5 minutes)
 	$(BIN)/python recipes/cream-peft-tiny/make_base.py --output runs/tiny-base

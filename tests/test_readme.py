@@ -133,39 +133,6 @@ def test_no_file_names_a_path_of_a_machine(path):
     assert not re.search(r"(^|[^A-Za-z0-9_.])/(home|root|work|tmp)/", path.read_text(encoding="utf-8"))
 
 
-def printed(value):
-    text = f"{abs(value):.3f}"
-    return text[1:] if text.startswith("0") else "1.00"
-
-
-def test_the_tables_of_the_reproduction_equal_its_json():
-    text, content = page("recipes/cream-peft-tiny"), json.loads((TINY / "results/reproduce.json").read_text())
-    assert f"{content['planned_runs']} runs" in text and f"[{content['planned_runs']} runs]" in README
-    assert content["finished_runs"] == content["planned_runs"] == len(content["runs"])
-    seconds = sum(run["train_seconds"] + run["evaluation_seconds"] for run in content["runs"])
-    assert f"add up to {seconds / 2 / 60:.0f} minutes on two workers" in " ".join(text.split())
-    rows = {(row["scaling"], row["strategy"], row["documents"]): row for row in content["summary"]["rows"]}
-    pairs = {(row["scaling"], row["documents"], row["against"]): row for row in content["summary"]["cream_minus"]}
-    table, differences, crops = (text.split(head)[1].split("\n\n")[0] for head in (
-        "| RoPE scaling | untuned |", "| CREAM minus |", "| RoPE scaling | PoSE | CREAM |"))  # fmt: skip
-    kinds = [("untuned", None), *((name, "window") for name in ("contiguous", "randpos", "pose", "cream")),
-             ("full", "target")]  # fmt: skip
-    for scaling in ("none", "linear", "ntk", "yarn"):
-        cells = [re.search(rf"\| {scaling} \|(.*)\|", part)[1].split("|") for part in (table, differences, crops)]
-        means = [printed(rows[scaling, *kind]["2048"]["mean"]) for kind in kinds]
-        assert [cell.split()[0] for cell in cells[0]] == means
-        gaps = [pairs[scaling, "window", other][part] for other, part in (
-            ("pose", "2048"), ("pose", "middle"), ("pose", "last tenth"), ("contiguous", "2048"),
-            ("contiguous", "middle"))]  # fmt: skip
-        for cell, gap in zip(cells[1], gaps, strict=True):
-            sign = "+" if gap["mean"] >= 0 else "−"
-            ahead = sum(value > 0 for value in gap["by_base"].values())
-            assert cell.strip() == f"{sign}{printed(gap['mean'])} ± {printed(gap['half_width_95'])} ({ahead}/3)"
-        order = [(part, name) for part in ("2048", "middle") for name in ("pose", "cream")]
-        found = [rows[scaling, name, "target"][part]["mean"] for part, name in order]
-        assert [cell.strip() for cell in cells[2]] == [printed(value) for value in found]
-
-
 def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces():
     spec = importlib.util.spec_from_file_location("compare_in_readme", SMOLLM2 / "compare.py")
     compare = importlib.util.module_from_spec(spec)

@@ -120,15 +120,16 @@ def test_training_rows_are_reproducible_columns():
     assert not np.array_equal(rows["input_ids"][0], rows["input_ids"][1])
 
 
-@pytest.mark.parametrize("num_tokens", [256, 2048, 8192])
-def test_an_evaluation_document_asks_sixteen_stated_keys_in_its_last_64_tokens(num_tokens):
-    input_ids, query_positions, answers, depths = task.evaluation_document(np.random.default_rng(6), num_tokens)
+@pytest.mark.parametrize(("num_tokens", "queries"), [(256, 16), (2048, 16), (8192, 16), (64, 4)])
+def test_an_evaluation_document_asks_stated_keys_a_cell_each_at_its_end(num_tokens, queries):
+    rng = np.random.default_rng(6)
+    input_ids, query_positions, answers, depths = task.evaluation_document(rng, num_tokens, queries=queries)
     assert input_ids.shape == (num_tokens,)
-    assert len(set(input_ids[query_positions])) == 16
-    assert (query_positions // 4 == np.arange(num_tokens // 4 - 16, num_tokens // 4)).all()
+    assert len(set(input_ids[query_positions])) == queries
+    assert (query_positions // 4 == np.arange(num_tokens // 4 - queries, num_tokens // 4)).all()
     np.testing.assert_array_equal(input_ids[query_positions + 1], answers)
     for query, answer, depth in zip(query_positions, answers, depths, strict=True):
-        stated = np.flatnonzero(input_ids[: num_tokens - 64] == input_ids[query])
+        stated = np.flatnonzero(input_ids[: num_tokens - 4 * queries] == input_ids[query])
         assert stated.size == 1
         assert input_ids[stated[0] + 1] == answer
         assert depth == stated[0] / num_tokens
@@ -139,10 +140,11 @@ def test_the_asked_records_of_a_long_document_lie_in_every_decile_of_depth():
     assert set((depths * 10).astype(int)) == set(range(10))
 
 
-@pytest.mark.parametrize("num_tokens", [224, 257])
-def test_a_length_that_cannot_hold_sixteen_queries_is_refused(num_tokens):
-    with pytest.raises(ValueError, match="at least 228"):
-        task.evaluation_document(np.random.default_rng(8), num_tokens)
+@pytest.mark.parametrize(("num_tokens", "queries", "least"), [(224, 16, 228), (257, 16, 228), (56, 4, 60)])
+def test_a_length_that_cannot_hold_the_questions_is_refused(num_tokens, queries, least):
+    with pytest.raises(ValueError, match=f"at least {least}"):
+        task.evaluation_document(np.random.default_rng(8), num_tokens, queries=queries)
+    task.evaluation_document(np.random.default_rng(8), least, queries=queries)
 
 
 @pytest.mark.parametrize(("rule", "accuracy"), [(lambda depth: True, 1.0), (lambda depth: False, 0.0)])

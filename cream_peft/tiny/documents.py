@@ -12,6 +12,7 @@ Vocabulary (385 tokens): `<s>`, 64 fillers, 256 keys, 64 values, in this order.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ CELL = 4
 IGNORED = -100
 EVALUATION_DENSITY = 0.4
 NUM_QUERIES = 16
-QUERY_TOKENS = NUM_QUERIES * CELL
 
 
 def vocabulary() -> list[str]:
@@ -102,32 +102,34 @@ def training_rows(count: int, num_tokens: int, seed: int, **options: Any) -> dic
 
 
 def evaluation_document(
-    rng: np.random.Generator, num_tokens: int, marked: bool = False
+    rng: np.random.Generator, num_tokens: int, marked: bool = False, queries: int = NUM_QUERIES
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One document that asks 16 of its keys, each once, in its last 64 tokens.
+    """One document that asks some of its keys, each once, a cell each, at its end.
 
     40 % of the other cells are records, each of its own key (256 at most, so documents beyond about 2,600 tokens are
-    sparser). The asked records are drawn one from each sixteenth of the records, in shuffled order. `marked`: they are
-    asked as `key MARK value`.
+    sparser). The records are cut into as many equal parts as are asked, and one is drawn from each, in shuffled order.
+    `marked`: they are asked as `key MARK value`.
 
     Returns:
-        input_ids [num_tokens]; query_positions [16], the indices of the tokens after which the answers come;
-        answers [16], token ids; depths [16], the places of the asked records as shares of the document, in [0, 1].
+        input_ids [num_tokens]; query_positions [queries], the indices of the tokens after which the answers come;
+        answers [queries], token ids; depths [queries], the places of the asked records as shares of the document.
     """
     num_cells, ragged = divmod(num_tokens, CELL)
-    free_cells = num_cells - NUM_QUERIES - 1
+    free_cells = num_cells - queries - 1
     num_records = min(NUM_KEYS, int(EVALUATION_DENSITY * free_cells))
-    if ragged or num_records < NUM_QUERIES:
-        raise ValueError(f"a document's length must be a multiple of {CELL} and at least 228 tokens, got {num_tokens}")
+    if ragged or num_records < queries:
+        least = CELL * (queries + 1 + math.ceil(queries / EVALUATION_DENSITY))
+        wanted = f"a multiple of {CELL} and at least {least} tokens"
+        raise ValueError(f"the length of a document with {queries} questions must be {wanted}, got {num_tokens}")
     cells = filler_cells(rng, num_cells)
     places = 1 + np.sort(rng.choice(free_cells, num_records, replace=False))
     keys = FIRST_KEY + rng.permutation(NUM_KEYS)[:num_records]
     values = rng.integers(FIRST_VALUE, VOCABULARY_SIZE, num_records)
 
-    bounds = np.arange(NUM_QUERIES + 1) * num_records // NUM_QUERIES
+    bounds = np.arange(queries + 1) * num_records // queries
     asked = rng.permutation(rng.integers(bounds[:-1], bounds[1:]))
     record = np.concatenate([np.arange(num_records), asked])
-    places = np.concatenate([places, np.arange(num_cells - NUM_QUERIES, num_cells)])
+    places = np.concatenate([places, np.arange(num_cells - queries, num_cells)])
     is_question = marked & (np.arange(places.size) >= num_records)
     offsets = rng.integers(0, CELL - 1 - is_question, places.size)
     cells[places, offsets] = keys[record]
@@ -139,19 +141,25 @@ def evaluation_document(
 
 
 def evaluate_recall(
-    model: Any, num_tokens: int, documents: int, seed: int, batch_size: int = 8, marked: bool = False
+    model: Any,
+    num_tokens: int,
+    documents: int,
+    seed: int,
+    batch_size: int = 8,
+    marked: bool = False,
+    queries: int = NUM_QUERIES,
 ) -> dict[str, np.ndarray]:
     """Recall of `model` on `documents` evaluation documents, at the plain positions 0..num_tokens-1.
 
-    An answer is right when it is the argmax over the whole vocabulary. Logits are computed for the last 64 tokens only.
+    An answer is right when it is the argmax over the whole vocabulary. Logits are computed for the questions only.
 
     Returns:
-        depth, float64, and correct, bool: [documents * 16] each, in the order of the documents.
+        depth, float64, and correct, bool: [documents * queries] each, in the order of the documents.
     """
     import torch
 
     rng = np.random.default_rng(seed)
-    drawn = [evaluation_document(rng, num_tokens, marked) for _ in range(documents)]
+    drawn = [evaluation_document(rng, num_tokens, marked, queries) for _ in range(documents)]
     input_ids, query_positions, answers, depths = (np.stack(column) for column in zip(*drawn, strict=True))
     predicted = np.empty_like(answers)
     was_training = model.training
@@ -167,10 +175,10 @@ def evaluate_recall(
                     attention_mask=torch.ones_like(batch),
                     position_ids=torch.arange(num_tokens, device=batch.device).expand_as(batch),
                     use_cache=False,
-                    logits_to_keep=QUERY_TOKENS,
+                    logits_to_keep=queries * CELL,
                 ).logits
                 best = logits.argmax(-1).cpu().numpy()
-                predicted[rows] = np.take_along_axis(best, query_positions[rows] - (num_tokens - QUERY_TOKENS), 1)
+                predicted[rows] = np.take_along_axis(best, query_positions[rows] - (num_tokens - queries * CELL), 1)
     finally:
         model.train(was_training)
     return {"depth": depths.reshape(-1), "correct": (predicted == answers).reshape(-1)}

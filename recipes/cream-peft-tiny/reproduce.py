@@ -1,313 +1,361 @@
-"""Every position strategy under every RoPE scaling on the tiny task, three bases by three seeds.
+"""Position strategies under every RoPE scaling on the tiny model: three bases by three seeds, for two tasks.
 
-python recipes/cream-peft-tiny/reproduce.py [--output runs/reproduce] [--workers 2]
+python recipes/cream-peft-tiny/reproduce.py [--minutes 30] [--only new_skill ntk]
 
-The base is not quantized; 150 steps of 16 x 256 tokens, a learning rate of 5e-3, or of 1e-2 under linear scaling.
-The evaluation documents are drawn from a seed that no setting was chosen on. The three
-bases are the shipped one and the two in bases/. Every run is kept as one line of runs.jsonl: killed and started again,
-the command resumes where it stopped. Writes reproduce.json and reproduce.png into the output folder.
+`recall` is the form of question that the base knows, `new_skill` one that it never saw. The rate of the new skill was
+chosen for each RoPE scaling on another seed, by the accuracy at the window. The bases are the shipped one and the two
+in bases/, not quantized. The evaluation documents are drawn from a seed that no setting was chosen on.
+
+A finished run is a line of reproduce-runs.jsonl. Runs that are in results/ or in the output folder are not done again.
+At the end, or with --report, the figures of all finished runs are written into the output folder; --publish writes them
+into results/ and the tables into the page.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from scipy import stats
+Run = dict[str, Any]
 
-SCALINGS = ("ntk", "none", "linear", "yarn")
-STRATEGIES = ("contiguous", "randpos", "pose", "cream")
-BASE_SEEDS = (0, 2, 4)
-RUN_SEEDS = (0, 1, 2)
-WINDOW, TARGET, STEPS, BATCH = 256, 2048, 150, 16
-LENGTHS = (256, 512, 1024, 2048)
-EVALUATION_SEED, EVALUATION_DOCUMENTS = 20_261_123, 32
-LEARNING_RATE = {"none": 5e-3, "linear": 1e-2, "ntk": 5e-3, "yarn": 5e-3}
+HERE = Path(__file__).parent
+RUNS = "reproduce-runs.jsonl"
+BASES, SEEDS, SEARCH_SEED = (0, 2, 4), (0, 1, 2), 100
+EVALUATION_SEED, QUESTIONS = 20_261_123, 512
+RECALL_RATE = {"none": 5e-3, "linear": 1e-2, "ntk": 5e-3, "yarn": 5e-3}
+TRAINING = {  # Windows of 256 tokens in a step; shorter windows are as many more.
+    "recall": {"max_steps": 150, "batch": 16, "warmup_steps": 10},
+    "new_skill": {"max_steps": 400, "batch": 8, "warmup_steps": 30},
+}
+EXTENSION, IN_WINDOW = (256, 2048), (64, 256)
+"""(context_length, target_length); the bases' window is 256 tokens."""
+SEARCHED = {
+    ("ntk", *EXTENSION): (2e-3, 4e-3, 8e-3),
+    ("none", *EXTENSION): (2e-3, 4e-3, 8e-3),
+    ("none", *IN_WINDOW): (2e-3, 4e-3, 8e-3),
+    ("yarn", *EXTENSION): (1e-3, 2e-3, 4e-3),
+    ("linear", *EXTENSION): (2e-3, 4e-3, 8e-3),
+}
+"""(scaling, context_length, target_length) -> the rates that are searched for the new skill."""
 
 
-def all_runs() -> list[dict[str, Any]]:
-    """Every run of the grid, those that say most first.
+def sigma(context_length: int, target_length: int) -> float:
+    """The published law of CREAM, 3 half windows at a factor of 8, and its shape at others."""
+    return 3 / 8 * target_length / context_length
 
-    Three seeds a base on documents of the window; one for crops and for full length.
+
+def strategies(context_length: int, target_length: int) -> list[tuple[str, dict[str, Any]]]:
+    """(position_strategy, its options) that the new skill is trained with, with three seeds a base."""
+    return [("contiguous", {}), ("pose", {}), ("cream", {"sigma": sigma(context_length, target_length)})]
+
+
+BESIDE: list[tuple[str, dict[str, Any]]] = [
+    ("cream", {}),
+    ("cream", {"sigma": float("inf")}),
+    ("pose", {"chunks": 4}),
+    ("segments", {}),
+    ("randpos", {}),
+    ("randpos", {"target_growth": 0.8}),
+    ("cream", {"sigma": 3.0, "contiguous_share": 0.2}),
+]
+"""Strategies beside them, in extension, with one seed a base. Another one is a line here."""
+
+
+def label(run: Run) -> str:
+    """The strategy with its options: `pose`, `cream sigma=3`."""
+    return " ".join([run["strategy"], *(f"{name}={value:g}" for name, value in run["options"].items())])
+
+
+def key(run: Run) -> str:
+    """What a run is known by: its settings."""
+    names = ("task", "scaling", "context_length", "target_length", "documents", "rate", "base", "seed")
+    return " ".join([label(run), *(f"{name}={run[name]}" for name in names)])
+
+
+def place(run: Run) -> tuple[str, int, int]:
+    """What a rate is chosen for."""
+    return run["scaling"], run["context_length"], run["target_length"]
+
+
+def _run(
+    task: str, where: tuple[str, int, int], case: tuple[str, dict], base: int, seed: int | None, **more: Any
+) -> Run:
+    scaling, context_length, target_length = where
+    run = {"task": task, "scaling": scaling, "context_length": context_length, "target_length": target_length}
+    run |= {"strategy": case[0], "options": case[1], "documents": "window", "rate": None, "base": base, "seed": seed}
+    return run | more
+
+
+def recall_runs() -> list[Run]:
+    """Three seeds a base on documents of the window; one for crops and for full length.
+
     documents: `window` are documents of 256 tokens; `target` are documents of 2,048 tokens, from which the strategy
     crops 256. contiguous and randpos take the first 256 tokens either way, so they need no second run.
     """
-    window = {strategy: (strategy, "window") for strategy in STRATEGIES}
-    first, others = RUN_SEEDS[:1], RUN_SEEDS[1:]
-    parts = [
-        ([("untuned", None)], (None,)),
-        (list(window.values()), first),
-        ([window["pose"], window["cream"]], others),
-        ([("pose", "target"), ("cream", "target")], first),
-        ([("full", "target")], first),
-        ([window["contiguous"]], others),
-        ([window["randpos"]], others),
-    ]
+    whole = (EXTENSION[1], EXTENSION[1])
+    pose, cream = ("pose", {}), ("cream", {"sigma": sigma(*EXTENSION)})
+    short = [(case, EXTENSION, "window") for case in (("contiguous", {}), ("randpos", {}), pose, cream)]
+    long = [(pose, EXTENSION, "target"), (cream, EXTENSION, "target"), (("contiguous", {}), whole, "target")]
+    cases = [(("untuned", {}), EXTENSION, "window", None)]
+    cases += [(*case, 0) for case in short + long] + [(*case, seed) for seed in SEEDS[1:] for case in short]
     return [
-        {"base": base, "scaling": scaling, "strategy": strategy, "documents": documents, "seed": seed}
-        for cases, seeds in parts
-        for seed in seeds
-        for scaling, base in itertools.product(SCALINGS, BASE_SEEDS)
-        for strategy, documents in cases
+        _run("recall", (scaling, *lengths), case, base, seed, documents=documents)
+        | {"rate": None if seed is None else RECALL_RATE[scaling]}
+        for case, lengths, documents, seed in cases
+        for scaling, base in product(RECALL_RATE, BASES)
     ]
 
 
-def key(run: dict[str, Any]) -> tuple:
-    return tuple(run[name] for name in ("base", "scaling", "strategy", "documents", "seed"))
+def search_runs(where: tuple[str, int, int]) -> list[Run]:
+    """Each rate on base 0, with plain positions and with CREAM's."""
+    plain, _, cream = strategies(*where[1:])
+    return [
+        _run("new_skill", where, case, BASES[0], SEARCH_SEED, rate=rate)
+        for rate, case in product(SEARCHED[where], (plain, cream))
+    ]
 
 
-def read_runs(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; a last line cut off by a kill is dropped."""
-    found = []
+def mean_at_window(done: list[Run], where: tuple[str, int, int]) -> dict[float, float]:
+    """Rate -> accuracy at the window, averaged over the search's strategies; empty until all are done."""
+    finished = {key(run): run for run in done}
+    wanted = search_runs(where)
+    if not all(key(run) in finished for run in wanted):
+        return {}
+    window = str(where[1])
+    return {
+        rate: fmean(finished[key(run)]["by_length"][window] for run in wanted if run["rate"] == rate)
+        for rate in SEARCHED[where]
+    }
+
+
+def new_skill_runs(done: list[Run]) -> list[Run]:
+    """The search and the grid, what says most first. A run whose search is not done has no rate yet."""
+
+    def grid(where: tuple[str, int, int], cases: list, seeds: tuple[int, ...]) -> list[Run]:
+        found = mean_at_window(done, where)
+        rate = max(found, key=found.__getitem__) if found else None
+        return [
+            _run("new_skill", where, case, base, seed, rate=rate) for seed, case, base in product(seeds, cases, BASES)
+        ]
+
+    runs = []
+    for where in SEARCHED:
+        runs += [_run("new_skill", where, ("untuned", {}), base, None) for base in BASES]
+        seeds = SEEDS if where[1:] == IN_WINDOW else SEEDS[:1]
+        runs += search_runs(where) + grid(where, strategies(*where[1:]), seeds)
+    for where in SEARCHED:
+        if where[1:] == EXTENSION:
+            runs += grid(where, BESIDE, SEEDS[:1])
+    for seed in SEEDS[1:]:
+        for where in SEARCHED:
+            runs += grid(where, strategies(*where[1:]), (seed,))
+    return list({key(run): run for run in runs}.values())
+
+
+def planned(done: list[Run]) -> list[Run]:
+    """Every run, in the order in which they are done."""
+    return recall_runs() + new_skill_runs(done)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of runs; empty ones, and one cut off by a kill, are passed over."""
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
+            yield json.loads(line)
         except json.JSONDecodeError:
             continue
-    return found
 
 
-def trained(folder: Path, run: dict[str, Any], scratch: str) -> Any:
-    """The base of the run, trained as the run says."""
-    from datasets import Dataset
-    from peft import LoraConfig
-
-    from cream_peft import CREAMConfig, CREAMTrainer
-    from cream_peft.model.base import load_base, load_tokenizer
-    from cream_peft.tiny.documents import training_rows
-
-    scaling = None if run["scaling"] == "none" else run["scaling"]
-    model = load_base(str(folder), target_length=TARGET, rope_scaling_type=scaling, load_in_4bit=False)
-    if run["strategy"] == "untuned":
-        return model
-    full = run["strategy"] == "full"
-    tokens = TARGET if run["documents"] == "target" else WINDOW
-    batch = BATCH * WINDOW // TARGET if full else BATCH
-    arguments = CREAMConfig(
-        scratch,
-        context_length=TARGET if full else WINDOW,
-        target_length=TARGET,
-        position_strategy="contiguous" if full else run["strategy"],
-        rope_scaling_type=scaling,
-        learning_rate=LEARNING_RATE[run["scaling"]],
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.05},
-        warmup_steps=10,
-        max_steps=STEPS,
-        per_device_train_batch_size=batch,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=50,
-        dataloader_pin_memory=False,
-        report_to="none",
-        seed=run["seed"],
-    )
-    trainer = CREAMTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict(training_rows(STEPS * batch, tokens, seed=10_000 + run["seed"])),
-        processing_class=load_tokenizer(str(folder)),
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
-        ),
-    )
-    trainer.train()
-    return trainer.model
+def read_runs(output: Path) -> tuple[list[Run], dict[str, Any]]:
+    """The finished runs of results/ and of `output`, and the environments that they name."""
+    lines = [line for folder in (HERE / "results", output) for line in read_lines(folder / RUNS)]
+    environments = {line["environment"]: line for line in lines if "versions" in line}
+    return list({key(line): line for line in lines if "versions" not in line}.values()), environments
 
 
-def measure(model: Any) -> dict[str, Any]:
-    """Accuracy by length, and by tenth of depth at the target length."""
-    from cream_peft.evals.results import Cell, mean_by
-    from cream_peft.evals.tasks import TASKS
+def environment() -> dict[str, Any]:
+    """The versions and the machine, under a short hash."""
+    from cream_peft.model.record import machine, versions
 
-    cells = [
-        Cell(task="recall", length=length, **cell)
-        for length in LENGTHS
-        for cell in TASKS["recall"](model, None, length, EVALUATION_DOCUMENTS, EVALUATION_SEED)
-    ]
-    at_target = [cell for cell in cells if cell.length == TARGET]
-    return {"by_length": mean_by(cells, "length"), "by_depth": mean_by(at_target, "depth")}
-
-
-def work(output: Path, index: int, workers: int) -> None:
-    """Do every `workers`-th run that is not done yet."""
-    import logging
-    import warnings
-
-    import datasets
-    import torch
-
-    warnings.filterwarnings("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    path = output / "runs.jsonl"
-    for run in all_runs()[index::workers]:
-        if key(run) in {key(done) for done in read_runs(path)}:
-            continue
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch:
-            model = trained(base_of(run["base"]), run, scratch)
-        middle = time.perf_counter()
-        found = {**run, **measure(model), "train_seconds": round(middle - start, 1)}
-        found["evaluation_seconds"] = round(time.perf_counter() - middle, 1)
-        with path.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        print(f"{len(read_runs(path))}/{len(all_runs())}  {run}  {found['by_length'][TARGET]:.3f}", flush=True)
+    found = {"versions": versions(), "machine": machine()}
+    return {"environment": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:8]} | found
 
 
 def base_of(seed: int) -> Path:
     """The base pretrained from `seed`: the one that the package ships, or one of the two beside this file."""
     from cream_peft.tiny import base_folder
 
-    return base_folder() if seed == BASE_SEEDS[0] else Path(__file__).parent / "bases" / str(seed)
+    return base_folder() if seed == BASES[0] else HERE / "bases" / str(seed)
 
 
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % t interval over runs (None for fewer than two)."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return mean, stats.t.ppf(0.975, len(values) - 1) * deviation / len(values) ** 0.5
+def train(run: Run, scratch: str) -> Any:
+    """The base of the run, trained as the run says."""
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from cream_peft import CREAMConfig, CREAMTrainer
+    from cream_peft.model.base import load_base, load_tokenizer
+    from cream_peft.tiny.documents import CONFIGURATIONS, training_rows
+    from cream_peft.train.watch import TrainingError
+
+    scaling, context_length, target_length = place(run)
+    folder, scaling = str(base_of(run["base"])), None if scaling == "none" else scaling
+    model = load_base(folder, target_length=target_length, rope_scaling_type=scaling, load_in_4bit=False)
+    if run["strategy"] == "untuned":
+        return model
+    settings = dict(TRAINING[run["task"]])
+    batch = settings.pop("batch") * EXTENSION[0] // context_length
+    arguments = CREAMConfig(
+        scratch,
+        context_length=context_length,
+        target_length=target_length,
+        position_strategy=run["strategy"],
+        **run["options"],
+        rope_scaling_type=scaling,
+        learning_rate=run["rate"],
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+        report_to="none",
+        seed=run["seed"],
+        **settings,
+    )
+    tokens = target_length if run["documents"] == "target" else context_length
+    options, count = CONFIGURATIONS[run["task"]], settings["max_steps"] * batch
+    trainer = CREAMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(training_rows(count, tokens, seed=10_000 + run["seed"], **options)),
+        processing_class=load_tokenizer(folder),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+        ),
+    )
+    try:
+        trainer.train()
+    except TrainingError as error:
+        # It stops before what is not finite reaches the weights: the run counts as far as it came.
+        run["stopped"] = str(error)
+    return trainer.model
 
 
-def figures(run: dict[str, Any]) -> dict[str, float]:
-    """What is compared: accuracy at each length, and at the target its middle (depths .3 to .7) and last tenth."""
-    depths = {float(depth): value for depth, value in run["by_depth"].items()}
-    middle = [value for depth, value in depths.items() if 0.3 < depth < 0.7]
-    by_length = {str(length): value for length, value in run["by_length"].items()}
-    return by_length | {"middle": sum(middle) / len(middle), "last tenth": depths[0.95]}
+def lengths(run: Run) -> list[int]:
+    """Document lengths (tokens) of the evaluation: the window of the training, doubled up to the target."""
+    window = min(run["context_length"], EXTENSION[0])
+    return [window << doubling for doubling in range((run["target_length"] // window).bit_length())]
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means with intervals for every kind of run, and CREAM's paired differences from the others."""
-    kinds: dict[tuple, dict[tuple, dict[str, float]]] = {}
-    for run in runs:
-        kind = (run["scaling"], run["strategy"], run["documents"])
-        kinds.setdefault(kind, {})[run["base"], run["seed"]] = figures(run)
-    rows = []
-    for (scaling, strategy, documents), found in kinds.items():
-        row = {"scaling": scaling, "strategy": strategy, "documents": documents, "runs": len(found)}
-        for name in next(iter(found.values())):
-            mean, half = interval([values[name] for values in found.values()])
-            row[name] = {"mean": mean, "half_width_95": half}
-        rows.append(row)
-    differences = []
-    for (scaling, strategy, documents), ours in kinds.items():
-        if strategy != "cream":
-            continue
-        for other in ("pose", "randpos", "contiguous"):
-            theirs = kinds.get((scaling, other, documents)) or kinds.get((scaling, other, "window"), {})
-            pairs = sorted(set(ours) & set(theirs))
-            if not pairs:
-                continue
-            row = {"scaling": scaling, "documents": documents, "against": other, "pairs": len(pairs)}
-            for name in ("2048", "middle", "last tenth"):
-                gaps = {pair: ours[pair][name] - theirs[pair][name] for pair in pairs}
-                mean, half = interval(list(gaps.values()))
-                bases = sorted({base for base, _ in pairs})
-                of_base = [interval([gap for (b, _), gap in gaps.items() if b == base])[0] for base in bases]
-                row[name] = {"mean": mean, "half_width_95": half, "by_base": dict(zip(bases, of_base, strict=True))}
-            differences.append(row)
-    return {"rows": rows, "cream_minus": differences}
+def measure(model: Any, run: Run) -> dict[str, Any]:
+    """Accuracy by length, and by tenth of depth at the target length."""
+    from cream_peft.tiny.documents import NUM_QUERIES, evaluate_recall
 
-
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy by length (above) and by depth at 2,048 tokens (below), a column for each scaling."""
-    from matplotlib import pyplot as plt
-
-    styles = {
-        "untuned": ("#aaaaaa", "o", ":"), "contiguous": ("#e08214", "s", "--"), "randpos": ("#8073ac", "v", "--"),
-        "pose": ("#2166ac", "^", "-."), "cream": ("#b2182b", "D", "-"), "full": ("black", "", "-"),
-    }  # fmt: skip
-    figure, axes = plt.subplots(2, len(SCALINGS), figsize=(11, 5.6), sharey=True, layout="constrained")
-    for column, scaling in enumerate(SCALINGS):
-        for strategy, (color, marker, dash) in styles.items():
-            chosen = [r for r in runs if r["scaling"] == scaling and r["strategy"] == strategy]
-            chosen = [r for r in chosen if strategy == "full" or r["documents"] != "target"]
-            if not chosen:
-                continue
-            style = {"color": color, "marker": marker, "linestyle": dash, "markersize": 4, "label": strategy}
-            for row, name in enumerate(("by_length", "by_depth")):
-                means = {x: sum(r[name][x] for r in chosen) / len(chosen) for x in chosen[0][name]}
-                places = range(len(means)) if name == "by_length" else [float(x) for x in means]
-                axes[row, column].plot(places, list(means.values()), **style)
-        axes[0, column].set_title("no RoPE scaling" if scaling == "none" else scaling)
-        axes[0, column].set_xticks(range(len(LENGTHS)), [f"{length:,}" for length in LENGTHS])
-        axes[0, column].set_xlabel("document length (tokens)")
-        axes[1, column].set_xlabel("depth at 2,048 tokens")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("accuracy")
-    axes[1, 0].set_ylabel("accuracy")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=100)
-
-
-def report(output: Path) -> None:
-    """Write reproduce.json and reproduce.png from the runs that are done."""
-    from cream_peft.model.record import machine, versions
-
-    runs = read_runs(output / "runs.jsonl")
-    summary = summarise(runs)
-    origins = {seed: json.loads((base_of(seed) / "origin.json").read_text()) for seed in BASE_SEEDS}
-    content = {
-        "command": "make reproduce",
-        "versions": versions(),
-        "machine": machine(),
-        "settings": {
-            "context_length": WINDOW,
-            "target_length": TARGET,
-            "steps": STEPS,
-            "batch": BATCH,
-            "lora_r": 16,
-            "learning_rate": LEARNING_RATE,
-            "evaluation_seed": EVALUATION_SEED,
-            "evaluation_documents": EVALUATION_DOCUMENTS,
-            "queries_per_document": 16,
-        },
-        "bases": origins,
-        "planned_runs": len(all_runs()),
-        "finished_runs": len(runs),
-        "summary": summary,
-        "runs": runs,
+    # A document of 64 tokens has room for four questions.
+    queries = NUM_QUERIES * min(run["context_length"], EXTENSION[0]) // EXTENSION[0]
+    options = {"marked": run["task"] == "new_skill", "queries": queries}
+    by_length = {}
+    for length in lengths(run):
+        found = evaluate_recall(model, length, QUESTIONS // queries, EVALUATION_SEED, **options)
+        by_length[str(length)] = float(found["correct"].mean())
+    # The last length is the target. Depths are below 1, since the questions come last.
+    tenths = (found["depth"] * 10).astype(int)
+    by_depth = {
+        f"0.{tenth}5": float(found["correct"][tenths == tenth].mean()) for tenth in sorted(set(tenths.tolist()))
     }
-    (output / "reproduce.json").write_text(json.dumps(content, indent=1) + "\n")
-    draw(runs, output / "reproduce.png")
-    print(f"{len(runs)} of {len(all_runs())} runs; the figures are in {output}/reproduce.json and reproduce.png")
+    return {"by_length": by_length, "by_depth": by_depth}
+
+
+def quiet() -> None:
+    """What a worker does first: one thread, and no word of the libraries."""
+    import logging
+    import warnings
+
+    import datasets
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+
+
+def finish(run: Run) -> Run:
+    """The run with its figures and its seconds."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        model = train(run, scratch)
+    middle = time.perf_counter()
+    found = measure(model, run)
+    seconds = {"train_seconds": round(middle - start, 1), "evaluation_seconds": round(time.perf_counter() - middle, 1)}
+    return run | found | seconds
+
+
+def missing(done: list[Run], only: list[str]) -> list[Run]:
+    """The planned runs that are not done and hold every word of `only`."""
+    finished = {key(run) for run in done}
+    runs = [run for run in planned(done) if key(run) not in finished]
+    return [run for run in runs if set(only) <= {*key(run).split(), *key(run).replace("=", " ").split()}]
+
+
+def work(output: Path, workers: int, minutes: float, only: list[str]) -> None:
+    """Do the missing runs, and begin none after so many minutes."""
+    start, current = time.perf_counter(), environment()
+    done, known = read_runs(output)
+    pending: dict[Future, str] = {}
+    with ProcessPoolExecutor(workers, get_context("spawn"), quiet) as pool, (output / RUNS).open("a") as file:
+        # Ends a line that a kill cut off; empty lines are passed over.
+        print(file=file)
+        if current["environment"] not in known:
+            print(json.dumps(current), file=file, flush=True)
+        while True:
+            ready = [r for r in missing(done, only) if r["strategy"] == "untuned" or r["rate"] is not None]
+            ready = [run for run in ready if key(run) not in pending.values()]
+            if time.perf_counter() - start < 60 * minutes:
+                pending |= {pool.submit(finish, run): key(run) for run in ready[: workers - len(pending)]}
+            if not pending:
+                return
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                del pending[future]
+                found = future.result() | {"environment": current["environment"]}
+                print(json.dumps(found), file=file, flush=True)
+                done.append(found)
+                at_target = found["by_length"][str(found["target_length"])]
+                print(f"{len(done)} of {len(planned(done))}: {key(found)}: {at_target:.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
+    parser.add_argument("--only", nargs="+", default=[], help="words that a run must hold: new_skill ntk seed=0")
     parser.add_argument("--report", action="store_true", help="only write the figures of the runs that are done")
-    parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--publish", action="store_true", help="write them into results/, and the tables into the page")
     options = parser.parse_args()
-    if options.index is not None:
-        work(options.output, options.index, options.workers)
-        return
-    if options.report:
-        report(options.output)
-        return
     options.output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--output", str(options.output), "--workers", str(options.workers)]
-    processes = [subprocess.Popen([*command, "--index", str(index)]) for index in range(options.workers)]
-    if sum(process.wait() for process in processes):
-        sys.exit("a worker failed; start the command again to resume")
-    report(options.output)
+    if not (options.report or options.publish):
+        work(options.output, options.workers, options.minutes, options.only)
+    from reproduce_report import report
+
+    report(options.output, HERE if options.publish else None)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

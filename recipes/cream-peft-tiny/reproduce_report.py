@@ -1,0 +1,286 @@
+"""The figures of reproduce.py's runs: statistics with the base as the unit, tables for the page, pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from reproduce import (
+    BASES,
+    EVALUATION_SEED,
+    EXTENSION,
+    IN_WINDOW,
+    QUESTIONS,
+    RECALL_RATE,
+    RUNS,
+    SEARCH_SEED,
+    SEARCHED,
+    TRAINING,
+    Run,
+    base_of,
+    key,
+    label,
+    lengths,
+    mean_at_window,
+    missing,
+    place,
+    planned,
+    read_runs,
+    search_runs,
+    sigma,
+)
+from scipy import stats
+
+NAMES = {"contiguous": "plain", "pose": "PoSE", "randpos": "RandPos"}
+SCALINGS = tuple(RECALL_RATE)
+PARTS = ("target", "middle", "last tenth")
+OPEN = "–"
+"""In a table: not run yet."""
+
+
+def ours(context_length: int, target_length: int) -> str:
+    """The label of the published CREAM."""
+    return label({"strategy": "cream", "options": {"sigma": sigma(context_length, target_length)}})
+
+
+def over_bases(of_run: dict[tuple[int, Any], float]) -> dict[str, Any]:
+    """(base, seed) -> value, as the mean of the bases' means, with half of its 95 % t interval over the bases.
+
+    Seeds on one base share the base, so they are averaged first: three bases leave 2 degrees of freedom.
+    """
+    of_base = defaultdict(list)
+    for (base, _), value in of_run.items():
+        of_base[base].append(value)
+    means = {str(base): fmean(values) for base, values in sorted(of_base.items())}
+    count = len(means)
+    half = stats.t.ppf(0.975, count - 1) * stats.sem(list(means.values())) if count > 1 else None
+    return {"mean": fmean(means.values()), "half_width_95": half and float(half), "by_base": means}
+
+
+def figures(run: Run) -> dict[str, float]:
+    """What is compared: accuracy at each length; at the target also in the middle (depth .3 to .7) and at the ends."""
+    depths = {float(depth): value for depth, value in run["by_depth"].items()}
+    middle = fmean(value for depth, value in depths.items() if 0.3 < depth < 0.7)
+    parts = {"first tenth": depths[0.05], "middle": middle, "last tenth": depths[0.95]}
+    return run["by_length"] | {"target": run["by_length"][str(run["target_length"])]} | parts
+
+
+def summarise(runs: list[Run]) -> dict[str, Any]:
+    """Rows (a strategy in one place), what CREAM has more than each other strategy, and the search of the rates."""
+    kinds: dict[tuple, dict[tuple, dict[str, float]]] = {}
+    for run in runs:
+        if run["seed"] != SEARCH_SEED:
+            kind = (run["task"], *place(run), run["documents"], label(run))
+            kinds.setdefault(kind, {})[run["base"], run["seed"]] = figures(run)
+    names = ("task", "scaling", "context_length", "target_length", "documents", "strategy")
+    rows, gaps = [], []
+    for kind, found in kinds.items():
+        row = dict(zip(names, kind, strict=True)) | {"runs": len(found)}
+        parts = next(iter(found.values()))
+        rows.append(row | {part: over_bases({run: of[part] for run, of in found.items()}) for part in parts})
+        mine = kinds.get((*kind[:-1], ours(*kind[2:4])), {})
+        pairs = sorted(mine.keys() & found.keys(), key=str)
+        if pairs and mine is not found:
+            row |= {"pairs": len(pairs)}
+            gaps.append(row | {p: over_bases({run: mine[run][p] - found[run][p] for run in pairs}) for p in PARTS})
+    return {"rows": rows, "cream_minus": gaps, "search": searched(runs)}
+
+
+def searched(runs: list[Run]) -> list[dict[str, Any]]:
+    """For each place and rate the mean accuracy at the window and at the target, and whether the rate was chosen."""
+    done, found = {key(run): run for run in runs}, []
+    for where in SEARCHED:
+        means = mean_at_window(runs, where)
+        for rate, mean in means.items():
+            of_rate = [done[key(run)] for run in search_runs(where) if run["rate"] == rate]
+            target = {
+                label(run): fmean(figures(r)["target"] for r in of_rate if label(r) == label(run)) for run in of_rate
+            }
+            row = dict(zip(("scaling", "context_length", "target_length"), where, strict=True))
+            chosen = rate == max(means, key=means.__getitem__)
+            found.append(row | {"rate": rate, "window": mean, "target": target, "chosen": chosen})
+    return found
+
+
+def share(value: float) -> str:
+    """Three decimals, without the zero before the point."""
+    return f"{abs(value):.3f}".removeprefix("0")
+
+
+def _spread(found: dict[str, Any] | None, signed: bool = False) -> str:
+    if not found:
+        return OPEN
+    half = found["half_width_95"]
+    text = share(found["mean"]) + (f" ± {share(half)}" if half is not None else "")
+    if not signed:
+        return text
+    ahead = sum(value > 0 for value in found["by_base"].values())
+    return f"{'+' if found['mean'] >= 0 else '−'}{text} ({ahead}/{len(found['by_base'])})"
+
+
+def _lines(*rows: list[str]) -> list[str]:
+    head, *body = rows
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def place_name(scaling: str, context_length: int, target_length: int) -> str:
+    """What a place is called in tables and pictures."""
+    return f"{context_length} to {target_length}, none" if (context_length, target_length) == IN_WINDOW else scaling
+
+
+def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
+    """Name -> the lines of a Markdown table of the page."""
+    names = ("task", "scaling", "context_length", "target_length", "documents", "strategy")
+    rows = {tuple(row[name] for name in names): row for row in summary["rows"]}
+    gaps = {tuple(row[name] for name in names): row for row in summary["cream_minus"]}
+    chosen = {tuple(row[n] for n in names[1:4]): row for row in summary["search"] if row["chosen"]}
+
+    def cell(part: str, *kind: Any) -> str:
+        return _spread(rows.get(kind, {}).get(part))
+
+    whole, cream = (EXTENSION[1], EXTENSION[1]), ours(*EXTENSION)
+    recall = [
+        ["RoPE scaling", "untuned", "plain", "RandPos", "PoSE", "CREAM", "full length", "PoSE, crops", "CREAM, crops"]
+    ]
+    for scaling in SCALINGS:
+        cases = [(*EXTENSION, "window", name) for name in ("untuned", "contiguous", "randpos", "pose", cream)]
+        cases += [(*whole, "target", "contiguous"), (*EXTENSION, "target", "pose"), (*EXTENSION, "target", cream)]
+        recall.append([scaling, *(cell("target", "recall", scaling, *case) for case in cases)])
+    places = [where for where in SEARCHED if where[1:] == EXTENSION]
+    rates = [f"{chosen[where]['rate']:g}" if where in chosen else OPEN for where in places]
+    skill = [["", *(place_name(*where) for where in places)], ["rate", *rates]]
+    found = [kind[-1] for kind in rows if kind[0] == "new_skill" and kind[2:4] == EXTENSION]
+    for name in dict.fromkeys(["untuned", "contiguous", "randpos", "pose", cream, *found]):
+        shown = "CREAM" if name == cream else NAMES.get(name, name)
+        skill.append([shown, *(cell("target", "new_skill", *where, "window", name) for where in places)])
+    parts = [str(length) for length in (64, 128, 256)] + ["first tenth", "middle", "last tenth"]
+    inside = [["positions", *(f"{part} tokens" if part.isdigit() else part for part in parts)]]
+    for name in ("untuned", "contiguous", "randpos", "pose", ours(*IN_WINDOW)):
+        kind = ("new_skill", "none", *IN_WINDOW, "window", name)
+        shown = "CREAM" if name == ours(*IN_WINDOW) else NAMES.get(name, name)
+        inside.append([shown, *(cell(part, *kind) for part in parts)])
+    others = ("pose", "contiguous")
+    paired = [
+        [
+            "task, RoPE scaling",
+            *(f"{NAMES[o]}, {'all depths' if p == 'target' else p}" for o, p in product(others, PARTS)),
+        ]
+    ]
+    for task, where in [
+        *(("recall", (s, *EXTENSION)) for s in SCALINGS),
+        *(("new_skill", where) for where in SEARCHED),
+    ]:
+        found = [gaps.get((task, *where, "window", other), {}).get(part) for other, part in product(others, PARTS)]
+        paired.append([f"{task}, {place_name(*where)}", *(_spread(gap, signed=True) for gap in found)])
+    search = [["RoPE scaling", "rate", "at the window", "at the target: plain", "PoSE", "CREAM"]]
+    for row in summary["search"]:
+        rate = f"**{row['rate']:g}**" if row["chosen"] else f"{row['rate']:g}"
+        name = place_name(*(row[n] for n in names[1:4]))
+        search.append([name, rate, share(row["window"]), *(share(value) for value in row["target"].values())])
+    found = {"recall": recall, "new_skill": skill, "in-window": inside, "paired": paired, "search": search}
+    return {name: _lines(*lines) for name, lines in found.items()}
+
+
+def with_tables(text: str, lines: dict[str, list[str]]) -> str:
+    """The page with the tables below their marks, `<!-- table: NAME -->`, written anew."""
+    for name, table in lines.items():
+        mark = f"<!-- table: {name} -->\n"
+        text = re.sub(f"{mark}(\\|.*\n)*", lambda _: mark + "".join(f"{line}\n" for line in table), text)  # noqa: B023
+    return text
+
+
+def draw(runs: list[Run], task: str, path: Path) -> None:
+    """Accuracy by length (above) and by depth at the target (below), a column for each place."""
+    from matplotlib import pyplot as plt
+
+    styles = {
+        "untuned": ("#aaaaaa", "o", ":"), "contiguous": ("#e08214", "s", "--"), "randpos": ("#8073ac", "v", "--"),
+        "pose": ("#2166ac", "^", "-."), "cream": ("#b2182b", "D", "-"), "full length": ("black", "", "-"),
+    }  # fmt: skip
+    places = [where for where in SEARCHED if task == "new_skill" or where[1:] == EXTENSION]
+    figure, axes = plt.subplots(2, len(places), figsize=(2.75 * len(places), 5.6), sharey=True, layout="constrained")
+    for column, where in enumerate(places):
+        lines = defaultdict(list)
+        for run in runs:
+            crops = run["documents"] == "target"
+            full = crops and run["context_length"] == run["target_length"]
+            here = (run["task"], run["scaling"], run["target_length"]) == (task, where[0], where[2])
+            if here and run["seed"] != SEARCH_SEED and (full or not crops):
+                lines["full length" if full else label(run)].append(run)
+        for name, found in lines.items():
+            color, marker, dash = styles.get(name.split(" sigma")[0], (None, "x", "-"))
+            style = {
+                "color": color,
+                "marker": marker,
+                "linestyle": dash,
+                "markersize": 4,
+                "label": name.split(" sigma")[0],
+            }
+            for row, part in enumerate(("by_length", "by_depth")):
+                means = {x: fmean(run[part][x] for run in found) for x in found[0][part]}
+                axes[row, column].plot([float(x) for x in means], list(means.values()), **style)
+        ticks = lengths({"context_length": where[1], "target_length": where[2]})
+        axes[0, column].set_xscale("log", base=2)
+        axes[0, column].set_xticks(ticks, [f"{length:,}" for length in ticks])
+        axes[0, column].set(xlim=(ticks[0] * 0.9, ticks[-1] * 1.1), ylim=(-0.03, 1.03))
+        axes[0, column].set(title=place_name(*where), xlabel="document length (tokens)")
+        axes[1, column].set(xlabel=f"depth at {where[2]:,} tokens")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("accuracy")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def report(output: Path, page_folder: Path | None) -> None:
+    """Write the figures and pictures of all runs into `output`; or into results/, with the runs, and into the page."""
+    from reproduce_distances import explain
+
+    runs, environments = read_runs(output)
+    target = page_folder / "results" if page_folder else output
+    # A run lasts as long as the others of its task did on average.
+    seconds = {
+        task: fmean(run["train_seconds"] + run["evaluation_seconds"] for run in runs if run["task"] == task)
+        for task in {run["task"] for run in runs}
+    }
+    left = missing(runs, [])
+    content = {
+        "command": "make reproduce",
+        "settings": {
+            "training": TRAINING,
+            "lora_r": 16,
+            "evaluation_seed": EVALUATION_SEED,
+            "evaluation_questions": QUESTIONS,
+            "rate_of_new_skill": "the highest mean accuracy at the window in `search`; of equals the lowest rate",
+        },
+        "environments": list(environments.values()),
+        "bases": {seed: json.loads((base_of(seed) / "origin.json").read_text()) for seed in BASES},
+        "planned_runs": len(planned(runs)),
+        "finished_runs": len(planned(runs)) - len(left),
+        "hours": sum(run["train_seconds"] + run["evaluation_seconds"] for run in runs) / 3600,
+        "seconds_per_run": seconds,
+    }
+    content |= summarise(runs)
+    (target / "reproduce.json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(runs, "new_skill", target / "reproduce.png")
+    draw(runs, "recall", target / "reproduce-recall.png")
+    explain(runs, target)
+    if page_folder:
+        # Only here: a run in progress appends to the output folder's own file.
+        lines = [*environments.values(), *runs]
+        (target / RUNS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        page = page_folder / "README.md"
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), tables(content)), encoding="utf-8")
+    else:
+        print("\n\n".join("\n".join(table) for table in tables(content).values()))
+    hours = sum(seconds.get(run["task"], fmean(seconds.values())) for run in left) / 3600
+    finished = f"{content['finished_runs']} of {content['planned_runs']} runs in {target}"
+    print(f"{finished}; {hours:.1f} hours of one worker are left")

@@ -1,0 +1,197 @@
+"""The reproduction on the tiny model: which runs are done, how rates are chosen, its statistics, and its page."""
+
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cream_peft.train.watch import TrainingError
+
+FOLDER = Path(__file__).parent.parent / "recipes/cream-peft-tiny"
+sys.path.insert(0, str(FOLDER))
+
+import reproduce  # noqa: E402
+import reproduce_distances  # noqa: E402
+import reproduce_report  # noqa: E402
+
+NTK = ("ntk", 256, 2048)
+PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+FIGURES = json.loads((FOLDER / "results/reproduce.json").read_text())
+
+
+@pytest.fixture
+def committed(tmp_path):
+    return reproduce.read_runs(tmp_path)[0]
+
+
+def search(accuracy):
+    """The search of ntk with accuracy(rate) at the window; at the target the highest rate is the best."""
+    return [
+        run | {"by_length": {"256": accuracy(run["rate"]), "2048": run["rate"]}} for run in reproduce.search_runs(NTK)
+    ]
+
+
+def rates_of_grid(done):
+    runs = reproduce.new_skill_runs(done)
+    return {run["rate"] for run in runs if reproduce.place(run) == NTK and run["seed"] == 0}
+
+
+def test_a_new_machine_does_not_do_again_what_is_committed(tmp_path, committed, monkeypatch):
+    done = {reproduce.key(run) for run in committed}
+    assert len(done) == len(committed) >= 192
+    assert not done & {reproduce.key(run) for run in reproduce.missing(committed, [])}
+    # Without the committed file each of them would be missing.
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    everything, _ = reproduce.read_runs(tmp_path)
+    assert everything == [] and len(reproduce.missing([], [])) == len(reproduce.planned([]))
+
+
+def test_every_committed_run_is_a_planned_run_with_figures_seconds_and_versions(tmp_path, committed):
+    assert {reproduce.key(run) for run in committed} <= {reproduce.key(run) for run in reproduce.planned(committed)}
+    environments = reproduce.read_runs(tmp_path)[1]
+    for run in committed:
+        assert list(map(int, run["by_length"])) == reproduce.lengths(run) or run["context_length"] == 2048
+        assert run["train_seconds"] >= 0 and run["environment"] in environments
+
+
+def test_runs_resume_after_a_kill_and_none_begins_after_the_minutes(tmp_path, monkeypatch):
+    asked, stop_after = [], [3]
+
+    def finish(run):
+        if len(asked) == stop_after[0]:
+            raise KeyboardInterrupt
+        asked.append(reproduce.key(run))
+        return run | {"by_length": {"256": 0.5, "2048": 0.25}, "by_depth": {}}
+
+    monkeypatch.setattr(reproduce, "HERE", tmp_path / "nothing committed")
+    monkeypatch.setattr(reproduce, "finish", finish)
+    monkeypatch.setattr(reproduce, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    only = ["new_skill", "ntk", "seed=100"]
+    reproduce.work(tmp_path, 1, 0, only)
+    assert asked == []
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.work(tmp_path, 1, 10, only)
+    with (tmp_path / reproduce.RUNS).open("a") as file:
+        file.write('{"task": "new_sk')
+    before = {reproduce.key(run) for run in reproduce.read_runs(tmp_path)[0]}
+    stop_after[0] = 1000
+    reproduce.work(tmp_path, 1, 10, only)
+    assert len(asked) == len(set(asked)) and before >= set(asked[:3])
+    assert reproduce.missing(reproduce.read_runs(tmp_path)[0], only) == []
+
+
+def test_the_rate_is_the_best_at_the_window_whatever_the_target_says_and_of_equals_the_lowest():
+    low, middle, high = reproduce.SEARCHED[NTK]
+    assert rates_of_grid(search(lambda rate: rate == middle)) == {middle}
+    assert rates_of_grid(search(lambda rate: rate == high)) == {high}
+    assert rates_of_grid(search(lambda rate: 1.0)) == {low}
+    # One run short, no rate is chosen: the grid waits.
+    assert rates_of_grid(search(lambda rate: 1.0)[:-1]) == {None}
+
+
+def test_another_strategy_with_options_is_a_run_of_its_own():
+    plain = reproduce.new_skill_runs([])[-1] | {"strategy": "pose"}
+    assert reproduce.label(plain | {"options": {"chunks": 4}}) == "pose chunks=4"
+    assert reproduce.key(plain) != reproduce.key(plain | {"options": {"chunks": 4}})
+
+
+def test_the_interval_takes_bases_as_the_unit_and_is_not_that_of_nine_runs():
+    values = {(base, seed): base / 10 + seed / 100 for base in (0, 2, 4) for seed in (0, 1, 2)}
+    found = reproduce_report.over_bases(values)
+    means = [0.01, 0.21, 0.41]
+    theirs = stats.ttest_1samp(means, 0).confidence_interval()
+    assert list(found["by_base"].values()) == pytest.approx(means)
+    assert (found["mean"] - found["half_width_95"], found["mean"] + found["half_width_95"]) == pytest.approx(theirs)
+    nine = stats.ttest_1samp(list(values.values()), 0).confidence_interval()
+    assert nine.high - nine.low < theirs.high - theirs.low
+    assert reproduce_report.over_bases({(0, 0): 0.5, (0, 1): 0.7})["half_width_95"] is None
+
+
+def test_a_run_of_64_tokens_in_the_window_is_trained_and_measured(monkeypatch):
+    monkeypatch.setitem(reproduce.TRAINING, "new_skill", {"max_steps": 1, "batch": 1, "warmup_steps": 0})
+    monkeypatch.setattr(reproduce, "QUESTIONS", 64)
+    where = ("none", *reproduce.IN_WINDOW)
+    strategy = reproduce.strategies(*reproduce.IN_WINDOW)[2]
+    found = reproduce.finish(reproduce._run("new_skill", where, strategy, 0, 0, rate=1e-3))
+    assert list(found["by_length"]) == ["64", "128", "256"] and len(found["by_depth"]) >= 8
+    assert reproduce.label(found) == "cream sigma=1.5" and "stopped" not in found
+
+
+def test_a_run_that_diverges_is_measured_as_far_as_it_came(monkeypatch):
+    def diverge(trainer):
+        raise TrainingError("the gradients of step 1 are not finite")
+
+    monkeypatch.setattr("cream_peft.CREAMTrainer.train", diverge)
+    monkeypatch.setattr(reproduce, "QUESTIONS", 16)
+    found = reproduce.finish(reproduce._run("new_skill", ("none", *reproduce.IN_WINDOW), ("pose", {}), 0, 0, rate=1.0))
+    assert "step 1" in found["stopped"] and set(found["by_length"]) == {"64", "128", "256"}
+
+
+def test_plain_positions_train_distances_within_the_window_and_cream_trains_those_up_to_the_target():
+    plain, cream = (reproduce_distances.trained_pairs(name, rows=40)[0] for name in ("contiguous", "cream"))
+    assert plain.size == cream.size and plain.min() > 0 and plain.max() < 256
+    assert np.histogram(cream, [1, 256, 1024, 2048])[0].min() > 50 and cream.max() > 1900
+    asked = reproduce_distances.asked_distances(documents=20)
+    for tenth, distances in enumerate(asked):
+        assert (distances <= 2048 - tenth * 204.8).all() and (distances >= 2048 - (tenth + 1) * 204.8 - 64).all()
+
+
+def test_the_figures_are_those_of_the_committed_runs(committed):
+    assert FIGURES["finished_runs"] == len(committed) and FIGURES["planned_runs"] == len(reproduce.planned(committed))
+    again = json.loads(json.dumps(reproduce_report.summarise(committed)))
+    assert {name: FIGURES[name] for name in again} == again
+
+
+def test_the_tables_of_the_page_are_those_of_its_json():
+    lines = reproduce_report.tables(FIGURES)
+    assert all(f"<!-- table: {name} -->\n{table[0]}\n" in PAGE for name, table in lines.items())
+    assert reproduce_report.with_tables(PAGE, lines) == PAGE
+    assert reproduce_report.with_tables(PAGE, lines | {"recall": lines["recall"][:-1]}) != PAGE
+
+
+def test_the_answer_about_distances_says_what_its_json_says():
+    text = " ".join(PAGE.split("## Why PoSE led")[1].split("\n## ")[0].split())
+    found = json.loads((FOLDER / "results/reproduce-distances.json").read_text())
+    scalings, near = found["by_scaling"], found["linear_near_the_end"]
+    times = [2**ratio for ratio in found["log2_cream_to_pose"]]
+    assert f"its distances {times[0]:.1f} times" in text and f"trains it {times[-1]:.2f}".replace("0.", ".") in text
+    assert f"depths .5 to .7 {np.mean(times[5:7]):.1f} times as often" in text
+    first = sorted(of["cream_minus_pose"][0] for of in scalings.values())
+    assert f"leads there by {first[0]:.2f} to {first[-1]:.2f}".replace("0.", ".") in text
+    shares = {name: of["cream_minus_pose"][0] / sum(of["cream_minus_pose"]) for name, of in scalings.items()}
+    assert 0.3 < shares.pop("none") < 0.37 and min(shares.values()) > 0.5
+    of_all = sorted(of["correlation"] for of in scalings.values())
+    rest = sorted(of["correlation_without_first_tenth"] for of in scalings.values())
+    assert f"{of_all[0]:.2f} to {of_all[-1]:.2f}".replace("0.", ".") in text
+    assert f"−{-rest[0]:.2f} to −{-rest[-1]:.2f}".replace("0.", ".") in text
+    bases = zip(near["cream at 2048, 96 to 192, by base"], near["pose at 2048, 96 to 192, by base"], strict=True)
+    assert ", ".join(f"{cream:.2f} against {pose:.2f}" for cream, pose in bases).replace("0.", ".") in text
+    inside = near["pose at 256, 96 to 192, by base"] + near["cream at 256, 96 to 192, by base"]
+    assert {f"{value:.2f}" for value in inside} <= {"0.99", "1.00"}
+    assert f"{scalings['linear']['accuracy_by_tenth']['contiguous'][-1]:.2f}"[1:] == ".03" and "has .03" in text
+
+
+def test_what_the_page_says_of_recall_holds_in_its_json():
+    gaps = {(g["task"], g["scaling"], g["strategy"]): g for g in FIGURES["cream_minus"] if g["documents"] == "window"}
+    pose = {scaling: gaps["recall", scaling, "pose"] for scaling in reproduce.RECALL_RATE}
+    for gap in pose.values():
+        assert min(gap["target"]["by_base"].values()) > 0 and gap["target"]["half_width_95"] > gap["target"]["mean"]
+    last = pose["linear"]["last tenth"]
+    assert last["mean"] + last["half_width_95"] < 0
+    rows = {(row["scaling"], row["strategy"]): row for row in FIGURES["rows"]
+            if (row["task"], row["documents"], row["context_length"]) == ("recall", "window", 256)}  # fmt: skip
+    plain, untuned = (rows["linear", name]["target"]["by_base"] for name in ("contiguous", "untuned"))
+    assert all(plain[base] < untuned[base] for base in plain)
+    best = max(rows.values(), key=lambda row: row["target"]["mean"])
+    assert (best["scaling"], best["strategy"]) == ("yarn", "cream sigma=3")
+
+
+def test_the_front_page_counts_the_runs_of_recall(committed):
+    readme = (FOLDER.parent.parent / "README.md").read_text(encoding="utf-8")
+    runs = sum(run["task"] == "recall" for run in committed)
+    assert all(int(number) == runs for number in re.findall(r"\[(\d+) runs\]\(recipes/cream-peft-tiny", readme))
