@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from cream_peft.evals.plots import plot_results
+from cream_peft.evals.plots import plot_results, save, tasks_figure
 from cream_peft.evals.results import Cell, Results, Settings, compare_cells, file_name, interval, mean_loss
 from cream_peft.model.record import machine, versions
 
@@ -237,6 +238,11 @@ def read_pieces(*paths: Path) -> list[dict[str, Any]]:
     return found
 
 
+def unique(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last of each row, question and block, in the order of the first ones."""
+    return list({json.dumps([piece["row"], piece["what"], piece["block"]]): piece for piece in pieces}.values())
+
+
 def planned(budget: Budget, first: bool, only: list[str] | None) -> Iterator[tuple[Row, int | str, int]]:
     """The pieces, in order."""
     for some, things, block in budget.rounds[: 1 if first else None]:
@@ -367,26 +373,49 @@ def price_table(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write(pieces: list[dict[str, Any]], output: Path) -> None:
-    """skill.json, a results file for each row, and pictures."""
-    summary = summarise(pieces)
-    (output / "skill.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print("\n".join([*table(summary), "", *differences_table(summary)]))
-    cells: dict[Row, list[Cell]] = defaultdict(list)
-    for length in lengths_of(summary):
-        for row, found in merged(pieces, length).items():
-            cells[row] += found
+def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
+    """The first seed's results under a RoPE scaling, as `cream-peft plot` draws them."""
     names = {"untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "pose": "PoSE", "cream": "CREAM"}
-    last = pieces[-1]
-    for scaling in dict.fromkeys(row.scaling for row in cells):
-        results = {}
-        for strategy, name in names.items():
-            if found := cells.get(Row(scaling, strategy)):
-                label = "untouched base" if (scaling, strategy) == ("none", "untuned") else name
-                settings = Settings(label=label, pretrained_window=8192)
-                results[label] = Results("SmolLM2-135M-Instruct", None, last["versions"], SEED, settings, found)
-        title = f"A skill taught on 1,000 tokens: the number asked for, RoPE scaling {scaling}"
-        plot_results(results, output / f"skill-{scaling}.png", title=title)
+    found = []
+    for strategy, name in names.items():
+        row = Row(scaling, strategy)
+        mine = [piece for piece in pieces if Row(**piece["row"]) == row and isinstance(piece["what"], int)]
+        cells = [cell for what in sorted({piece["what"] for piece in mine}) for cell in merged(mine, what)[row]]
+        if cells:
+            label = "untouched base" if (scaling, strategy) == ("none", "untuned") else name
+            settings = Settings(label=label, pretrained_window=8192)
+            found.append(Results("SmolLM2-135M-Instruct", None, mine[-1]["versions"], SEED, settings, cells))
+    return found
+
+
+def draw(pieces: list[dict[str, Any]], folder: Path) -> None:
+    """A picture for each RoPE scaling: skill-SCALING.png."""
+    for scaling in dict.fromkeys(piece["row"]["scaling"] for piece in pieces):
+        results = {one.settings.label or "": one for one in results_of(pieces, scaling)}
+        if results:
+            title = f"A number asked for, taught on 1,000 tokens; RoPE scaling: {scaling}"
+            plot_results(results, folder / f"skill-{scaling}.png", title=title)
+
+
+def publish(pieces: list[dict[str, Any]]) -> None:
+    """Write the pieces, the summary and the pictures into results/skill, and the tables into the page."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "pieces.jsonl").write_text("".join(json.dumps(piece) + "\n" for piece in pieces), encoding="utf-8")
+    summary = summarise(pieces)
+    (RESULTS / "skill.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    draw(pieces, RESULTS)
+    tiny = json.loads((HERE.parent / "cream-peft-tiny/results/demo.json").read_text(encoding="utf-8"))["results"]
+    panels = [Results.parse(one) for one in tiny.values()]
+    panels += [one for one in results_of(pieces, "yarn") if one.settings.label != "PoSE"]
+    title = "A skill taught on short examples (left 256 tokens, right 1,000), asked in longer documents"
+    save(tasks_figure(panels, title), RESULTS / "front.png")
+    page = HERE / "README.md"
+    text = page.read_text(encoding="utf-8")
+    tables = {"skill": table(summary), "differences": differences_table(summary), "price": price_table(summary)}
+    for name, lines in tables.items():
+        head, mark, rest = text.partition(f"<!-- table: {name} -->\n")
+        text = head + mark + "".join(f"{line}\n" for line in lines) + re.sub(r"\A(\|.*\n)*", "", rest)
+    page.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
@@ -400,6 +429,7 @@ def main() -> int:
         "--first", action="store_true", help="what says most: three models under YaRN, up to 16,384 tokens"
     )
     parser.add_argument("--again", action="store_true", help="do not count what is committed as done")
+    parser.add_argument("--publish", action="store_true", help="write what is done into results/ and into the page")
     options = parser.parse_args()
     budget, output = BUDGETS[options.budget], options.output or HOME / f"skill-{options.budget}"
     if not (BASE / "model.safetensors").is_file() or not (DATA / "skill-validation.jsonl").is_file():
@@ -413,7 +443,7 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / "pieces.jsonl"] + ([] if options.again else [RESULTS / "pieces.jsonl"])
     try:
-        for row, what, block in planned(budget, options.first, options.only):
+        for row, what, block in () if options.publish else planned(budget, options.first, options.only):
             wanted = identity(row, budget, what, block)
             if row.name in failed or any(wanted.items() <= piece.items() for piece in read_pieces(*paths)):
                 continue
@@ -428,11 +458,14 @@ def main() -> int:
         state = f"not done, these rows failed: {', '.join(failed)}" if failed else "done"
     except TimeIsUp:
         state = "not done: the same command resumes"
-    unique = {
-        json.dumps([piece["row"], piece["what"], piece["block"]]): piece for piece in read_pieces(*reversed(paths))
-    }
-    if unique:
-        write(list(unique.values()), output)
+    pieces = unique(read_pieces(*reversed(paths)))
+    if pieces:
+        summary = summarise(pieces)
+        (output / "skill.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        draw(pieces, output)
+        print("\n".join([*table(summary), "", *differences_table(summary)]))
+    if options.publish:
+        publish(pieces)
     print(f"{state}; the results are in {output / 'skill.json'}")
     return 1 if failed else 0
 
