@@ -42,11 +42,11 @@ TRAINING = {  # Windows of 256 tokens in a step; shorter windows are as many mor
 EXTENSION, IN_WINDOW = (256, 2048), (64, 256)
 """(context_length, target_length); the bases' window is 256 tokens."""
 SEARCHED = {
-    ("ntk", *EXTENSION): (2e-3, 4e-3, 8e-3),
-    ("none", *EXTENSION): (2e-3, 4e-3, 8e-3),
-    ("none", *IN_WINDOW): (2e-3, 4e-3, 8e-3),
-    ("yarn", *EXTENSION): (1e-3, 2e-3, 4e-3),
-    ("linear", *EXTENSION): (2e-3, 4e-3, 8e-3),
+    ("ntk", *EXTENSION): (2e-3, 4e-3),
+    ("none", *EXTENSION): (2e-3, 4e-3),
+    ("none", *IN_WINDOW): (2e-3, 4e-3),
+    ("yarn", *EXTENSION): (1e-3, 2e-3),
+    ("linear", *EXTENSION): (4e-3, 8e-3),
 }
 """(scaling, context_length, target_length) -> the rates that are searched for the new skill."""
 
@@ -119,16 +119,16 @@ def recall_runs() -> list[Run]:
 
 
 def search_runs(where: tuple[str, int, int]) -> list[Run]:
-    """Each rate on base 0, with plain positions and with CREAM's."""
+    """Each rate on each base, with plain positions and with CREAM's."""
     plain, _, cream = strategies(*where[1:])
     return [
-        _run("new_skill", where, case, BASES[0], SEARCH_SEED, rate=rate)
-        for rate, case in product(SEARCHED[where], (plain, cream))
+        _run("new_skill", where, case, base, SEARCH_SEED, rate=rate)
+        for rate, base, case in product(SEARCHED[where], BASES, (plain, cream))
     ]
 
 
 def mean_at_window(done: list[Run], where: tuple[str, int, int]) -> dict[float, float]:
-    """Rate -> accuracy at the window, averaged over the search's strategies; empty until all are done."""
+    """Rate -> accuracy at the window, averaged over the search's runs; empty until all are done."""
     finished = {key(run): run for run in done}
     wanted = search_runs(where)
     if not all(key(run) in finished for run in wanted):
