@@ -95,9 +95,9 @@ FIRST = ([*YARN[:3]], [1024, 4096, 16_384], 0)
 ROUNDS = [
     FIRST,
     (YARN[3:], [1024, 4096, 16_384], 0),
+    (YARN, list(PRICE), 0),
     (YARN, [8192], 0),
     (INSIDE, [1024, 4096, 8192], 0),
-    (YARN, list(PRICE), 0),
     *((YARN, [1024, 4096, 16_384], block) for block in (1, 2)),
     (NTK, [1024, 4096, 16_384], 0),
     *((YARN, [32_768], block) for block in (0, 1, 2)),
