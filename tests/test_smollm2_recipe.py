@@ -303,6 +303,30 @@ def test_time_that_is_up_and_rows_that_do_not_exist_are_said(compare, prepared, 
     assert run(compare, monkeypatch, prepared / "new") == 2 and "prepare.py first" in capsys.readouterr().err
 
 
+def test_what_is_published_is_the_pieces_the_pictures_and_the_tables_of_the_page(compare, monkeypatch, tmp_path):
+    here = tmp_path / "smollm2"
+    here.mkdir()
+    (tmp_path / "cream-peft-tiny").symlink_to(FOLDER.parent / "cream-peft-tiny")
+    marks = [f"<!-- table: {name} -->\n" for name in ("skill", "differences", "price")]
+    (here / "README.md").write_text(
+        f"Before.\n\n{marks[0]}| an old row |\n\nBetween.\n\n{marks[1]}\n{marks[2]}\nAfter.\n"
+    )
+    monkeypatch.setattr(compare, "HERE", here)
+    monkeypatch.setattr(compare, "RESULTS", here / "results/skill")
+    pieces = [piece(compare, compare.Row("yarn", name), {0.1: "10", 0.5: "11"}) for name in ("contiguous", "cream")]
+    for _ in range(2):
+        compare.publish(pieces)
+        text = (here / "README.md").read_text()
+        assert text.startswith(f"Before.\n\n{marks[0]}| RoPE scaling, positions | 16,384 |") and text.endswith(
+            "After.\n"
+        )
+        assert text.count("| yarn cream |") == 1 and "an old row" not in text and "\n\nBetween.\n" in text
+    assert compare.read_pieces(here / "results/skill/pieces.jsonl") == pieces
+    assert {path.name for path in (here / "results/skill").iterdir()} == {
+        "pieces.jsonl", "skill.json", "skill-yarn.png", "front.png"
+    }  # fmt: skip
+
+
 def test_when_time_is_up_nothing_is_begun_and_a_failure_says_why(compare, tmp_path, capfd):
     with pytest.raises(compare.TimeIsUp):
         compare.call(["plan"], 0.0, tmp_path / "log")
