@@ -86,8 +86,8 @@ YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", 
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
-    "perplexity": [*ONE_TEXT, str(OTHER), "--lengths", "1024", "8192", "--max_tokens", "32768"],
-    "chats": [*ONE_TEXT, str(DATA / "held-out/chats.txt"), "--lengths", "1024", "--max_tokens", "65536"],
+    "perplexity": [*ONE_TEXT, str(OTHER), "--lengths", "1024", "8192", "--max_tokens", "16384"],
+    "chats": [*ONE_TEXT, str(DATA / "held-out/chats.txt"), "--lengths", "1024", "--max_tokens", "16384"],
     "passkey": ["passkey", "--lengths", "1024", "--samples", "4", "--depths", "0.1", "0.3", "0.5", "0.7", "0.9"],
 }
 """What the model did before, on texts that are neither plays nor questions."""
