@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import rope
 from ..errors import about
+from ..families import KEY_MAPPING, decoder_config
 from ..tiny import TINY_ID, base_folder
 
 GIB = 2**30
@@ -66,6 +67,17 @@ def refuse_quantized(config: PreTrainedConfig, name: str) -> None:
             f"{name} is quantized already ({method}): use the 16-bit model "
             "that it was made from, which is put into 4 bits here (model_name_or_path in training, else base_model)"
         )
+
+
+def read_config(name: str, **kwargs: Any) -> PreTrainedConfig:
+    """The config of a base's text decoder, by Hub id or folder. Keyword arguments go to AutoConfig.from_pretrained.
+
+    Raises:
+        ValueError: a base that is quantized already, or whose decoder cannot be loaded alone (RopeError).
+    """
+    config = AutoConfig.from_pretrained(resolve_base(name), **kwargs)
+    refuse_quantized(config, name)
+    return decoder_config(config)
 
 
 def default_dtype() -> torch.dtype:
@@ -169,7 +181,8 @@ def load_base(
     """Load a base model, scaled to `target_length` tokens and quantized, ready for an adapter.
 
     Embeddings, norms and head are loaded in `dtype` and stay there: no fp32 copies are made. `config` is the unscaled
-    config to use instead of the one found beside the weights; with a `state_dict` too nothing is read from `name`.
+    config to use instead of the one found beside the weights; of a base that nests its decoder in text_config, that
+    decoder alone is loaded. With a `state_dict` too nothing is read from `name`.
     Other keyword arguments go to from_pretrained, which quantizes one weight at a time. The model's config._commit_hash
     is the commit of a base from the Hub.
 
@@ -182,8 +195,8 @@ def load_base(
     kwargs.setdefault("trust_remote_code", False)
     hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in kwargs}
     with about(name):
-        unscaled = config if config is not None else AutoConfig.from_pretrained(source, **hub_kwargs)
-    refuse_quantized(unscaled, name)
+        unscaled = read_config(name, **hub_kwargs) if config is None else decoder_config(config)
+    refuse_quantized(config or unscaled, name)
     found = local_snapshot(name, kwargs.get("revision"), kwargs.get("cache_dir"))
     commit = found.name if found and not Path(source).is_dir() else None
     if commit:
@@ -198,6 +211,8 @@ def load_base(
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
     # The auto class takes no weights without a name.
     is_given = "state_dict" in kwargs
+    if scaled.model_type in ("gemma3_text", "gemma4_text"):
+        kwargs.setdefault("key_mapping", dict(KEY_MAPPING))
     loader = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(scaled)] if is_given else AutoModelForCausalLM)
     with about(name):
         model = loader.from_pretrained(
