@@ -76,10 +76,14 @@ def with_far_parameters(config: PreTrainedConfig, far: dict[str, Any]) -> dict[s
     return dict(config.rope_parameters) | {FULL: far} if is_nested else far
 
 
+def far_layer(config: PreTrainedConfig) -> Any:
+    """The config as the layers that see everything have it; Gemma 4's have larger heads than the others."""
+    return cast(Any, config.per_layer_config)[FULL] if getattr(config, "is_heterogeneous", False) else config
+
+
 def head_size(config: PreTrainedConfig) -> int:
-    """Features of a head in the layers that see everything; Gemma 4 has larger ones there."""
-    if getattr(config, "is_heterogeneous", False):
-        return cast(Any, config.per_layer_config)[FULL].head_dim
+    """Features of a head in the layers that see everything."""
+    config = far_layer(config)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

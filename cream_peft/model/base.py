@@ -99,8 +99,11 @@ def expand_cuda_segments() -> None:
     change("expandable_segments:True")
 
 
-def default_attention(dtype: torch.dtype) -> str:
-    """flash_attention_2 where it is installed and can run, else sdpa."""
+def default_attention(dtype: torch.dtype, model_type: str = "") -> str:
+    """flash_attention_2 where it is installed and can run, else sdpa. gpt-oss, whose attention has sinks, has neither:
+    flex_attention on a GPU, which holds no matrix of scores, else eager."""
+    if model_type == "gpt_oss":
+        return "flex_attention" if torch.cuda.is_available() else "eager"
     can_run = torch.cuda.is_available() and dtype != torch.float32
     return "flash_attention_2" if can_run and importlib.util.find_spec("flash_attn") else "sdpa"
 
@@ -219,7 +222,7 @@ def load_base(
             None if is_given else source,
             config=scaled,
             dtype=dtype,
-            attn_implementation=attn_implementation or default_attention(dtype),
+            attn_implementation=attn_implementation or default_attention(dtype, scaled.model_type),
             **kwargs,
         )
     # transformers keeps the path it loaded from; the embedded model goes by its name.
