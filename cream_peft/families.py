@@ -14,6 +14,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 NESTED = ("gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")
 """Image and text models whose decoder, alone, is a model of transformers too: it is loaded without the image part."""
 
+TEXT_TYPES = tuple(f"{kind}_text" for kind in NESTED)
+"""model_type of their decoders."""
+
 PARTIAL = ("glm4", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 """The first part of each head rotates (partial_rotary_factor)."""
 
