@@ -70,11 +70,7 @@ def refuse_quantized(config: PreTrainedConfig, name: str) -> None:
 
 
 def read_config(name: str, **kwargs: Any) -> PreTrainedConfig:
-    """The config of a base's text decoder, by Hub id or folder. Keyword arguments go to AutoConfig.from_pretrained.
-
-    Raises:
-        ValueError: a base that is quantized already, or whose decoder cannot be loaded alone (RopeError).
-    """
+    """The config of a base's text decoder, by Hub id or folder; a ValueError if it is quantized or not loaded alone."""
     config = AutoConfig.from_pretrained(resolve_base(name), **kwargs)
     refuse_quantized(config, name)
     return decoder_config(config)
