@@ -11,12 +11,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -329,16 +328,28 @@ def test_an_unknown_scaling_type_is_refused_with_the_ones_allowed():
 
 
 @pytest.mark.parametrize("scaling", ["linear", "yarn"])
-def test_a_base_already_scaled_takes_ntk_only(scaling):
+def test_a_base_already_scaled_takes_ntk_or_its_own_type_again(scaling):
     llama3 = small(max_position_embeddings=131_072, rope_parameters=dict(LLAMA3))
     with pytest.raises(RopeError, match=f"{scaling!r} needs an unscaled base.* 'llama3': use 'ntk'"):
         scaled_config(llama3, 262_144, scaling)
-    for first in ("linear", "yarn"):
-        once = scaled_config(small(), 8 * WINDOW, first)
-        with pytest.raises(RopeError, match=f"has rope_type {first!r}"):
-            scaled_config(once, 16 * WINDOW, scaling)
-        twice = scaled_config(once, 16 * WINDOW, "ntk")
-        assert twice.rope_parameters == once.rope_parameters | {"rope_theta": pytest.approx(THETA * 2 ** (64 / 62))}
+    once = scaled_config(small(), 8 * WINDOW, scaling)
+    other = "yarn" if scaling == "linear" else "linear"
+    with pytest.raises(RopeError, match=f"has rope_type {scaling!r}: use {scaling!r} or 'ntk'"):
+        scaled_config(once, 16 * WINDOW, other)
+    twice = scaled_config(once, 16 * WINDOW, "ntk")
+    assert twice.rope_parameters == once.rope_parameters | {"rope_theta": pytest.approx(THETA * 2 ** (64 / 62))}
+    again = scaled_config(once, 16 * WINDOW, scaling)
+    assert again.rope_parameters == scaled_config(small(), 16 * WINDOW, scaling).rope_parameters
+
+
+def test_an_attention_factor_follows_the_factor_unless_it_is_a_choice_of_the_base():
+    base = scaled_config(small(), 8 * WINDOW, "yarn")
+    base.rope_parameters["attention_factor"] = 0.1 * math.log(8) + 1  # as OLMo 3 writes it
+    scaled = scaled_config(base, 16 * WINDOW, "yarn")
+    assert rotary(built(scaled)).attention_scaling == pytest.approx(0.1 * math.log(16) + 1)
+    base.rope_parameters["attention_factor"] = 1.5
+    with pytest.raises(RopeError, match="an attention factor of its own"):
+        scaled_config(base, 16 * WINDOW, "yarn")
 
 
 def test_a_yarn_base_whose_window_is_left_at_the_original_is_refused():
@@ -361,13 +372,11 @@ def test_a_model_without_rope_is_refused_by_its_model_type():
         scaled_config(GPT2Config(), 8192, "linear")
     with pytest.raises(RopeError, match="GPT2LMHeadModel has no rotary embedding"):
         apply_scaling(built(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)), small())
-    with pytest.raises(RopeError, match="model_type 'gemma3' has no rope_parameters"):
-        scaled_config(Gemma3Config(), 262_144, "linear")
 
 
-def test_a_rope_per_layer_type_or_of_a_part_of_the_head_is_refused():
-    with pytest.raises(RopeError, match=r"'gemma3_text' .* per layer type \(full_attention, sliding_attention\)"):
-        scaled_config(Gemma3TextConfig(), 262_144, "linear")
+def test_a_family_whose_special_rope_is_not_known_here_is_refused():
+    with pytest.raises(RopeError, match=r"'modernbert' .* per layer type \(full_attention, sliding_attention\)"):
+        scaled_config(ModernBertConfig(), 262_144, "linear")
     with pytest.raises(RopeError, match=r"'gpt_neox' rotates a part of each head \(partial_rotary_factor 0.25\)"):
         scaled_config(GPTNeoXConfig(), 8192, "linear")
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import rope
 from ..errors import about, missing_folder
 from ..model.adapter import Adapter, open_adapter
-from ..model.base import load_base, load_tokenizer, refuse_quantized, resolve_base
+from ..model.base import load_base, load_tokenizer, read_config, resolve_base
 from ..model.check import check_weights
 from ..model.record import Record, adapter_sha256, is_adapter
 from .results import Settings
@@ -109,8 +109,7 @@ def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | Non
         record = Record.read(Path(name), name) if (Path(name) / "cream.json").is_file() else None
         digest = record.adapter_sha256 if record else None
         with about(name):
-            config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False)
-        refuse_quantized(config, name)
+            config = read_config(name, trust_remote_code=False)
     if record is None:
         settings = replace(settings, pretrained_window=rope.pretrained_window(config))
         return OpenedModel(spec, None, name, config, settings)

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import rope
 from ..errors import about, explain, missing_folder
@@ -23,7 +23,7 @@ from .base import (
     load_base,
     load_tokenizer,
     local_snapshot,
-    refuse_quantized,
+    read_config,
     resolve_base,
 )
 from .fields import shown
@@ -229,8 +229,7 @@ def open_adapter(
     if base_model is None and record.base_revision:
         options["revision"] = record.base_revision
     with _in_one_line(name):
-        base_config = AutoConfig.from_pretrained(resolve_base(name), **options)
-        refuse_quantized(base_config, name)
+        base_config = read_config(name, **options)
     trained = read_scaled_config(folder, adapter, base_config, name)
     _refuse_other_base(base_config, trained, record, name)
     opened = Adapter(folder, record, name, options, base_config, trained, read_peft_config(folder, adapter))

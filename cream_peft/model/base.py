@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import rope
 from ..errors import about
+from ..families import KEY_MAPPING, decoder_config
 from ..tiny import TINY_ID, base_folder
 
 GIB = 2**30
@@ -68,6 +69,13 @@ def refuse_quantized(config: PreTrainedConfig, name: str) -> None:
         )
 
 
+def read_config(name: str, **kwargs: Any) -> PreTrainedConfig:
+    """The config of a base's text decoder, by Hub id or folder; a ValueError if it is quantized or not loaded alone."""
+    config = AutoConfig.from_pretrained(resolve_base(name), **kwargs)
+    refuse_quantized(config, name)
+    return decoder_config(config)
+
+
 def default_dtype() -> torch.dtype:
     """bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU."""
     if not torch.cuda.is_available():
@@ -87,8 +95,11 @@ def expand_cuda_segments() -> None:
     change("expandable_segments:True")
 
 
-def default_attention(dtype: torch.dtype) -> str:
-    """flash_attention_2 where it is installed and can run, else sdpa."""
+def default_attention(dtype: torch.dtype, model_type: str = "") -> str:
+    """flash_attention_2 where it is installed and can run, else sdpa. gpt-oss, whose attention has sinks, has neither:
+    flex_attention on a GPU, which holds no matrix of scores, else eager."""
+    if model_type == "gpt_oss":
+        return "flex_attention" if torch.cuda.is_available() else "eager"
     can_run = torch.cuda.is_available() and dtype != torch.float32
     return "flash_attention_2" if can_run and importlib.util.find_spec("flash_attn") else "sdpa"
 
@@ -169,7 +180,8 @@ def load_base(
     """Load a base model, scaled to `target_length` tokens and quantized, ready for an adapter.
 
     Embeddings, norms and head are loaded in `dtype` and stay there: no fp32 copies are made. `config` is the unscaled
-    config to use instead of the one found beside the weights; with a `state_dict` too nothing is read from `name`.
+    config to use instead of the one found beside the weights; of a base that nests its decoder in text_config, that
+    decoder alone is loaded. With a `state_dict` too nothing is read from `name`.
     Other keyword arguments go to from_pretrained, which quantizes one weight at a time. The model's config._commit_hash
     is the commit of a base from the Hub.
 
@@ -182,8 +194,8 @@ def load_base(
     kwargs.setdefault("trust_remote_code", False)
     hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in kwargs}
     with about(name):
-        unscaled = config if config is not None else AutoConfig.from_pretrained(source, **hub_kwargs)
-    refuse_quantized(unscaled, name)
+        unscaled = read_config(name, **hub_kwargs) if config is None else decoder_config(config)
+    refuse_quantized(config or unscaled, name)
     found = local_snapshot(name, kwargs.get("revision"), kwargs.get("cache_dir"))
     commit = found.name if found and not Path(source).is_dir() else None
     if commit:
@@ -198,13 +210,15 @@ def load_base(
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
     # The auto class takes no weights without a name.
     is_given = "state_dict" in kwargs
+    if scaled.model_type in ("gemma3_text", "gemma4_text"):
+        kwargs.setdefault("key_mapping", dict(KEY_MAPPING))
     loader = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(scaled)] if is_given else AutoModelForCausalLM)
     with about(name):
         model = loader.from_pretrained(
             None if is_given else source,
             config=scaled,
             dtype=dtype,
-            attn_implementation=attn_implementation or default_attention(dtype),
+            attn_implementation=attn_implementation or default_attention(dtype, scaled.model_type),
             **kwargs,
         )
     # transformers keeps the path it loaded from; the embedded model goes by its name.

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from .. import rope
 from ..errors import explain
+from ..families import far_parameters
 from .adapter import adapter_folder, open_adapter
 from .base import load_tokenizer
 from .fingerprint import shape_in, weight_files
@@ -39,7 +40,7 @@ class Finding:
 
 def describe_rope(config: PreTrainedConfig, scaling: str | None = None) -> str:
     """RoPE of a config in one line; `scaling` by its name, which is not in the config if it is ntk."""
-    parameters = dict(config.rope_parameters or {})
+    parameters = dict(far_parameters(config))
     kind, theta = parameters.pop("rope_type", "default"), parameters.pop("rope_theta")
     named = kind if scaling in (None, kind) else scaling if kind == "default" else f"{scaling} on {kind}"
     rest = "".join(f", {key} {value:g}" for key, value in parameters.items() if isinstance(value, int | float))
@@ -122,9 +123,8 @@ def _check_whole(folder: Path, config: PreTrainedConfig) -> Finding:
 def _check_merged(folder: Path, record: Record, is_here: bool) -> list[Finding]:
     config, target = rope.load_base_config(folder / "config.json"), record.target_length
     scaling = record.rope_scaling_type
-    kind = scaling if scaling in ("linear", "yarn") else config.rope_parameters["rope_type"]
-    reach = max(target, record.pretrained_window)
-    if config.rope_parameters["rope_type"] != kind or config.max_position_embeddings != reach:
+    is_other = scaling in ("linear", "yarn") and far_parameters(config)["rope_type"] not in (scaling, "proportional")
+    if is_other or config.max_position_embeddings != max(target, record.pretrained_window):
         found = f"{describe_rope(config)}: config.json is not that of the merge ({scaling}, {target:,} tokens)"
         return [Finding("RoPE", "wrong", f"{found}: merge again")]
     return [

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..families import decoder_name
+
 VALUES = 8
 """Of each kind of layer, such as the q_proj of all layers; spread over one tensor."""
 RELATIVE, ABSOLUTE = 0.005, 1e-7
@@ -24,20 +26,27 @@ Read = Callable[[str, int], list[float] | None]
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file in `folder` that holds it. Damaged files are left to whoever loads them."""
+    """Tensor name, as the text decoder alone has it -> the safetensors file in `folder` that holds it. Damaged files
+    are left to whoever loads them."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     with contextlib.suppress(OSError, ValueError, KeyError, SafetensorError):
         if whole.is_file():
             with safe_open(whole, "pt") as file:
-                return dict.fromkeys(file.keys(), whole)
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+                return {decoder_name(name): whole for name in file.keys()}  # noqa: SIM118 - not a dict
+        files = json.loads(index.read_text())["weight_map"]
+        return {decoder_name(name): folder / file for name, file in files.items()}
     return {}
+
+
+def stored_name(opened: Any, name: str) -> str:
+    """What an open safetensors file calls the decoder's tensor `name`."""
+    return next((stored for stored in opened.keys() if decoder_name(stored) == name), name)  # noqa: SIM118
 
 
 def shape_in(file: Path, name: str) -> list[int]:
     """The shape of a tensor in a safetensors file."""
     with safe_open(file, "pt") as opened:
-        return opened.get_slice(name).get_shape()
+        return opened.get_slice(stored_name(opened, name)).get_shape()
 
 
 def spread(tensor: Any, shape: Iterable[int], count: int) -> list[float] | None:
@@ -56,7 +65,7 @@ def from_files(files: Mapping[str, Path]) -> Read:
 
     def read(name: str, count: int) -> list[float] | None:
         with contextlib.suppress(KeyError, OSError, SafetensorError), safe_open(files[name], "pt") as file:
-            part = file.get_slice(name)
+            part = file.get_slice(stored_name(file, name))
             return spread(part, part.get_shape(), count)
         return None
 

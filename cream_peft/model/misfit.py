@@ -29,9 +29,9 @@ SHAPE_FIELDS += ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 def read_scaled_config(folder: Path, name: str, base: PreTrainedConfig, base_name: str) -> PreTrainedConfig:
     """base_config/, once the shape that it states is the base's: of another one nothing is built."""
-    content = read_json(folder, BASE_CONFIG, name)
+    content, own = read_json(folder, BASE_CONFIG, name), base.to_dict()
     for field in SHAPE_FIELDS:
-        found, wanted = getattr(base, field, None), content.get(field)
+        found, wanted = own.get(field), content.get(field)
         if wanted is not None and type(found) is not type(wanted):
             kind = type(found).__name__
             raise AdapterError(f"{BASE_CONFIG} of {name}: {field} is {shown(wanted)}, and must be {kind}: get it again")

@@ -11,18 +11,8 @@ from transformers import PreTrainedConfig
 from ..model.kv_cache import KV_CACHES, PREFILL_CHUNK
 from ..terminal import table
 from .gpus import GPUS
-from .memory import (
-    LM_HEAD_TILE,
-    Phases,
-    Reading,
-    Settings,
-    Terms,
-    Training,
-    Validation,
-    attention_widths,
-    linear_parameters,
-    target_linears,
-)
+from .layers import attention_widths, inner_width, linear_parameters, target_linears, used_parameters
+from .memory import LM_HEAD_TILE, Phases, Reading, Settings, Terms, Training, Validation
 
 # Assumed, not measured here: the share of a GPU's peak that training reaches, as LLaMA-Factory's published QLoRA speed
 # on an A100 does (tests/test_plan.py).
@@ -56,8 +46,8 @@ def training_flops(config: PreTrainedConfig, training: Training) -> dict[str, fl
     Checkpointing stops when it has what was kept, which is before down_proj where that has no adapter.
     Self-distillation trains on the first part of each window again, without the head, after a forward pass of the base.
     """
-    again, linears = int(training.gradient_checkpointing), 2 * linear_parameters(config)
-    down_proj = 2 * config.num_hidden_layers * config.intermediate_size * config.hidden_size
+    again, linears = int(training.gradient_checkpointing), 2 * used_parameters(config)
+    down_proj = 2 * config.num_hidden_layers * inner_width(config) * config.hidden_size
     adapted = "down_proj" in target_linears(config, training.target_modules)
     attention = 4 * config.num_hidden_layers * attention_widths(config)[0] * training.context_length / 2
     if not training.use_peft:

@@ -2,7 +2,7 @@
 
 The stack described: NF4 base with double quantization (or bf16), embeddings, norms and head in bf16, LoRA in fp32
 under bf16 autocast, sdpa or flash attention, TRL's chunked LM head. tests/test_memory.py checks the terms against
-real allocations; cuda_context is an assumption. advice.py compares them with GPUs.
+real allocations of dense decoders; cuda_context is an assumption. advice.py compares them with GPUs.
 """
 
 import math
@@ -14,6 +14,19 @@ from transformers import PreTrainedConfig
 
 from ..model.base import GIB
 from ..model.kv_cache import PREFILL_CHUNK
+from .layers import (
+    ATTENTION,
+    attention_widths,
+    cached_tokens,
+    embedding_parameters,
+    inner_width,
+    linear_sizes,
+    linears_of_a_layer,
+    other_parameters,
+    parameter_count,
+    target_linears,
+    target_widths,
+)
 
 # Assumed: 0.3 to 0.5 GiB for the CUDA context and its kernels, the rest for cuBLAS workspaces and fragmentation.
 CUDA_CONTEXT_GIB = 0.75
@@ -33,55 +46,10 @@ HQQ_WORK_BYTES = 8 + 6 + 16
 # And while a piece is unpacked beside the layer's keys and values: 8 as above, three 16-bit tensors.
 HQQ_UNPACK_BYTES = 8 + 6
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Terms = dict[str, float]
 """GiB by term, the peak of all of them under "total"."""
 Phases = tuple[tuple[str, ...], ...]
 """Terms that are never there together: the total has the larger sum."""
-
-
-def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
-    """Features of the queries, and of the keys."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * head_size, config.num_key_value_heads * head_size
-
-
-def _linears(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
-    """(in features, out features) of each linear of a decoder layer, the same in every layer."""
-    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-    problems = [f"no {name}" for name in needed if getattr(config, name, None) is None]
-    problems += [name for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
-    if problems:
-        reason = f"memory of model_type {config.model_type!r} cannot be estimated, its config has {problems[0]}"
-        raise ValueError(f"{reason}: use a dense decoder (llama, mistral, qwen2, qwen3)")
-    hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
-    attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
-    feed_forward = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
-    return attention | {"o_proj": (queries, hidden)} | feed_forward
-
-
-def _small_parameters(config: PreTrainedConfig) -> int:
-    """Biases and norms, which are not quantized."""
-    biased = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else ()
-    biased += ("q_proj", "k_proj", "v_proj", "o_proj") if getattr(config, "attention_bias", False) else ()
-    biased += ("gate_proj", "up_proj", "down_proj") if getattr(config, "mlp_bias", False) else ()
-    biases = sum(_linears(config)[name][1] for name in biased)
-    head_norms = 2 * attention_widths(config)[0] // config.num_attention_heads if config.model_type == "qwen3" else 0
-    return config.num_hidden_layers * (biases + 2 * config.hidden_size + head_norms) + config.hidden_size
-
-
-def _embedding_parameters(config: PreTrainedConfig) -> int:
-    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-
-
-def linear_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of the decoder layers' linears."""
-    return config.num_hidden_layers * sum(inputs * outputs for inputs, outputs in _linears(config).values())
-
-
-def parameter_count(config: PreTrainedConfig) -> int:
-    """Parameters of the base, embeddings and head included."""
-    return linear_parameters(config) + _small_parameters(config) + _embedding_parameters(config)
 
 
 def _nf4_bytes(parameters: int) -> int:
@@ -91,22 +59,13 @@ def _nf4_bytes(parameters: int) -> int:
     return math.ceil(parameters / 2) + blocks + 4 * math.ceil(blocks / 256) + 4 * (16 + 256 + 1)
 
 
-def target_linears(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(in features, out features) of the linears of a layer that get an adapter."""
-    linears = _linears(config)
-    names = [target_modules] if isinstance(target_modules, str) else target_modules
-    unknown = [name for name in names if name not in linears and name != "all-linear"]
-    if unknown:
-        raise ValueError(f"unknown target module {unknown[0]!r}: use all-linear, or some of {', '.join(linears)}")
-    return linears if "all-linear" in names else {name: linears[name] for name in names}
-
-
 def _beside(config: PreTrainedConfig) -> dict[str, int]:
     """Features that a layer holds, without gradients, while each of its linears runs: the residual, and what earlier
     linears made."""
-    inner, (queries, keys) = config.hidden_size + config.intermediate_size, attention_widths(config)
+    inner, (queries, keys) = config.hidden_size + inner_width(config), attention_widths(config)
     attention = {"q_proj": 0, "k_proj": queries, "v_proj": queries + keys, "o_proj": 2 * queries}
-    return attention | {"gate_proj": config.hidden_size, "up_proj": inner, "down_proj": inner}
+    feed_forward = {"gate_proj": config.hidden_size, "up_proj": inner, "down_proj": inner}
+    return dict.fromkeys(linears_of_a_layer(config), inner) | attention | feed_forward
 
 
 def _tile(tokens: int) -> int:
@@ -140,8 +99,7 @@ class Loading:
         """Parameters of the LoRA adapter, or of the whole model."""
         if not self.use_peft:
             return parameter_count(config)
-        widths = sum(map(sum, target_linears(config, self.target_modules).values()))
-        return config.num_hidden_layers * self.lora_r * widths
+        return self.lora_r * target_widths(config, self.target_modules)
 
     def _weight_bytes(self) -> int:
         """Bytes of a weight that is not quantized."""
@@ -149,11 +107,11 @@ class Loading:
 
     def _gib(self, config: PreTrainedConfig, phases: Phases, **work: float) -> Terms:
         """GiB of the base, its adapter and the bytes of `work`, and in total: only the largest of the phases counts."""
-        sizes, each = [inputs * outputs for inputs, outputs in _linears(config).values()], self._weight_bytes()
-        layer = sum(map(_nf4_bytes, sizes)) if self.load_in_4bit else each * sum(sizes)
+        sizes, each = linear_sizes(config), self._weight_bytes()
         terms = {
-            "weights": config.num_hidden_layers * layer + each * _small_parameters(config),
-            "embeddings_and_head": each * _embedding_parameters(config),
+            "weights": (sum(map(_nf4_bytes, sizes)) if self.load_in_4bit else each * sum(sizes))
+            + each * other_parameters(config),
+            "embeddings_and_head": each * embedding_parameters(config),
             "adapter": 4 * self.trained_parameters(config) if self.use_peft else 0,
             **work,
             # bitsandbytes turns one linear at a time into 16 bits, and its blocks' maxima into fp32.
@@ -192,7 +150,7 @@ class Training(Loading):
     def _layer_bytes(self, config: PreTrainedConfig, tokens: int) -> int:
         """What one decoder layer keeps for its backward pass: bf16, but for the norms' fp32 inputs."""
         targets, dropout = target_linears(config, self.target_modules), self.lora_dropout > 0
-        hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
+        hidden, inner, (queries, keys) = config.hidden_size, inner_width(config), attention_widths(config)
         if not self.use_peft:
             return tokens * self._full_layer_bytes(config)
         norms = 4 * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
@@ -213,7 +171,7 @@ class Training(Loading):
 
     def _full_layer_bytes(self, config: PreTrainedConfig) -> int:
         """The same of a token where every weight is trained: a linear keeps its input, and a norm what it scales."""
-        hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
+        hidden, inner, (queries, keys) = config.hidden_size, inner_width(config), attention_widths(config)
         each = self._weight_bytes()
         norms = (4 + each) * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
         attention = 2 * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
@@ -233,14 +191,15 @@ class Training(Loading):
         hidden, layers, kept = config.hidden_size, config.num_hidden_layers, self._layer_bytes(config, tokens)
         # The feed-forward's bf16 gradients (three, or two once down_proj's LoRA let go of its input), the residual's.
         products = 2 if not self.use_peft or "down_proj" in target_linears(config, self.target_modules) else 3
-        passing = 2 * tokens * (hidden + products * config.intermediate_size)
+        passing = 2 * tokens * (hidden + products * inner_width(config))
         inputs_kept = min(layers, OFFLOAD_STASH) if self.activation_offloading else layers
         # The last norm's fp32 input, and the larger of its backward pass (four in fp32, one in bf16) and the head: a
         # tile of logits, scored hidden states, their gradient in fp32 and bf16. Or distillation: 5 in fp32, 3 in bf16.
         distilled = (5 * 4 + 3 * 2) * self.distillation_length / self.context_length
         head = max(tokens * hidden * max(4 * 4 + 2, distilled), _tile(tokens) + tokens * hidden * (2 + 4 + 2))
         each, gradient_bytes = self._weight_bytes(), 4 if self.use_peft else self._weight_bytes()
-        in_hand, sizes = 1 if self.gradient_checkpointing else layers, [i * o for i, o in _linears(config).values()]
+        in_hand = 1 if self.gradient_checkpointing else layers
+        sizes = [inputs * outputs for inputs, outputs in linears_of_a_layer(config).values()]
         return self._gib(
             config,
             self.phases,
@@ -269,7 +228,7 @@ class Validation(Loading):
     def terms(self, config: PreTrainedConfig) -> Terms:
         """GiB by term. activations, with quantization, is a layer in hand; logits the LM head after the last."""
         tokens = self.eval_length * self.per_device_eval_batch_size
-        hidden, inner, beside = config.hidden_size, config.intermediate_size, _beside(config)
+        hidden, inner, beside = config.hidden_size, inner_width(config), _beside(config)
         # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, and beside them the
         # feed-forward's three products, or a linear's output and its adapter's, twice, for its scaling, and on a 16-bit
         # base the linear's input in fp32.
@@ -300,7 +259,7 @@ class Reading(Loading):
     def terms(self, config: PreTrainedConfig) -> Terms:
         """GiB by term. attention is adding to a layer's cache and attending to it, activations, with quantization, a
         linear with its adapter: both over a chunk. On sdpa, which takes a mask there."""
-        hidden, inner, length = config.hidden_size, config.intermediate_size, self.length
+        hidden, inner, length = config.hidden_size, inner_width(config), self.length
         tokens, (queries, keys) = min(PREFILL_CHUNK, length), attention_widths(config)
         layer, quantized = 4 * keys * length, self.kv_cache == "quantized"
         # In 16 bits the embeddings, the layer's input and what its norm or attention made of it; a mask of one byte.
@@ -320,7 +279,7 @@ class Reading(Loading):
         return self._gib(
             config,
             self.phases,
-            kv_cache=config.num_hidden_layers * layer * (HQQ_BYTES / 2 if quantized else 1),
+            kv_cache=4 * keys * cached_tokens(config, length, tokens) * (HQQ_BYTES / 2 if quantized else 1),
             attention=throughout + max(adding, attending),
             activations=throughout + tokens * max(2 * hidden + 6 * inner, *widths),
             logits=6 * config.vocab_size,

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import rope
 from ..errors import about
+from ..families import decoder_name
 from ..model.adapter import Adapter, open_adapter
 from ..model.base import GIB, make_tokenizer_readable, resolve_base
 from ..model.check import check_weights
@@ -55,24 +56,31 @@ LEFT_OUT = ("rotary_emb.inv_freq", ".base_layer.weight")
 
 
 class Weights:
-    """The tensors of safetensors files. `like` has them by name without data: their shapes and dtypes."""
+    """The tensors of safetensors files. `like` has them by name without data: their shapes and dtypes. Of an image and
+    text model they are those of its decoder alone, by its names."""
 
     def __init__(self, files: list[Path]):
         self.like: dict[str, torch.Tensor] = {}
-        self._files: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
         for file in files:
             try:
                 with safe_open(file, framework="pt") as opened:
-                    names = [name for name in opened.keys() if not name.endswith(LEFT_OUT)]  # noqa: SIM118
-                    self.like |= {name: torch.empty_like(opened.get_tensor(name), device="meta") for name in names}
+                    for stored in opened.keys():  # noqa: SIM118 - not a dict
+                        if not stored.endswith(LEFT_OUT):
+                            name = decoder_name(stored)
+                            self.like[name] = torch.empty_like(opened.get_tensor(stored), device="meta")
+                            self._places[name] = (file, stored)
             except (SafetensorError, FileNotFoundError) as error:
                 raise MergeError(f"{file.name} is missing or damaged ({error}): get the model again") from error
-            self._files |= dict.fromkeys(names, file)
+        if any(name != stored for name, (_, stored) in self._places.items()):
+            own = {name for name, (_, stored) in self._places.items() if name != stored or name == "lm_head.weight"}
+            self.like = {name: like for name, like in self.like.items() if name in own}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor. Its bytes are read on use, and its file stays mapped only as long as the tensor lives."""
-        with safe_open(self._files[name], framework="pt") as opened:
-            return opened.get_tensor(name)
+        file, stored = self._places[name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(stored)
 
 
 def _base_folder(adapter: Adapter) -> Path:

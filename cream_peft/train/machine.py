@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.training_args import ParallelMode
 
 from .. import rope
 from ..errors import about, missing_folder
 from ..model.adapter import Adapter, open_adapter
-from ..model.base import embedded_config, refuse_quantized, resolve_base
+from ..model.base import embedded_config, read_config
 from ..plan import advice, fit, memory
 from ..plan.memory import ATTENTION, Training, Validation
 from .config import CREAMConfig
@@ -74,11 +74,7 @@ def base_config(recipe: Recipe) -> PreTrainedConfig:
     if embedded is not None:
         return embedded
     with about(name):
-        config = AutoConfig.from_pretrained(
-            resolve_base(name), revision=recipe.model.model_revision, trust_remote_code=recipe.run.trust_remote_code
-        )
-    refuse_quantized(config, name)
-    return config
+        return read_config(name, revision=recipe.model.model_revision, trust_remote_code=recipe.run.trust_remote_code)
 
 
 def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:

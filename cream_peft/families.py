@@ -1,0 +1,144 @@
+"""What is special about a model family: where its decoder's config is, and which RoPE its far-seeing layers have.
+
+A longer window concerns the layers of full attention. A sliding layer never looks further back than its window, and
+keeps its RoPE wherever the family gives each kind of layer its own; a linear-attention layer has no positions. Families
+not named here are scaled if they have one RoPE over whole heads and no sliding layers. See recipes/families.md.
+"""
+
+from typing import Any, cast
+
+from transformers import PreTrainedConfig
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+NESTED = ("gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")
+"""Image and text models whose decoder, alone, is a model of transformers too: it is loaded without the image part."""
+
+TEXT_TYPES = tuple(f"{kind}_text" for kind in NESTED)
+"""model_type of their decoders."""
+
+PARTIAL = ("glm4", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+"""The first part of each head rotates (partial_rotary_factor)."""
+
+PER_LAYER_TYPE = ("gemma3_text", "gemma4_text", "olmo3")
+"""rope_parameters hold a RoPE for each kind of layer."""
+
+SLIDING_BESIDE_FULL = (*PER_LAYER_TYPE, "gpt_oss")
+"""Some layers slide and the others see everything."""
+
+NO_ROPE_AFAR = ("cohere2", "cohere2_moe", "exaone4", "llama4_text")
+"""The layers that see everything have no positions."""
+
+STORED_PREFIXES = ("language_model.model.", "model.language_model.")
+"""How the files of NESTED models begin the names of what is model.* in the decoder alone."""
+
+KEY_MAPPING = {r"^(language_model\.model|model\.language_model)\.": "model.", r"^language_model\.lm_head\.": "lm_head."}
+"""For from_pretrained. Without it a Gemma decoder is loaded with random weights, and a warning."""
+
+REMEDY = "take a decoder of a family in recipes/families.md"
+
+
+class RopeError(ValueError):
+    """A base, a length or a model that the RoPE scaling asked for does not fit."""
+
+
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the text decoder: `config` itself, or the one in its text_config.
+
+    Raises:
+        RopeError: if that decoder cannot be loaded alone.
+    """
+    text = getattr(config, "text_config", None)
+    if text is None:
+        return config
+    if config.model_type not in NESTED:
+        raise RopeError(
+            f"model_type {config.model_type!r} nests its decoder in text_config, and is not one of those that are "
+            f"loaded without the rest ({', '.join(NESTED)}): {REMEDY}"
+        )
+    return text
+
+
+def decoder_name(stored: str) -> str:
+    """The decoder's name for a tensor that the files of a model call `stored`."""
+    for prefix in STORED_PREFIXES:
+        if stored.startswith(prefix):
+            return "model." + stored.removeprefix(prefix)
+    return stored.removeprefix("language_model.") if stored == "language_model.lm_head.weight" else stored
+
+
+def far_parameters(config: PreTrainedConfig, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The rope_parameters of the layers that see everything, out of `parameters` or else those of `config`."""
+    found = config.rope_parameters if parameters is None else parameters
+    return found[FULL] if isinstance(found.get(FULL), dict) else found
+
+
+def with_far_parameters(config: PreTrainedConfig, far: dict[str, Any]) -> dict[str, Any]:
+    """rope_parameters of `config` with those of the layers that see everything replaced."""
+    is_nested = isinstance(config.rope_parameters.get(FULL), dict)
+    return dict(config.rope_parameters) | {FULL: far} if is_nested else far
+
+
+def far_layer(config: PreTrainedConfig) -> Any:
+    """The config as the layers that see everything have it; Gemma 4's have larger heads than the others."""
+    return cast(Any, config.per_layer_config)[FULL] if getattr(config, "is_heterogeneous", False) else config
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Features of a head in the layers that see everything."""
+    config = far_layer(config)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def slowest_exponent(config: PreTrainedConfig, far: dict[str, Any]) -> float:
+    """e, where theta^-e is the frequency of the slowest pair that rotates: (d - 2) / d for d rotating features, and for
+    proportional RoPE, whose frequencies are those of the whole head, (d - 2) / head size."""
+    size = head_size(config)
+    rotating = int(size * far.get("partial_rotary_factor", 1.0))
+    return (rotating - 2) / (size if far.get("rope_type") == "proportional" else rotating)
+
+
+def refuse_unknown(config: PreTrainedConfig, target_length: int) -> None:
+    """Raise a RopeError for a base whose far-seeing layers would not be scaled as rope.py says, or for one of which no
+    layer sees `target_length` tokens.
+
+    transformers masks by the token's index, not by its position, so training at context_length <= sliding_window
+    never meets the mask, and the model still cannot look back further once the input is long. Qwen's configs hold
+    None unless use_sliding_window is set, and only the layers called sliding_attention then slide.
+    """
+    kind, parameters = config.model_type, getattr(config, "rope_parameters", None)
+    layers = getattr(config, "layer_types", None) or [SLIDING]
+    if not parameters:
+        raise RopeError(f"model_type {kind!r} has no rope_parameters: {REMEDY}")
+    if kind in NO_ROPE_AFAR:
+        raise RopeError(
+            f"model_type {kind!r} has no positions in the layers that see the whole context, so there is nothing to "
+            f"scale and nothing that drawn positions could teach: {REMEDY}"
+        )
+    per_layer = sorted(key for key, value in parameters.items() if isinstance(value, dict))
+    if per_layer and (kind not in PER_LAYER_TYPE or FULL not in per_layer or FULL not in layers):
+        raise RopeError(f"model_type {kind!r} has rope_parameters per layer type ({', '.join(per_layer)}): {REMEDY}")
+    share = far_parameters(config).get("partial_rotary_factor", 1.0)
+    if share != 1.0 and kind not in (*PARTIAL, "gemma4_text"):
+        raise RopeError(f"model_type {kind!r} rotates a part of each head (partial_rotary_factor {share}): {REMEDY}")
+    window = getattr(config, "sliding_window", None)
+    sees_all = kind in SLIDING_BESIDE_FULL and FULL in layers
+    if window is not None and SLIDING in layers and window < target_length and not sees_all:
+        raise RopeError(
+            f"sliding_window is {window}, below target_length {target_length}: the model would not look back further; "
+            "use a base without it (mistralai/Mistral-7B-v0.3), or a config of sliding_window None"
+        )
+
+
+def keys_of_transformers_4(config: PreTrainedConfig) -> dict[str, Any]:
+    """RoPE of a scaled `config` under the names that transformers 4 reads; families that it has not are left out."""
+    if config.model_type in ("gemma4_text", "qwen3_5_text", "qwen3_5_moe_text"):
+        return {}
+    far = far_parameters(config)
+    scaling = {key: value for key, value in far.items() if key != "rope_theta"}
+    keys = {"rope_theta": far["rope_theta"], "rope_scaling": None if far["rope_type"] == "default" else scaling}
+    if config.model_type == "gemma3_text":
+        keys["rope_local_base_freq"] = config.rope_parameters[SLIDING]["rope_theta"]
+    if "partial_rotary_factor" in far:
+        keys["partial_rotary_factor"] = far["partial_rotary_factor"]
+    return keys
