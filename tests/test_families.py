@@ -108,8 +108,8 @@ def test_yarn_on_a_yarn_base_is_the_yarn_of_the_whole_factor(family):
     assert max(factors) == pytest.approx(0.1 * math.log(4 * FACTOR) + 1)
 
 
-# What transformers 4.57 makes of the old keys, from memory, not run: theta and scaling of the full-attention layers, and theta
-# of the sliding ones.
+# What transformers 4.57 makes of the old keys, from memory, not run: theta and scaling of the full-attention layers,
+# and theta of the sliding ones.
 READERS = {
     "gemma3": lambda content: (content["rope_theta"], content["rope_scaling"], content["rope_local_base_freq"]),
     "olmo3": lambda content: (content["rope_theta"], content["rope_scaling"], content["rope_theta"]),
