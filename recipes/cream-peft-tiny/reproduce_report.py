@@ -40,7 +40,8 @@ NAMES = {"contiguous": "plain", "pose": "PoSE", "randpos": "RandPos"}
 SCALINGS = tuple(RECALL_RATE)
 PARTS = ("target", "middle", "last tenth")
 OPEN = "–"
-"""In a table: not run yet."""
+"""In a table: not run yet. A row or a table of nothing else is left out."""
+NOT_RUN = "Not run yet."
 
 
 def ours(context_length: int, target_length: int) -> str:
@@ -125,7 +126,8 @@ def _spread(found: dict[str, Any] | None, signed: bool = False) -> str:
 
 def _lines(*rows: list[str]) -> list[str]:
     head, *body = rows
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+    run = [cells for cells in body if set(cells[1:]) != {OPEN}]
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *run)] if run else [NOT_RUN]
 
 
 def place_name(scaling: str, context_length: int, target_length: int) -> str:
@@ -190,7 +192,7 @@ def with_tables(text: str, lines: dict[str, list[str]]) -> str:
     """The page with the tables below their marks, `<!-- table: NAME -->`, written anew."""
     for name, table in lines.items():
         mark = f"<!-- table: {name} -->\n"
-        text = re.sub(f"{mark}(\\|.*\n)*", lambda _: mark + "".join(f"{line}\n" for line in table), text)  # noqa: B023
+        text = re.sub(f"{mark}(\\|.*\n|{NOT_RUN}\n)*", lambda _: mark + "".join(f"{line}\n" for line in table), text)  # noqa: B023
     return text
 
 
