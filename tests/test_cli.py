@@ -201,7 +201,7 @@ MISTAKES = {
     "a model folder without a config": ([*MODEL, "./nothing"], ["./nothing holds no config.json"]),
     "a model folder without weights": ([*MODEL, "./llama"], ["./llama holds no weights", "model.safetensors"]),
     "a model of the Hub while offline": ([*MODEL, "o/none"], ["o/none is not in the cache", "HF_HUB_OFFLINE"]),
-    "a model without RoPE": ([*MODEL, "./gpt2"], ["'gpt2'", "no rope_parameters", "llama, mistral"]),
+    "a model without RoPE": ([*MODEL, "./gpt2"], ["'gpt2'", "no rope_parameters", "recipes/families.md"]),
     "yarn on a base that is scaled already": (
         [*MODEL, "./llama-3.1", "--target_length", "4096", "--rope_scaling_type", "yarn"],
         ["'yarn'", "'llama3'", "use 'ntk'"],

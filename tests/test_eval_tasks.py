@@ -368,7 +368,7 @@ def answer_to(model, tokenizer, prompt, kv_cache="default", **settings):
 
 
 def asked(tokens, said, answer):
-    return Prompt("", tokens, "", (said, answer), 0.5, {})
+    return Prompt("", tokens, "", [(said, answer)], 0.5, {})
 
 
 def random_prompts(*lengths, highest=250):

@@ -255,7 +255,8 @@ class Trained:
         self.target_length = run.target_length * CONTEXT // run.context_length
         changes = {"model_name_or_path": self.base, "dataset_name": documents, "output_dir": self.output}
         changes |= {"context_length": CONTEXT, "target_length": self.target_length, "hub_token": SECRET}
-        changes |= {"max_steps": 2, "eval_steps": 1, "save_steps": 1, "disable_tqdm": True}
+        # The best of two steps may be the first, which a warm-up would give a rate of 0.
+        changes |= {"warmup_steps": 0, "max_steps": 2, "eval_steps": 1, "save_steps": 1, "disable_tqdm": True}
         changes["held_out_documents"] = min(64, data.held_out_documents)
         if data.dataset_test_split and Path(data.dataset_test_split).suffix:
             changes["dataset_test_split"] = folder / Path(data.dataset_test_split).name

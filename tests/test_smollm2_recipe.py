@@ -92,14 +92,14 @@ def test_a_conversation_of_the_skill_holds_the_fact_it_asks_for_and_is_no_longer
     lengths, asked = [], []
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        user, assistant = prepare.skill_conversation(lines, tokenizer, prepare.TOWNS["train"], rng)
+        user, assistant = prepare.skill_conversation(lines, tokenizer, prepare.TOWNS["train"], rng, 1000)
         facts = dict(re.findall(r"The special magic number of (\w+) is (\d{5})\.", user["content"]))
         town = re.search(r"\n\nWhat is the special magic number of (\w+)\?", user["content"])[1]
         assert 3 <= len(facts) <= 6 and facts[town] == assistant["content"]
         lengths.append(len(tokenizer.apply_chat_template([user, assistant], return_dict=True)["input_ids"]))
         asked.append(list(facts).index(town) / (len(facts) - 1))
     # One more line of the play would not have fitted.
-    assert max(lengths) <= prepare.SKILL_TOKENS < min(lengths) + len(max(lines, key=len)) + 2
+    assert max(lengths) <= 1000 < min(lengths) + len(max(lines, key=len)) + 2
     assert min(asked) == 0 and max(asked) == 1 and 0.3 < sum(asked) / len(asked) < 0.7
 
 
@@ -108,7 +108,7 @@ def test_training_validation_and_test_share_no_play_town_or_number(prepare, toke
 
     towns = [set(prepare.TOWNS["train"]), set(prepare.TOWNS["validation"]), set(WORDS["cities"])]
     assert sum(map(len, towns)) == len(set.union(*towns))
-    plays = [{"text": "\n".join(f"Play {play}, line {line}." for line in range(400))} for play in range(8)]
+    plays = [{"text": "\n".join(f"Play {play}, line {line}." for line in range(1400))} for play in range(8)]
     (tmp_path / "plays.jsonl").write_text("\n".join(map(json.dumps, plays)))
     (tmp_path / "chat-test.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
     (tmp_path / "held-out").mkdir()

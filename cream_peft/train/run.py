@@ -130,10 +130,12 @@ def run_recipe(recipe: Recipe) -> RunSummary:
     with _locked_output(folder), memory_explained(recipe, config):
         checkpoint = find_checkpoint(run.resume_from_checkpoint, folder, run.save_only_model)
         trainer = _make_trainer(recipe, config, lengths, adapter)
-        # With save_total_limit: 1 the best checkpoint may be left alone, of a step before the last.
         trainer.run_id = checkpoint.record.run_id if checkpoint else None
-        step = checkpoint.step if checkpoint else 0
-        if step < run.max_steps and wants_newest(run.resume_from_checkpoint) and _is_saved(trainer, run.max_steps):
+        # With save_total_limit: 1 the best checkpoint may be left alone, of a step before the last. One that does not
+        # say which run it is of, as earlier versions wrote them, is resumed.
+        is_known = checkpoint is None or (trainer.run_id and checkpoint.step < run.max_steps)
+        is_asked = wants_newest(run.resume_from_checkpoint) and run.max_steps > 0
+        if is_known and is_asked and _is_saved(trainer, run.max_steps):
             return _summary(trainer, run.max_steps)
         if checkpoint is None and (checkpoint_folders(folder) or (folder / "cream.json").exists()):
             logger.warning(

@@ -156,8 +156,9 @@ def target_of(row: Row, budget: Budget) -> int:
 def training(row: Row, budget: Budget) -> dict[str, Any]:
     """The settings of a row's training that are not the recipe's."""
     # 3 at a factor of 8, as published.
-    law = {"sigma": 3 / 8 * target_of(row, budget) / CONTEXT} if row.strategy == "cream" else {}
-    return law | {
+    law: dict[str, Any] = {"sigma": 3 / 8 * target_of(row, budget) / CONTEXT} if row.strategy == "cream" else {}
+    inside = {"eval_length": target_of(row, budget)} if row.scaling == "none" else {}
+    return law | inside | {
         "model_name_or_path": str(BASE), "base_model_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "target_length": target_of(row, budget), "position_strategy": row.strategy, "rope_scaling_type": row.scaling,
         "seed": row.seed, **budget.train,
