@@ -108,7 +108,7 @@ def test_training_validation_and_test_share_no_play_town_or_number(prepare, toke
 
     towns = [set(prepare.TOWNS["train"]), set(prepare.TOWNS["validation"]), set(WORDS["cities"])]
     assert sum(map(len, towns)) == len(set.union(*towns))
-    plays = [{"text": "\n".join(f"Play {play}, line {line}." for line in range(1400))} for play in range(8)]
+    plays = [{"text": "\n".join(f"Play {play}, line {line}." for line in range(4000))} for play in range(8)]
     (tmp_path / "plays.jsonl").write_text("\n".join(map(json.dumps, plays)))
     (tmp_path / "chat-test.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
     (tmp_path / "held-out").mkdir()
