@@ -204,8 +204,8 @@ def _is_saved(trainer: CREAMTrainer, steps: int) -> bool:
         record = Record.read(folder, str(folder))
     except AdapterError:
         return False
-    # Without checkpoints, the settings say whether it is this run's.
-    is_own = record.run_id == trainer.run_id if trainer.run_id else difference(folder, record, trainer) is None
+    # Without checkpoints, the settings alone say whether it is this run's.
+    is_own = trainer.run_id in (None, record.run_id) and difference(folder, record, trainer) is None
     return is_own and record.steps >= steps and record.is_of(folder) and any(folder.glob("*.safetensors"))
 
 

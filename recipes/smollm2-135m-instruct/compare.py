@@ -367,10 +367,12 @@ def price_table(summary: dict[str, Any]) -> list[str]:
         "|---" * 5 + "|",
     ]
     for row in summary["rows"]:
-        if all(name in row for name in PRICE):
-            prose, chats, passkey = (row[name] for name in PRICE)
-            told = f"{prose['1024']:.1f} | {prose['8192']:.1f} | {chats['1024']:.2f} | {passkey['accuracy']:.2f}"
-            lines.append(f"| {row['name']} | {told} |")
+        values = [row.get("perplexity", {}).get(length) for length in ("1024", "8192")]
+        values += [row.get("chats", {}).get("1024"), row.get("passkey", {}).get("accuracy")]
+        if any(values):
+            lines.append(
+                f"| {row['name']} | {' | '.join('' if value is None else f'{value:.2f}' for value in values)} |"
+            )
     return lines
 
 
