@@ -1,6 +1,6 @@
 """Runs training steps, the held-out loss and reading on the CUDA code path without a GPU, and counts what they take.
 
-    python tests/paper_gpu/count.py --output FILE.json [--layers 2] [--only NAME]
+    python tests/paper_gpu/count.py --output FILE.json [--layers 2] [--only NAME ...]
 
 The trainer and the libraries are the real ones; tensors on the GPU have a size and no content (device.py). Peaks are of
 storages alive, in GiB, beside plan's without CUDA's context. Each case is written to FILE at once, and the same
@@ -10,11 +10,13 @@ command goes on where it stopped. A C++ compiler must be there.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +155,14 @@ def run_case(gpu: PaperGPU, case: dict[str, Any], layers: int | None) -> dict[st
     from cream_peft.train.machine import base_config
 
     device.card.name = case.get("card", "ampere")
+    gpu.forget()
     arguments = ["--config", str(ROOT / f"recipes/{case['recipe']}.yaml"), *case.get("arguments", [])]
     start, recipe = time.perf_counter(), bench.parse_bench(arguments, STEPS)
     config = base_config(recipe)
     config.num_hidden_layers = layers or config.num_hidden_layers
     recipe.run.resolve(pretrained_window(config))
     with gpu:
-        if "cache" in case:
-            result = read_case(gpu, recipe, config, case["cache"])
-        else:
-            result = train_case(gpu, recipe, config)
+        result = read_case(gpu, recipe, config, case["cache"]) if "cache" in case else train_case(gpu, recipe, config)
     seconds = round(time.perf_counter() - start, 1)
     return {"layers": config.num_hidden_layers, "card": device.card.name, "seconds": seconds} | result
 
@@ -171,27 +171,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="so many layers only (default: the base's own)")
-    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="only cases whose name contains one of these")
     options = parser.parse_args()
     import datasets
     import libraries
+    import transformers
+
     from cream_peft.model.record import versions
     from cream_peft.train import bench
 
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     gpu = PaperGPU()
     libraries.install(gpu)
     choose_attention(gpu)
     swap_fake_tensors()
     bench.random_weights = empty_weights
+    # What the libraries hold is not looked through again and again.
+    gc.freeze()
     command = "python tests/paper_gpu/count.py --output FILE" + (f" --layers {options.layers}" * bool(options.layers))
     results = {"command": command, "versions": versions(), "machine": "no GPU: counted on the CUDA code path"}
     results["cases"] = json.loads(options.output.read_text())["cases"] if options.output.is_file() else {}
     for name, case in cases().items():
-        if options.only not in name or name in results["cases"]:
+        if not any(part in name for part in options.only) or "peak_gib" in results["cases"].get(name, {}):
             continue
-        results["cases"][name] = found = run_case(gpu, case, options.layers)
-        print(f"{name}: {found['peak_gib']:.2f} GiB, planned {found['planned_gib']:.2f}, {found['seconds']} s", flush=True)
+        try:
+            found = run_case(gpu, case, options.layers)
+            said = f"{found['peak_gib']:.2f} GiB, planned {found['planned_gib']:.2f}, {found['seconds']} s"
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": (said := f"{type(error).__name__}: {error}")}
+        results["cases"][name] = found
+        print(f"{name}: {said}", flush=True)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=1) + "\n")
 

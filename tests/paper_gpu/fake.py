@@ -47,8 +47,13 @@ class PaperGPU(TorchDispatchMode):
         self.waits.clear()
         self.attention.clear()
 
-    def _forget(self, key: int) -> None:
-        self.now -= self.alive.pop(key)
+    def forget(self) -> None:
+        """Count from an empty GPU on: libraries still hold parts of the model before."""
+        self.alive.clear()
+        self.now = 0
+
+    def _free(self, key: int) -> None:
+        self.now -= self.alive.pop(key, 0)
 
     def _count(self, tensor) -> None:
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cuda":
@@ -57,7 +62,7 @@ class PaperGPU(TorchDispatchMode):
         key, size = storage._cdata, -(-storage.nbytes() // GRANULARITY) * GRANULARITY
         if size and key not in self.alive:
             self.alive[key] = size
-            weakref.finalize(storage, self._forget, key)
+            weakref.finalize(storage, self._free, key)
             self.now += size
             self.peak = max(self.peak, self.now)
 
