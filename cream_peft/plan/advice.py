@@ -10,13 +10,12 @@ from transformers import PreTrainedConfig
 
 from ..model.kv_cache import KV_CACHES, PREFILL_CHUNK
 from ..terminal import table
-from .gpus import GPUS
+from .gpus import GPUS, SHOWN
 from .layers import attention_widths, inner_width, linear_parameters, target_linears, used_parameters
 from .memory import LM_HEAD_TILE, Phases, Reading, Settings, Terms, Training, Validation
 
-# Assumed, not measured here: the share of a GPU's peak that training reaches, as LLaMA-Factory's published QLoRA speed
-# on an A100 does (tests/test_plan.py).
-UTILISATION = 0.4
+# Assumed: the shares of a GPU's peak between which training stays, where none was measured on that GPU.
+UTILISATION = (0.25, 0.5)
 # Below so many parameters a GPU mostly waits for Python, and that share means nothing.
 SMALLEST_TIMED = 3e8
 NOTHING_FITS = "no settings fit, a smaller base may"
@@ -131,24 +130,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens and FLOPs of training; the share of a GPU's peak, None where the base is too small for one."""
+    """Tokens and FLOPs of training; the shares of a GPU's peak that are assumed, None where the base is too small."""
 
     tokens_at_once: int
     tokens_per_step: int
     max_steps: int | None
     flops_per_token: dict[str, float]
-    utilisation: float | None
+    utilisation: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether training fits a GPU, its speed and hours where known, and the caches with which evaluation fits."""
+    """Whether training fits a GPU, its least and greatest speed and hours (the same where its speed was measured, None
+    where nothing is known), and the caches with which evaluation fits."""
 
     card: str
     gib: float
     fits: bool
-    tokens_per_second: float | None
-    hours: float | None
+    tokens_per_second: tuple[float, float] | None
+    hours: tuple[float, float] | None
     evaluates_with: list[str]
 
 
@@ -173,7 +173,7 @@ def plan_gpus(
     target_length: int | None = None,
     gpus: Mapping[str, float] | None = None,
 ) -> Plan:
-    """The plan for `gpus` (name -> GiB; None: GPUS), and for evaluation at `target_length` tokens (None: the context
+    """The plan for `gpus` (name -> GiB; None: SHOWN), and for evaluation at `target_length` tokens (None: the context
     length). validation is None where a run computes no loss of held-out documents."""
     loading = {name: getattr(training, name) for name in ("load_in_4bit", "lora_r", "target_modules")}
     reading = Reading(length=target_length or training.context_length, **loading)
@@ -181,18 +181,23 @@ def plan_gpus(
     whole = {name: replace(cache, load_in_4bit=False).terms(config)["total"] for name, cache in caches.items()}
     read = {name: cache.terms(config) for name, cache in caches.items()}
     flops, tokens = training_flops(config, training), training.context_length * training.per_device_train_batch_size
-    share = UTILISATION if linear_parameters(config) > SMALLEST_TIMED else None
-    work = Work(tokens, tokens * training.gradient_accumulation_steps, training.max_steps, flops, share)
+    shares = UTILISATION if linear_parameters(config) > SMALLEST_TIMED else None
+    work = Work(tokens, tokens * training.gradient_accumulation_steps, training.max_steps, flops, shares)
     terms, held_out = training.terms(config), validation.terms(config) if validation else None
     at_once = validation.eval_length * validation.per_device_eval_batch_size if validation else None
 
     def fit(name: str, gib: float) -> Fit:
         peak = max(each["total"] for each in (terms, held_out) if each)
-        speed = (GPUS[name].tflops if name in GPUS else 0) * 1e12 * (share or 0) / sum(flops.values()) or None
-        hours = speed and (work.max_steps or 1000) * work.tokens_per_step / speed / 3600
+        speed = hours = None
+        if shares and name in GPUS:
+            slow, fast = (GPUS[name].share or share for share in shares)
+            fastest = GPUS[name].tflops * 1e12 / sum(flops.values())
+            speed = (slow * fastest, fast * fastest)
+            seconds = (work.max_steps or 1000) * work.tokens_per_step / fastest
+            hours = (seconds / fast / 3600, seconds / slow / 3600)
         return Fit(name, gib, peak <= gib, speed, hours, [name for name in read if read[name]["total"] <= gib])
 
-    fits = [fit(name, gib) for name, gib in (gpus or {name: gpu.gib for name, gpu in GPUS.items()}).items()]
+    fits = [fit(name, gib) for name, gib in (gpus or {name: GPUS[name].gib for name in SHOWN}).items()]
     advice = list(_advice(config, fits, training, validation, reading))
     return Plan(terms, held_out, at_once, Evaluation(reading.length, PREFILL_CHUNK, read, whole), work, fits, advice)
 
@@ -232,6 +237,16 @@ def _terms_table(columns: Mapping[str, Terms], phases: Phases, *more: Sequence[s
     return table(["GiB", *columns, ""], [*rows, *more], indent=2)
 
 
+def _hours(fit: Fit) -> str:
+    """The hours with what they rest on."""
+    if not fit.hours or not fit.fits:
+        return "-"
+    least, most = fit.hours
+    if GPUS[fit.card].share:
+        return f"{least:.1f}, at the {GPUS[fit.card].share:.0%} of its peak that is published for QLoRA on it"
+    return f"{least:.1f} to {most:.1f}, assuming {UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of its peak"
+
+
 def text_of(plan: Plan) -> str:
     """The plan as `cream-peft plan` prints it."""
     work, evaluation, steps = plan.work, plan.evaluation, plan.work.max_steps or 1000
@@ -247,13 +262,13 @@ def text_of(plan: Plan) -> str:
             f"{fit.gib:.1f}",
             "fits" if fit.fits else "does not fit",
             ", ".join(fit.evaluates_with) or "none",
-            f"{fit.hours:.1f}" if fit.hours and fit.fits else "-",
+            _hours(fit),
         )
         for fit in plan.cards
     ]
     timed = (
-        f"hours: {work.tokens_per_step:,} tokens a step, {steps * work.tokens_per_step:,} in {steps:,} steps, at an "
-        f"assumed {UTILISATION:.0%} of the GPU's dense 16-bit peak"
+        f"hours: {work.tokens_per_step:,} tokens a step, {steps * work.tokens_per_step:,} in {steps:,} steps; the "
+        "peak is the dense 16-bit one"
     )
     if not work.utilisation:
         timed = f"no hours: below {SMALLEST_TIMED / 1e9:.1f} billion parameters a GPU mostly waits for Python"

@@ -187,7 +187,8 @@ def utilisation(recipe: Recipe, config: PreTrainedConfig, tokens_per_second: flo
     is the share that plan assumes. None for a GPU that plan does not know."""
     training, _ = memory_settings(recipe)
     shares = {"model_flop_utilisation": False, "with_recomputation": training.gradient_checkpointing}
-    gpu = find_gpu(torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+    here = torch.cuda.is_available()
+    gpu = find_gpu(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1] / memory.GIB) if here else None
     if gpu is None:
         return dict.fromkeys(shares)
     flops = {again: training_flops(config, replace(training, gradient_checkpointing=again)) for again in (False, True)}
