@@ -177,6 +177,7 @@ def test_utilisation_is_known_for_the_cards_that_plan_knows(monkeypatch):
     config = base_config(recipe)
     recipe.run.resolve(256)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 40 * 2**30))
     settings = {"context_length": 256, "lora_r": 16, "target_modules": recipe.model.lora_target_modules}
     flops = sum(training_flops(config, Training(gradient_checkpointing=True, **settings)).values())
     for name, peak in {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "Tesla T4": 65e12}.items():
