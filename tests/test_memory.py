@@ -569,7 +569,7 @@ def test_the_caches_order_themselves_at_long_lengths_and_4_bits_save_the_same_ev
 def test_what_cannot_be_estimated_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'gpt2' cannot be estimated, its config has no intermediate_size"):
         estimate(GPT2Config(), context_length=512)
-    with pytest.raises(ValueError, match=r"'olmoe' cannot be estimated, its config has num_(local_)?experts"):
+    with pytest.raises(ValueError, match=r"'olmoe' cannot be estimated, its config has num_local_experts"):
         parameter_count(OlmoeConfig())
     with pytest.raises(ValueError, match=r"unknown target module 'c_attn': use all-linear, or some of q_proj"):
         estimate(small(), context_length=512, target_modules=("q_proj", "c_attn"))
