@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -34,6 +35,8 @@ def load_script(path):
     """A script of the repository that is in no package, as a module."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look for the types of their fields.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -1,6 +1,5 @@
 """`cream-peft bench`, `memory: low`, and the script that measures on a GPU, as far as a CPU can tell."""
 
-import importlib.util
 import json
 import math
 import weakref
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import load_script
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
@@ -291,11 +291,7 @@ def test_offloading_moves_every_layers_input_and_changes_no_bit(make_trainer, mo
 
 @pytest.fixture
 def measure():
-    path = Path(__file__).parent / "gpu" / "measure.py"
-    spec = importlib.util.spec_from_file_location("measure", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tests/gpu/measure.py")
 
 
 def test_the_script_says_in_one_line_that_there_is_no_gpu(measure, monkeypatch, capsys):

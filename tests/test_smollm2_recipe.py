@@ -1,35 +1,26 @@
 """The SmolLM2 recipe's scripts, without the downloads: what is made of the data, and what is told of the results."""
 
 import dataclasses
-import importlib.util
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, load_script
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "smollm2-135m-instruct"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"smollm2_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+FOLDER = ROOT / "recipes" / "smollm2-135m-instruct"
 
 
 @pytest.fixture(scope="module")
 def prepare():
-    return script("prepare")
+    return load_script(FOLDER / "prepare.py")
 
 
 @pytest.fixture(scope="module")
 def compare():
-    return script("compare")
+    return load_script(FOLDER / "compare.py")
 
 
 def turns(*words):
