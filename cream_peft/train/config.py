@@ -25,13 +25,13 @@ SHORT_RUN = 10
 """Steps below which a run has no warm-up unless it is asked for one."""
 
 
-def _one_of(name: str, value: Any, allowed: Any) -> None:
+def one_of(name: str, value: Any, allowed: Any) -> None:
     if value not in allowed:
         names = ("none" if choice is None else str(choice) for choice in allowed)
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(names)}")
 
 
-def _refuse_below(least: int, arguments: Any, *names: str) -> None:
+def refuse_below(least: int, arguments: Any, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -53,11 +53,11 @@ class Lengths(NamedTuple):
     eval_length: int
 
 
-def _option(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def _documented(kind: Kind) -> Kind:
+def documented(kind: Kind) -> Kind:
     """Put the help texts of the fields that are ours into the docstring, for help()."""
     own = [one for one in kind.__dataclass_fields__.values() if one.name in kind.__annotations__]
     lines = [f"        {one.name}: {one.metadata['help']}" for one in own]
@@ -65,7 +65,7 @@ def _documented(kind: Kind) -> Kind:
     return kind
 
 
-@_documented
+@documented
 @dataclass
 class CREAMConfig(SFTConfig):
     """SFTConfig with the fields of context extension. Every other field means what it means in TRL.
@@ -78,49 +78,49 @@ class CREAMConfig(SFTConfig):
             undo the positions (packing, padding_free, skip_prepare_dataset).
     """
 
-    context_length: int | None = _option(
+    context_length: int | None = option(
         None, "Tokens fed per training example. None: the base's max_position_embeddings."
     )
-    target_length: int | None = _option(
+    target_length: int | None = option(
         None, "Context length to reach, in tokens. None: 8 times the base's max_position_embeddings."
     )
-    position_strategy: str = _option("cream", f"How positions are drawn: {', '.join(POSITION_STRATEGIES)}.")
-    sigma: float | None = _option(
+    position_strategy: str = option("cream", f"How positions are drawn: {', '.join(POSITION_STRATEGIES)}.")
+    sigma: float | None = option(
         None,
         "Width of the Gaussian that places the middle segment, in half windows (cream only). A number: the authors' "
         "law, at 3 in their paper. inf: a uniform middle. None: 3/8 of the factor, truncated: no pile-up at the ends.",
     )
-    chunks: int | None = _option(None, "Chunks with a skip before each but the first (pose only). None: 2.")
-    segment_length: int | None = _option(None, "Mean tokens of a segment (segments only). None: 32.")
-    contiguous_share: float = _option(0.0, "Share of the examples that get plain positions, whatever the strategy.")
-    contiguous_text: bool = _option(
+    chunks: int | None = option(None, "Chunks with a skip before each but the first (pose only). None: 2.")
+    segment_length: int | None = option(None, "Mean tokens of a segment (segments only). None: 32.")
+    contiguous_share: float = option(0.0, "Share of the examples that get plain positions, whatever the strategy.")
+    contiguous_text: bool = option(
         False, "Feed the first tokens of each document, whatever tokens the strategy would pick."
     )
-    target_growth: float = _option(
+    target_growth: float = option(
         0.0, "Share of the run over which positions rise from context_length to target_length. 0: the target at once."
     )
-    rope_scaling_type: str | None = _option("yarn", f"RoPE scaling of the base: none, {', '.join(ROPE_SCALING_TYPES)}.")
-    short_documents: str = _option(
+    rope_scaling_type: str | None = option("yarn", f"RoPE scaling of the base: none, {', '.join(ROPE_SCALING_TYPES)}.")
+    short_documents: str = option(
         "shrink",
         "Documents shorter than context_length: shrink the segments, skip the document, or join it "
         "with its successors until context_length is reached.",
     )
-    eval_length: int | None = _option(
+    eval_length: int | None = option(
         None, "Tokens per evaluation document, at plain positions 0..n-1. None: context_length."
     )
-    distillation_weight: float = _option(
+    distillation_weight: float = option(
         0.0, "Weight of the loss that holds the adapter to the untouched base at plain positions. 0: none."
     )
-    distillation_length: int | None = _option(
+    distillation_length: int | None = option(
         None, "Tokens of each window that this loss reads. None: a quarter of context_length."
     )
-    base_model_id: str | None = _option(
+    base_model_id: str | None = option(
         None, "Hub id that the adapter names as its base when the base was loaded from a local folder."
     )
-    license: str | None = _option(
+    license: str | None = option(
         None, "Licence on the model card, as the Hub names it. None: the one on the base's card."
     )
-    memory: str = _option(
+    memory: str = option(
         "default",
         "low: an 8-bit paged optimizer, layer checkpoints kept in main memory, and a CUDA allocator that "
         "grows its segments. Each of optim and activation_offloading that you set yourself stays as you set it.",
@@ -128,45 +128,45 @@ class CREAMConfig(SFTConfig):
     optim: OptimizerNames | None = field(  # ty: ignore[incompatible-attribute-override] None until __post_init__
         default=None, metadata={"help": f"Optimizer. None: {SFTConfig.optim}, or paged_adamw_8bit with memory=low."}
     )
-    activation_offloading: bool | None = _option(  # ty: ignore[incompatible-attribute-override] as optim
+    activation_offloading: bool | None = option(  # ty: ignore[incompatible-attribute-override] as optim
         None,
         "Keep what the forward pass leaves for the backward pass (with gradient checkpointing each "
         "layer's input) in main memory. None: true with memory=low, else false. Without a GPU it does nothing.",
     )
-    ddp_find_unused_parameters: bool | None = _option(
+    ddp_find_unused_parameters: bool | None = option(
         False, "Whether DDP looks for parameters without a gradient in every step. An adapter has none."
     )
-    learning_rate: float | None = _option(  # ty: ignore[incompatible-attribute-override] as optim
+    learning_rate: float | None = option(  # ty: ignore[incompatible-attribute-override] as optim
         None,
         "Peak learning rate. None: 2e-4 for LoRA on a base of hidden size 4,096, more on smaller ones "
         "(see default_learning_rate); a tenth of that with use_peft: false.",
     )
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Schedule of the rate."})
-    warmup_steps: float | None = _option(  # ty: ignore[incompatible-attribute-override] as optim
+    warmup_steps: float | None = option(  # ty: ignore[incompatible-attribute-override] as optim
         None, "Steps over which the rate rises, or below 1 their share of the run. None: 0.05, below 10 steps none."
     )
-    per_device_train_batch_size: int = _option(1, "Windows of context_length tokens in one forward pass, on each GPU.")
-    gradient_accumulation_steps: int = _option(
+    per_device_train_batch_size: int = option(1, "Windows of context_length tokens in one forward pass, on each GPU.")
+    gradient_accumulation_steps: int = option(
         16, "Forward passes per optimizer step; times the batch size they are the windows of a step."
     )
-    logging_nan_inf_filter: bool = _option(
+    logging_nan_inf_filter: bool = option(
         False, "TRL's; a value that is not finite stops the run here, so that nothing needs to be filtered."
     )
-    max_length: int | None = _option(None, "Set by the trainer to target_length; not to be set by hand.")
-    bf16: bool | None = _option(
+    max_length: int | None = option(None, "Set by the trainer to target_length; not to be set by hand.")
+    bf16: bool | None = option(
         None, "bfloat16 mixed precision. None: true on a GPU that has it; an older GPU gets fp16."
     )
 
     def __post_init__(self):
         if self.rope_scaling_type in ("none", "None"):
             self.rope_scaling_type = None
-        _one_of("position_strategy", self.position_strategy, POSITION_STRATEGIES)
-        _one_of("rope_scaling_type", self.rope_scaling_type, (None, *ROPE_SCALING_TYPES))
-        _one_of("short_documents", self.short_documents, SHORT_DOCUMENTS)
+        one_of("position_strategy", self.position_strategy, POSITION_STRATEGIES)
+        one_of("rope_scaling_type", self.rope_scaling_type, (None, *ROPE_SCALING_TYPES))
+        one_of("short_documents", self.short_documents, SHORT_DOCUMENTS)
         self._check_strategy()
-        _one_of("memory", self.memory, MEMORY_SETTINGS)
+        one_of("memory", self.memory, MEMORY_SETTINGS)
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        _refuse_below(1, self, *sizes)
+        refuse_below(1, self, *sizes)
         self._check_rates()
         refuse_license(self.license)
         self._check_lengths()

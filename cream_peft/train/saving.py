@@ -32,9 +32,9 @@ from ..model.record import (
     model_sha256,
     peak_gib,
     versions,
-    without_secrets,
     write_json,
 )
+from ..model.secrets import without_secrets
 from ..positions import options_of
 from ..publish.card import CARD, write_card
 from ..tiny import TINY_ID, TINY_LICENSE
