@@ -5,6 +5,7 @@ keeps its RoPE wherever the family gives each kind of layer its own; a linear-at
 not named here are scaled if they have one RoPE over whole heads and no sliding layers. See recipes/families.md.
 """
 
+import re
 from typing import Any, cast
 
 from transformers import PreTrainedConfig
@@ -29,11 +30,9 @@ SLIDING_BESIDE_FULL = (*PER_LAYER_TYPE, "gpt_oss")
 NO_ROPE_AFAR = ("cohere2", "cohere2_moe", "exaone4", "llama4_text")
 """The layers that see everything have no positions."""
 
-STORED_PREFIXES = ("language_model.model.", "model.language_model.")
-"""How the files of NESTED models begin the names of what is model.* in the decoder alone."""
-
 KEY_MAPPING = {r"^(language_model\.model|model\.language_model)\.": "model.", r"^language_model\.lm_head\.": "lm_head."}
-"""For from_pretrained. Without it a Gemma decoder is loaded with random weights, and a warning."""
+"""How the files of NESTED models begin a tensor's name, and how the decoder alone does; from_pretrained takes it so.
+Without it a Gemma decoder is loaded with random weights, and a warning."""
 
 REMEDY = "take a decoder of a family in recipes/families.md"
 
@@ -61,10 +60,9 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def decoder_name(stored: str) -> str:
     """The decoder's name for a tensor that the files of a model call `stored`."""
-    for prefix in STORED_PREFIXES:
-        if stored.startswith(prefix):
-            return "model." + stored.removeprefix(prefix)
-    return stored.removeprefix("language_model.") if stored == "language_model.lm_head.weight" else stored
+    for pattern, own in KEY_MAPPING.items():
+        stored = re.sub(pattern, own, stored)
+    return stored
 
 
 def far_parameters(config: PreTrainedConfig, parameters: dict[str, Any] | None = None) -> dict[str, Any]:

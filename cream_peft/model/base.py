@@ -69,11 +69,12 @@ def refuse_quantized(config: PreTrainedConfig, name: str) -> None:
         )
 
 
-def read_config(name: str, **kwargs: Any) -> PreTrainedConfig:
-    """The config of a base's text decoder, by Hub id or folder; a ValueError if it is quantized or not loaded alone."""
-    config = AutoConfig.from_pretrained(resolve_base(name), **kwargs)
-    refuse_quantized(config, name)
-    return decoder_config(config)
+def read_config(name: str, config: PreTrainedConfig | None = None, **kwargs: Any) -> PreTrainedConfig:
+    """The config of a base's text decoder, out of `config` or else of what lies at a Hub id or folder; a ValueError if
+    it is quantized or not loaded alone."""
+    found = config or AutoConfig.from_pretrained(resolve_base(name), **kwargs)
+    refuse_quantized(found, name)
+    return decoder_config(found)
 
 
 def default_dtype() -> torch.dtype:
@@ -194,8 +195,7 @@ def load_base(
     kwargs.setdefault("trust_remote_code", False)
     hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in kwargs}
     with about(name):
-        unscaled = read_config(name, **hub_kwargs) if config is None else decoder_config(config)
-    refuse_quantized(config or unscaled, name)
+        unscaled = read_config(name, config, **hub_kwargs)
     found = local_snapshot(name, kwargs.get("revision"), kwargs.get("cache_dir"))
     commit = found.name if found and not Path(source).is_dir() else None
     if commit:

@@ -4,7 +4,6 @@ Dense decoders with equal layers are counted by formula. The families of BUILT, 
 fused linears, are built without data, and counted.
 """
 
-import copy
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -37,10 +36,10 @@ def _built(config: str) -> tuple[tuple[Linears, ...], int]:
 
 
 def _count(config: PreTrainedConfig) -> tuple[tuple[Linears, ...], int]:
-    plain = copy.deepcopy(config)
-    # Neither has a say in it.
-    plain.__dict__.pop("cream_unscaled", None)
-    return _built(json.dumps(plain.to_dict(), default=str))
+    fields = config.to_dict()
+    # How the base was before it was scaled has no say in it.
+    fields.pop("cream_unscaled", None)
+    return _built(json.dumps(fields, default=str))
 
 
 def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
