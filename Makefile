@@ -46,7 +46,7 @@ base: $(READY)  ## train the Base recipe: Llama-2-7B, 4K to 32K (needs a CUDA GP
 chat: $(READY)  ## train the Chat recipe: Llama-2-7B-chat, 4K to 32K (needs a CUDA GPU)
 	$(BIN)/cream-peft train --config recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml
 
-smollm2: $(READY)  ## teach SmolLM2-135M-Instruct a skill on 1,000 tokens, and ask it in 16,384 (an hour on two cores)
+smollm2: $(READY)  ## teach SmolLM2-135M-Instruct a skill on 1,000 tokens, and ask it in 16,384 (hours on two cores, resumes)
 	$(BIN)/python recipes/smollm2-135m-instruct/prepare.py
 	$(BIN)/python recipes/smollm2-135m-instruct/compare.py --first --again
 
