@@ -74,7 +74,7 @@ tiny-base: $(READY)  ## pretrain the embedded tiny model again (under 5 minutes)
 
 ##@ developing
 
-test: lint  ## lint, and the fast tests (10 to 15 minutes on two cores)
+test: lint  ## lint, and the fast tests (8 minutes on two cores)
 	$(BIN)/python -m pytest -q
 
 test-slow: $(READY)  ## the tests that take longer
