@@ -6,33 +6,59 @@ not named here are scaled if they have one RoPE over whole heads and no sliding 
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any, cast
 
 from transformers import PreTrainedConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-NESTED = ("gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")
-"""Image and text models whose decoder, alone, is a model of transformers too: it is loaded without the image part."""
 
-TEXT_TYPES = tuple(f"{kind}_text" for kind in NESTED)
-"""model_type of their decoders."""
+@dataclass(frozen=True)
+class Family:
+    """What is unlike Llama in a decoder of transformers."""
 
-PARTIAL = ("glm4", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
-"""The first part of each head rotates (partial_rotary_factor)."""
+    whole: str = ""
+    """model_type of the image and text model around it: the decoder alone is loaded."""
+    is_renamed: bool = False
+    """That model's files name the decoder's tensors as transformers' decoder does not know them."""
+    is_partial: bool = False
+    """The first part of each head rotates (partial_rotary_factor)."""
+    is_per_layer_type: bool = False
+    """rope_parameters hold a RoPE for each kind of layer."""
+    slides: bool = False
+    """Some layers slide and the others see everything."""
+    has_sinks: bool = False
+    """Attention has sinks, which sdpa and flash attention 2 have not."""
+    has_one_theta: bool = False
+    """transformers 4 and vLLM read one theta for all kinds of layers."""
+    has_whole_window: bool = False
+    """max_position_embeddings is the whole window, and not what linear's factor multiplies."""
+    in_transformers_4: bool = True
+    """transformers 4.57 has it."""
 
-PER_LAYER_TYPE = ("gemma3_text", "gemma4_text", "olmo3")
-"""rope_parameters hold a RoPE for each kind of layer."""
 
-SLIDING_BESIDE_FULL = (*PER_LAYER_TYPE, "gpt_oss")
-"""Some layers slide and the others see everything."""
+FAMILIES = {
+    "gemma3_text": Family(whole="gemma3", is_renamed=True, is_per_layer_type=True, slides=True, has_whole_window=True),
+    "gemma4_text": Family(
+        whole="gemma4", is_renamed=True, is_partial=True, is_per_layer_type=True, slides=True, in_transformers_4=False
+    ),
+    "glm4": Family(is_partial=True),
+    "gpt_oss": Family(slides=True, has_sinks=True),
+    "olmo3": Family(is_per_layer_type=True, slides=True, has_one_theta=True),
+    "qwen3_5_text": Family(whole="qwen3_5", is_partial=True, in_transformers_4=False),
+    "qwen3_5_moe_text": Family(whole="qwen3_5_moe", is_partial=True, in_transformers_4=False),
+    "qwen3_next": Family(is_partial=True),
+}
+"""model_type -> family, of those that need more than one RoPE over whole heads in layers that all see everything."""
+
+NESTED = tuple(family.whole for family in FAMILIES.values() if family.whole)
 
 NO_ROPE_AFAR = ("cohere2", "cohere2_moe", "exaone4", "llama4_text")
 """The layers that see everything have no positions."""
 
-KEY_MAPPING = {r"^(language_model\.model|model\.language_model)\.": "model.", r"^language_model\.lm_head\.": "lm_head."}
-"""How the files of NESTED models begin a tensor's name, and how the decoder alone does; from_pretrained takes it so.
-Without it a Gemma decoder is loaded with random weights, and a warning."""
+RENAMED = {r"^(language_model\.model|model\.language_model)\.": "model.", r"^language_model\.lm_head\.": "lm_head."}
+"""How the files of NESTED models begin a tensor's name, and how the decoder alone does."""
 
 REMEDY = "take a decoder of a family in recipes/families.md"
 
@@ -60,9 +86,20 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def decoder_name(stored: str) -> str:
     """The decoder's name for a tensor that the files of a model call `stored`."""
-    for pattern, own in KEY_MAPPING.items():
+    for pattern, own in RENAMED.items():
         stored = re.sub(pattern, own, stored)
     return stored
+
+
+def family_of(model_type: str) -> Family:
+    """The family's entry, empty for a decoder like Llama."""
+    return FAMILIES.get(model_type, Family())
+
+
+def key_mapping(config: PreTrainedConfig) -> dict[str, dict[str, str]]:
+    """from_pretrained's key_mapping, where the decoder needs it: without it a Gemma decoder is loaded with random
+    weights, and a warning."""
+    return {"key_mapping": dict(RENAMED)} if family_of(config.model_type).is_renamed else {}
 
 
 def far_parameters(config: PreTrainedConfig, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -105,6 +142,7 @@ def refuse_unknown(config: PreTrainedConfig, target_length: int) -> None:
     None unless use_sliding_window is set, and only the layers called sliding_attention then slide.
     """
     kind, parameters = config.model_type, getattr(config, "rope_parameters", None)
+    family = family_of(kind)
     layers = getattr(config, "layer_types", None) or [SLIDING]
     if not parameters:
         raise RopeError(f"model_type {kind!r} has no rope_parameters: {REMEDY}")
@@ -114,13 +152,13 @@ def refuse_unknown(config: PreTrainedConfig, target_length: int) -> None:
             f"scale and nothing that drawn positions could teach: {REMEDY}"
         )
     per_layer = sorted(key for key, value in parameters.items() if isinstance(value, dict))
-    if per_layer and (kind not in PER_LAYER_TYPE or FULL not in per_layer or FULL not in layers):
+    if per_layer and (not family.is_per_layer_type or FULL not in per_layer or FULL not in layers):
         raise RopeError(f"model_type {kind!r} has rope_parameters per layer type ({', '.join(per_layer)}): {REMEDY}")
     share = far_parameters(config).get("partial_rotary_factor", 1.0)
-    if share != 1.0 and kind not in (*PARTIAL, "gemma4_text"):
+    if share != 1.0 and not family.is_partial:
         raise RopeError(f"model_type {kind!r} rotates a part of each head (partial_rotary_factor {share}): {REMEDY}")
     window = getattr(config, "sliding_window", None)
-    sees_all = kind in SLIDING_BESIDE_FULL and FULL in layers
+    sees_all = family.slides and FULL in layers
     if window is not None and SLIDING in layers and window < target_length and not sees_all:
         raise RopeError(
             f"sliding_window is {window}, below target_length {target_length}: the model would not look back further; "
@@ -130,12 +168,13 @@ def refuse_unknown(config: PreTrainedConfig, target_length: int) -> None:
 
 def keys_of_transformers_4(config: PreTrainedConfig) -> dict[str, Any]:
     """RoPE of a scaled `config` under the names that transformers 4 reads; families that it has not are left out."""
-    if config.model_type in ("gemma4_text", "qwen3_5_text", "qwen3_5_moe_text"):
+    family = family_of(config.model_type)
+    if not family.in_transformers_4:
         return {}
     far = far_parameters(config)
     scaling = {key: value for key, value in far.items() if key != "rope_theta"}
     keys = {"rope_theta": far["rope_theta"], "rope_scaling": None if far["rope_type"] == "default" else scaling}
-    if config.model_type == "gemma3_text":
+    if family.is_per_layer_type and not family.has_one_theta:
         keys["rope_local_base_freq"] = config.rope_parameters[SLIDING]["rope_theta"]
     if "partial_rotary_factor" in far:
         keys["partial_rotary_factor"] = far["partial_rotary_factor"]

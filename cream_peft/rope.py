@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .families import (
     RopeError,
+    family_of,
     far_parameters,
     keys_of_transformers_4,
     refuse_unknown,
@@ -132,10 +133,10 @@ def _scaled_parameters(
             "what was trained"
         )
     if rope_scaling_type == "ntk":
-        if config.model_type == "olmo3":
+        if family_of(config.model_type).has_one_theta:
             raise RopeError(
                 "'ntk' needs a theta for the full-attention layers alone, and transformers 4 and vLLM read one theta "
-                "for all layers of model_type 'olmo3': use 'yarn'"
+                "for all layers of model_type {config.model_type!r}: use 'yarn'"
             )
         return copy.deepcopy(parameters) | {"rope_theta": theta * factor ** (1 / slowest_exponent(config, parameters))}
     if rope_scaling_type == found or (rope_scaling_type, found) == ("linear", "proportional"):
@@ -237,7 +238,8 @@ def _published_factor(config: PreTrainedConfig) -> float:
     """Target length over the max_position_embeddings published: for linear vLLM multiplies by the factor itself, but
     not for Gemma 3, whose own configs have max_position_embeddings multiplied already."""
     parameters = _far_parameters(config)
-    is_multiplied = parameters["rope_type"] in ("linear", "proportional") and config.model_type != "gemma3_text"
+    is_multiplied = parameters["rope_type"] in ("linear", "proportional")
+    is_multiplied = is_multiplied and not family_of(config.model_type).has_whole_window
     return parameters.get("factor", 1) if is_multiplied else 1
 
 

@@ -32,7 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import rope
 from ..errors import about
-from ..families import KEY_MAPPING, decoder_config
+from ..families import decoder_config, family_of, key_mapping
 from ..tiny import TINY_ID, base_folder
 
 GIB = 2**30
@@ -99,7 +99,7 @@ def expand_cuda_segments() -> None:
 def default_attention(dtype: torch.dtype, model_type: str = "") -> str:
     """flash_attention_2 where it is installed and can run, else sdpa. gpt-oss, whose attention has sinks, has neither:
     flex_attention on a GPU, which holds no matrix of scores, else eager."""
-    if model_type == "gpt_oss":
+    if family_of(model_type).has_sinks:
         return "flex_attention" if torch.cuda.is_available() else "eager"
     can_run = torch.cuda.is_available() and dtype != torch.float32
     return "flash_attention_2" if can_run and importlib.util.find_spec("flash_attn") else "sdpa"
@@ -210,8 +210,7 @@ def load_base(
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
     # The auto class takes no weights without a name.
     is_given = "state_dict" in kwargs
-    if scaled.model_type in ("gemma3_text", "gemma4_text"):
-        kwargs.setdefault("key_mapping", dict(KEY_MAPPING))
+    kwargs = key_mapping(scaled) | kwargs
     loader = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(scaled)] if is_given else AutoModelForCausalLM)
     with about(name):
         model = loader.from_pretrained(

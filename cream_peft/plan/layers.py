@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ..families import PARTIAL, SLIDING_BESIDE_FULL, far_layer, head_size
+from ..families import FAMILIES, far_layer, head_size
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-BUILT = (*PARTIAL, *SLIDING_BESIDE_FULL, "qwen2_moe", "qwen3_moe", "mixtral")
+BUILT = (*FAMILIES, "qwen2_moe", "qwen3_moe", "mixtral")
 """Experts are one tensor a layer in transformers 5, no linears: bitsandbytes leaves them in 16 bits."""
 
 Linears = dict[str, tuple[int, int]]

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..evals.results import Results, mean_by, tasks_in
-from ..families import TEXT_TYPES
+from ..families import family_of
 from ..model.record import Record, adapter_sha256
 from ..tiny import TINY_ID
 
@@ -93,7 +93,7 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
     if refused:
         served = f"vllm serve merged --max-model-len {record.target_length}"
         return f"# vLLM takes no adapter with {refused[0]}: merge it, see below\n{served}"
-    if config["model_type"] in TEXT_TYPES:
+    if family_of(config["model_type"]).whole:
         # vLLM would read the overrides of an image and text base from its text_config, and pass over these.
         return f"# merge it first, see below\nvllm serve merged --max-model-len {record.target_length}"
     rank = next((rank for rank in VLLM_RANKS if rank >= adapter["r"]), adapter["r"])
