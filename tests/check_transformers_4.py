@@ -74,7 +74,9 @@ def main() -> None:
             tokens = torch.randint(3, 385, (1, len(FAR)), generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
                 mask = torch.ones_like(tokens)
-                logits = model(tokens, position_ids=torch.tensor(FAR)[None], attention_mask=mask, use_cache=False).logits
+                logits = model(
+                    tokens, position_ids=torch.tensor(FAR)[None], attention_mask=mask, use_cache=False
+                ).logits
             rows[f"{family} {scaling}"] = pair = {"largest_logit": logits.abs().max().item()}
             for name, keys in (("difference", True), ("control", False)):
                 folder = Path(root) / f"{family}-{scaling}-{name}"

@@ -13,6 +13,7 @@ from ..terminal import table
 from .gpus import GPUS, SHOWN
 from .layers import attention_widths, inner_width, linear_parameters, target_linears, used_parameters
 from .memory import LM_HEAD_TILE, Phases, Reading, Settings, Terms, Training, Validation
+from .parameters import Base, base_of
 
 # Assumed: the shares of a GPU's peak between which training stays, where none was measured on that GPU.
 UTILISATION = (0.25, 0.5)
@@ -154,9 +155,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `cream-peft plan --json` writes: GiB of a training step, of the held-out loss and its tokens at once (None:
-    none is computed), evaluation, the GPUs under the name of today's files, and what to change."""
+    """What `cream-peft plan --json` writes: the base, GiB of a training step, of the held-out loss and its tokens at
+    once (None: none is computed), evaluation, the GPUs under the name of today's files, and what to change."""
 
+    base: Base
     terms: Terms
     validation: Terms | None
     validation_tokens: int | None
@@ -199,7 +201,16 @@ def plan_gpus(
 
     fits = [fit(name, gib) for name, gib in (gpus or {name: GPUS[name].gib for name in SHOWN}).items()]
     advice = list(_advice(config, fits, training, validation, reading))
-    return Plan(terms, held_out, at_once, Evaluation(reading.length, PREFILL_CHUNK, read, whole), work, fits, advice)
+    return Plan(
+        base_of(config, training),
+        terms,
+        held_out,
+        at_once,
+        Evaluation(reading.length, PREFILL_CHUNK, read, whole),
+        work,
+        fits,
+        advice,
+    )
 
 
 def _advice(
@@ -276,6 +287,7 @@ def text_of(plan: Plan) -> str:
         timed = "no hours: a GPU given by its memory has no known speed"
     return "\n".join(
         [
+            f"{plan.base.line()}\n",
             f"training, {work.tokens_at_once:,} tokens at once",
             _terms_table({"peak": plan.terms}, Training.phases, *held_out),
             f"\nevaluation at {evaluation.length:,} tokens, {evaluation.chunk:,} at a time, by KV cache",

@@ -7,6 +7,7 @@ fused linears, are built without data, and counted.
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,20 +23,62 @@ Linears = dict[str, tuple[int, int]]
 """(in features, out features) by name."""
 
 
+class Rows(NamedTuple):
+    """Tensors with a row for each token and each of its experts. Measured of transformers' grouped_mm experts
+    (tests/test_mixtures.py)."""
+
+    kept: int = 3
+    """Of an expert's width, kept for the backward pass; beside one of the hidden size."""
+    backward: int = 4
+    """Of an expert's width, in the backward pass at a time, or"""
+    backward_hidden: int = 3
+    """of the hidden size."""
+    forward: int = 4
+    """Of an expert's width, at a time without gradients, beside one of the hidden size; or"""
+    forward_hidden: int = 4
+    """of the hidden size."""
+
+
+ROWS = {
+    # Clamps, and a gate with a slope of its own.
+    "gpt_oss": Rows(kept=6, backward=6, forward=9, forward_hidden=5),
+    # Experts are weighed in fp32.
+    "mixtral": Rows(backward_hidden=7, forward_hidden=6),
+}
+"""By model_type; the others have the default."""
+
+
+class Built(NamedTuple):
+    """Linears of each layer, by their names in it, sizes of those outside the layers but for the head, and parameters
+    of the experts and of all."""
+
+    layers: tuple[Linears, ...]
+    outside: tuple[int, ...]
+    experts: int
+    parameters: int
+
+
 @lru_cache(maxsize=8)
-def _built(config: str) -> tuple[tuple[Linears, ...], int]:
-    """Linears of each layer, by their names in it, and all parameters."""
+def _built(config: str) -> Built:
     fields = json.loads(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
-    layers = tuple(
-        {name: (one.in_features, one.out_features) for name, one in layer.named_modules() if isinstance(one, nn.Linear)}
-        for layer in model.get_decoder().layers
-    )
-    return layers, sum(parameter.numel() for parameter in model.parameters())
+
+    def linears(module: nn.Module) -> Linears:
+        modules = module.named_modules()
+        return {name: (one.in_features, one.out_features) for name, one in modules if isinstance(one, nn.Linear)}
+
+    decoder = model.get_decoder()
+    layers = tuple(linears(layer) for layer in decoder.layers)
+    outside = [
+        inputs * outputs for name, (inputs, outputs) in linears(decoder).items() if not name.startswith("layers.")
+    ]
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    return Built(layers, tuple(outside), experts, sum(sizes.values()))
 
 
-def _count(config: PreTrainedConfig) -> tuple[tuple[Linears, ...], int]:
+def _count(config: PreTrainedConfig) -> Built:
     fields = config.to_dict()
     # How the base was before it was scaled has no say in it.
     fields.pop("cream_unscaled", None)
@@ -50,18 +93,55 @@ def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
         made = ("q_proj", "in_proj")
         queries = max(
             sum(outputs for name, (_, outputs) in layer.items() if name.split(".")[-1].startswith(made))
-            for layer in _count(config)[0]
+            for layer in _count(config).layers
         )
     return queries, far_layer(config).num_key_value_heads * size
 
 
+def experts_used(config: PreTrainedConfig) -> int:
+    """Experts of a layer that a token passes through, 0 in a base without."""
+    return getattr(config, "num_experts_per_tok", None) or 0
+
+
+def _expert_width(config: PreTrainedConfig) -> int:
+    return getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+
+
+def _shared_width(config: PreTrainedConfig) -> int:
+    return getattr(config, "shared_expert_intermediate_size", None) or 0
+
+
+def _rows(config: PreTrainedConfig) -> Rows:
+    return ROWS.get(config.model_type, Rows())
+
+
 def inner_width(config: PreTrainedConfig) -> int:
     """Features of the feed-forward that a token passes through: of all its experts, in a mixture."""
-    used = getattr(config, "num_experts_per_tok", None)
-    if used is None:
-        return config.intermediate_size
-    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
-    return used * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size) + shared
+    used = experts_used(config)
+    return used * _expert_width(config) + _shared_width(config) if used else config.intermediate_size
+
+
+def kept_width(config: PreTrainedConfig) -> int:
+    """Features of a token that the feed-forward keeps for the backward pass."""
+    used, shared = experts_used(config), _shared_width(config)
+    if not used:
+        return 3 * inner_width(config)
+    shared_kept = 3 * shared + config.hidden_size if shared else 0
+    return used * (_rows(config).kept * _expert_width(config) + config.hidden_size) + shared_kept
+
+
+def passing_width(config: PreTrainedConfig, products: int) -> int:
+    """Features of a token that pass backward through the feed-forward at a time; `products` of a dense one's."""
+    used, inner, rows = experts_used(config), inner_width(config), _rows(config)
+    return max(rows.backward * inner, rows.backward_hidden * used * config.hidden_size) if used else products * inner
+
+
+def running_width(config: PreTrainedConfig) -> int:
+    """Features of a token that the feed-forward has at a time without gradients."""
+    used, hidden, rows = experts_used(config), config.hidden_size, _rows(config)
+    if not used:
+        return 3 * inner_width(config)
+    return used * max(rows.forward * _expert_width(config) + hidden, rows.forward_hidden * hidden)
 
 
 def linears_of_a_layer(config: PreTrainedConfig) -> Linears:
@@ -69,7 +149,7 @@ def linears_of_a_layer(config: PreTrainedConfig) -> Linears:
     if getattr(config, "enable_moe_block", False):
         raise ValueError("memory of a Gemma 4 with experts cannot be estimated: take one without")
     if config.model_type in BUILT:
-        return {name.split(".")[-1]: sizes for layer in _count(config)[0] for name, sizes in layer.items()}
+        return {name.split(".")[-1]: sizes for layer in _count(config).layers for name, sizes in layer.items()}
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     problems = [f"no {name}" for name in needed if getattr(config, name, None) is None]
     problems += [name for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
@@ -83,22 +163,42 @@ def linears_of_a_layer(config: PreTrainedConfig) -> Linears:
 
 
 def linear_sizes(config: PreTrainedConfig) -> list[int]:
-    """Parameters of each linear of the decoder layers, which are quantized."""
+    """Parameters of each linear of the decoder, which are quantized."""
     equal = [linears_of_a_layer(config)] * config.num_hidden_layers
-    layers = _count(config)[0] if config.model_type in BUILT else equal
-    return [inputs * outputs for layer in layers for inputs, outputs in layer.values()]
+    layers, outside, _, _ = _count(config) if config.model_type in BUILT else (equal, (), 0, 0)
+    return [*(inputs * outputs for layer in layers for inputs, outputs in layer.values()), *outside]
 
 
 def linear_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of the decoder layers' linears."""
+    """Parameters of the decoder's linears."""
     return sum(linear_sizes(config))
 
 
+def expert_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of all experts but the shared ones, which are linears."""
+    return _count(config).experts if experts_used(config) else 0
+
+
+def _idle_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the experts that a token does not pass through."""
+    experts, used = expert_parameters(config), experts_used(config)
+    return experts - experts * used // number_of_experts(config) if used else 0
+
+
+def number_of_experts(config: PreTrainedConfig) -> int:
+    """Experts of a layer, 0 in a base without."""
+    names = ("num_experts", "num_local_experts")
+    return next((found for name in names if (found := getattr(config, name, None))), 0)
+
+
 def used_parameters(config: PreTrainedConfig) -> int:
-    """Of the decoder layers' linears and experts, those that a token passes through."""
-    used = getattr(config, "num_experts_per_tok", None) or 0
-    each = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    return linear_parameters(config) + config.num_hidden_layers * 3 * config.hidden_size * used * each
+    """Of the decoder's linears and experts, those that a token passes through."""
+    return linear_parameters(config) + expert_parameters(config) - _idle_parameters(config)
+
+
+def active_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the base without the experts that a token does not pass through."""
+    return parameter_count(config) - _idle_parameters(config)
 
 
 def embedding_parameters(config: PreTrainedConfig) -> int:
@@ -109,7 +209,7 @@ def embedding_parameters(config: PreTrainedConfig) -> int:
 def other_parameters(config: PreTrainedConfig) -> int:
     """Biases, norms and experts, which are not quantized."""
     if config.model_type in BUILT:
-        return _count(config)[1] - linear_parameters(config) - embedding_parameters(config)
+        return _count(config).parameters - linear_parameters(config) - embedding_parameters(config)
     biased = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else ()
     biased += ("q_proj", "k_proj", "v_proj", "o_proj") if getattr(config, "attention_bias", False) else ()
     biased += ("gate_proj", "up_proj", "down_proj") if getattr(config, "mlp_bias", False) else ()
@@ -138,8 +238,16 @@ def target_widths(config: PreTrainedConfig, target_modules: str | Sequence[str])
     targets = target_linears(config, target_modules)
     if config.model_type not in BUILT:
         return config.num_hidden_layers * sum(map(sum, targets.values()))
-    layers = _count(config)[0]
+    layers = _count(config).layers
     return sum(sum(sizes) for layer in layers for name, sizes in layer.items() if name.split(".")[-1] in targets)
+
+
+def adapted_layers(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> int:
+    """Layers with a linear that gets an adapter."""
+    if config.model_type not in BUILT:
+        return config.num_hidden_layers
+    targets = target_linears(config, target_modules)
+    return sum(any(name.split(".")[-1] in targets for name in layer) for layer in _count(config).layers)
 
 
 def cached_tokens(config: PreTrainedConfig, length: int, chunk: int) -> int:

@@ -20,10 +20,13 @@ from .layers import (
     cached_tokens,
     embedding_parameters,
     inner_width,
+    kept_width,
     linear_sizes,
     linears_of_a_layer,
     other_parameters,
     parameter_count,
+    passing_width,
+    running_width,
     target_linears,
     target_widths,
 )
@@ -150,13 +153,13 @@ class Training(Loading):
     def _layer_bytes(self, config: PreTrainedConfig, tokens: int) -> int:
         """What one decoder layer keeps for its backward pass: bf16, but for the norms' fp32 inputs."""
         targets, dropout = target_linears(config, self.target_modules), self.lora_dropout > 0
-        hidden, inner, (queries, keys) = config.hidden_size, inner_width(config), attention_widths(config)
+        hidden, (queries, keys) = config.hidden_size, attention_widths(config)
         if not self.use_peft:
             return tokens * self._full_layer_bytes(config)
-        norms = 4 * (2 * hidden + (queries + keys if config.model_type == "qwen3" else 0))
+        norms = 4 * (2 * hidden + (queries + keys if config.model_type in ("qwen3", "qwen3_moe") else 0))
         # Queries, keys, values, output, and an fp32 log-sum-exp per head. A frozen linear keeps nothing of its input.
         attention = 2 * (2 * queries + 2 * keys) + 4 * config.num_attention_heads
-        gate_silu_up = 2 * 3 * inner
+        feed_forward = 2 * kept_width(config)
         if dropout or not self.load_in_4bit:
             # A copy of the input for each target (on a bf16 base PEFT casts it), and a mask of one byte for dropout.
             inputs = sum((2 + dropout) * width for width, _ in targets.values())
@@ -167,7 +170,7 @@ class Training(Loading):
             inputs = sum(2 * width for width in kept.values())
         # lora_B's input per token, and autocast's bf16 copy of the adapter.
         adapter_copy = 2 * self.lora_r * sum(inputs + outputs for inputs, outputs in targets.values())
-        return tokens * (norms + attention + gate_silu_up + inputs + 2 * self.lora_r * len(targets)) + adapter_copy
+        return tokens * (norms + attention + feed_forward + inputs + 2 * self.lora_r * len(targets)) + adapter_copy
 
     def _full_layer_bytes(self, config: PreTrainedConfig) -> int:
         """The same of a token where every weight is trained: a linear keeps its input, and a norm what it scales."""
@@ -191,7 +194,7 @@ class Training(Loading):
         hidden, layers, kept = config.hidden_size, config.num_hidden_layers, self._layer_bytes(config, tokens)
         # The feed-forward's bf16 gradients (three, or two once down_proj's LoRA let go of its input), the residual's.
         products = 2 if not self.use_peft or "down_proj" in target_linears(config, self.target_modules) else 3
-        passing = 2 * tokens * (hidden + products * inner_width(config))
+        passing = 2 * tokens * (hidden + passing_width(config, products))
         inputs_kept = min(layers, OFFLOAD_STASH) if self.activation_offloading else layers
         # The last norm's fp32 input, and the larger of its backward pass (four in fp32, one in bf16) and the head: a
         # tile of logits, scored hidden states, their gradient in fp32 and bf16. Or distillation: 5 in fp32, 3 in bf16.
@@ -228,7 +231,7 @@ class Validation(Loading):
     def terms(self, config: PreTrainedConfig) -> Terms:
         """GiB by term. activations, with quantization, is a layer in hand; logits the LM head after the last."""
         tokens = self.eval_length * self.per_device_eval_batch_size
-        hidden, inner, beside = config.hidden_size, inner_width(config), _beside(config)
+        hidden, beside = config.hidden_size, _beside(config)
         # In 16 bits the embeddings, the layer's input and what its norm or attention made of it, and beside them the
         # feed-forward's three products, or a linear's output and its adapter's, twice, for its scaling, and on a 16-bit
         # base the linear's input in fp32.
@@ -238,7 +241,7 @@ class Validation(Loading):
             config,
             (("activations", "quantization"), ("logits",)),
             optimizer=_optimizer_bytes(self.optim) * self.trained_parameters(config),
-            activations=2 * tokens * (3 * hidden + max(hidden + 3 * inner, *widths)),
+            activations=2 * tokens * (3 * hidden + max(hidden + running_width(config), *widths)),
             logits=_tile(tokens) + 2 * tokens * 3 * hidden,
         )
 
@@ -259,7 +262,7 @@ class Reading(Loading):
     def terms(self, config: PreTrainedConfig) -> Terms:
         """GiB by term. attention is adding to a layer's cache and attending to it, activations, with quantization, a
         linear with its adapter: both over a chunk. On sdpa, which takes a mask there."""
-        hidden, inner, length = config.hidden_size, inner_width(config), self.length
+        hidden, length = config.hidden_size, self.length
         tokens, (queries, keys) = min(PREFILL_CHUNK, length), attention_widths(config)
         layer, quantized = 4 * keys * length, self.kv_cache == "quantized"
         # In 16 bits the embeddings, the layer's input and what its norm or attention made of it; a mask of one byte.
@@ -281,7 +284,7 @@ class Reading(Loading):
             self.phases,
             kv_cache=4 * keys * cached_tokens(config, length, tokens) * (HQQ_BYTES / 2 if quantized else 1),
             attention=throughout + max(adding, attending),
-            activations=throughout + tokens * max(2 * hidden + 6 * inner, *widths),
+            activations=throughout + tokens * max(2 * (hidden + running_width(config)), *widths),
             logits=6 * config.vocab_size,
         )
 
