@@ -28,6 +28,7 @@ from trl.models.activation_offloading import OffloadActivations
 from trl.trainer import utils as trl_utils
 
 from cream_peft import CREAMTrainer
+from cream_peft.families import far_parameters
 from cream_peft.model import kv_cache
 from cream_peft.model.base import EMBEDDED_CONFIGS, GIB, embedded_config
 from cream_peft.model.kv_cache import new_cache
@@ -203,17 +204,23 @@ def test_parameters_are_counted_as_the_real_model_has_them(config_class, changes
         ("mistralai/Mistral-7B-v0.3", 7_248_023_552, 32_768),
         ("Qwen/Qwen3-8B-Base", 8_190_735_360, 32_768),
         ("Qwen/Qwen3-8B", 8_190_735_360, 40_960),
+        # Of the text decoder alone.
+        ("Qwen/Qwen3.5-0.8B", 752_393_024, 262_144),
+        ("Qwen/Qwen3.5-9B", 8_953_803_264, 262_144),
+        ("google/gemma-3-270m", 268_098_176, 32_768),
+        ("google/gemma-3-4b-it", 3_880_263_168, 131_072),
+        ("unsloth/gpt-oss-20b-BF16", 20_914_757_184, 131_072),
     ],
 )
 def test_embedded_configs_have_the_published_parameter_counts(model_id, parameters, window):
     config = embedded_config(model_id)
     assert parameter_count(config) == parameters and config.max_position_embeddings == window
-    config.rope_parameters["rope_theta"] = 0.0
-    assert embedded_config(model_id).rope_parameters["rope_theta"] > 0  # a copy, not the table
+    far_parameters(config)["rope_theta"] = 0.0
+    assert far_parameters(embedded_config(model_id))["rope_theta"] > 0  # a copy, not the table
 
 
 def test_a_base_that_is_not_embedded_has_no_config():
-    assert embedded_config("gpt2") is None and len(EMBEDDED_CONFIGS) == 9
+    assert embedded_config("gpt2") is None and len(EMBEDDED_CONFIGS) == 14
     assert embedded_config("mistralai/Mistral-7B-v0.3").sliding_window is None
 
 

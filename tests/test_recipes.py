@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import chat_template_utils
 
 from cream_peft import cli
@@ -34,7 +34,7 @@ from cream_peft.train.recipe import RecipeError, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
-CHAT_RECIPES = [path for path in RECIPES if "assistant_only_loss: true" in path.read_text()]
+CHAT_RECIPES = [path for path in RECIPES if "\nassistant_only_loss: true" in path.read_text()]
 WITHIN_WINDOW = [path for path in RECIPES if "rope_scaling_type: none" in path.read_text()]
 
 
@@ -62,9 +62,15 @@ LLAMA2_CHAT_TEMPLATE = (
 )
 
 FAMILIES = Path(chat_template_utils.__file__).parent / "chat_templates"
+EMPTY_THOUGHT = r"<think>\n\n</think>\n\n[A-Z]+<\|im_end\|>\n"
 # Base -> its template as the Hub has it; one turn of the assistant as it is trained; what of the rest has capitals.
 TEMPLATES = {
-    "Qwen/Qwen3-8B": ((FAMILIES / "qwen3.jinja").read_text(), r"<think>\n\n</think>\n\n[A-Z]+<\|im_end\|>\n", "$."),
+    "Qwen/Qwen3-8B": ((FAMILIES / "qwen3.jinja").read_text(), EMPTY_THOUGHT, "$."),
+    "Qwen/Qwen3.5-0.8B": ((FAMILIES / "qwen3_5_nothink.jinja").read_text(), EMPTY_THOUGHT, "$."),
+    "Qwen/Qwen3.5-9B": ((FAMILIES / "qwen3_5_think.jinja").read_text(), EMPTY_THOUGHT, "$."),
+    "google/gemma-3-4b-it": ((FAMILIES / "gemma3.jinja").read_text(), r"[A-Z]+<end_of_turn>\n", "$."),
+    # Trained on every token.
+    "unsloth/gpt-oss-20b-BF16": ((FAMILIES / "gptoss.jinja").read_text(), "$.", "$."),
     "meta-llama/Llama-3.1-8B-Instruct": (
         (FAMILIES / "llama3_1.jinja").read_text(), r"[A-Z]+<\|eot_id\|>", r"Cutting Kn.*\nToday .*",
     ),
@@ -175,12 +181,22 @@ def tiny_base(recipe, folder: Path) -> None:
     config.num_key_value_heads = 8 * config.num_key_value_heads // config.num_attention_heads
     config.num_attention_heads, config.head_dim = 8, 16
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 64, 96, 2
-    if hasattr(config, "layer_types") and config.layer_types:
-        config.layer_types = config.layer_types[:2]
-    template, _, _ = TEMPLATES.get(recipe.model.model_name_or_path, LLAMA2_CHAT)
-    tokenizer = tiny_tokenizer(template if recipe.run.assistant_only_loss else None)
-    config.vocab_size, config.bos_token_id, config.eos_token_id = len(tokenizer), 1, 2
     context = recipe.run.context_length
+    if getattr(config, "layer_types", None):
+        # A layer of each kind.
+        config.layer_types = [config.layer_types[0], "full_attention"]
+        if getattr(config, "sliding_window", None):
+            config.sliding_window = max(8, config.sliding_window * CONTEXT // context)
+    for kind in ("key", "value"):
+        if hasattr(config, f"linear_num_{kind}_heads"):
+            setattr(config, f"linear_num_{kind}_heads", 2)
+            setattr(config, f"linear_{kind}_head_dim", 16)
+    if hasattr(config, "num_local_experts"):
+        config.num_local_experts = 8
+    name = recipe.model.model_name_or_path
+    template, _, _ = TEMPLATES.get(name, LLAMA2_CHAT)
+    tokenizer = tiny_tokenizer(template if recipe.run.assistant_only_loss or name in TEMPLATES else None)
+    config.vocab_size, config.bos_token_id, config.eos_token_id = len(tokenizer), 1, 2
     config.max_position_embeddings = config.max_position_embeddings * CONTEXT // context
     original = config.rope_parameters.get("original_max_position_embeddings")
     if original:
@@ -308,11 +324,16 @@ def test_a_run_trains_evaluates_and_saves(trained):
     assert len(evaluated) == 2
     assert all(torch.isfinite(torch.tensor(evaluated)))
     assert {folder.name for folder in trained.output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
-    assert all(module.weight.quant_state for name, module in trained.trainer.model.named_modules()
-               if name.endswith("q_proj.base_layer"))  # fmt: skip
+    quantized = [hasattr(module.weight, "quant_state") for name, module in trained.trainer.model.named_modules()
+                 if name.endswith("q_proj.base_layer")]  # fmt: skip
+    assert quantized and set(quantized) == {trained.written.model.load_in_4bit}
     moved = load_file(trained.output / "adapter_model.safetensors")
     projections = [name for name in moved if "lora_B" in name]
-    assert len(projections) == 2 * len(trained.written.model.lora_target_modules)
+    with torch.device("meta"):
+        base_model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(trained.base))
+    targets = trained.written.model.lora_target_modules
+    assert {name.split(".")[-3] for name in projections} == set(targets)
+    assert len(projections) == sum(name.split(".")[-1] in targets for name, _ in base_model.named_modules())
     assert all(moved[name].any() for name in projections)
 
 
@@ -356,7 +377,8 @@ def test_cream_json_holds_the_positions_of_the_recipe(trained):
 
 
 def test_the_saved_adapter_loads_back_as_the_trained_model(trained):
-    model, tokenizer = load_adapter(trained.output, base_model=str(trained.base))
+    in_4bit = trained.written.model.load_in_4bit
+    model, tokenizer = load_adapter(trained.output, base_model=str(trained.base), load_in_4bit=in_4bit)
     assert model.config.max_position_embeddings == max(trained.target_length, trained.trainer.pretrained_window)
     assert model.config.rope_parameters == trained.trainer.scaled_config.rope_parameters
     assert tokenizer("As it was.").input_ids == trained.trainer.processing_class("As it was.").input_ids
@@ -364,7 +386,7 @@ def test_the_saved_adapter_loads_back_as_the_trained_model(trained):
     input_ids = torch.randint(3, 259, (1, 16), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
     inputs["position_ids"] = torch.linspace(0, trained.target_length - 1, 16).long()[None]
-    unscaled = PeftModel.from_pretrained(load_base(str(trained.base)), trained.output).eval()
+    unscaled = PeftModel.from_pretrained(load_base(str(trained.base), load_in_4bit=in_4bit), trained.output).eval()
     with torch.no_grad():
         expected = trained.trainer.model.eval()(**inputs).logits
         torch.testing.assert_close(model(**inputs).logits, expected)
