@@ -13,10 +13,13 @@ from transformers import (
     Gemma4TextConfig,
     Glm4Config,
     GptOssConfig,
+    MixtralConfig,
     Olmo3Config,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
 )
 
@@ -58,6 +61,9 @@ CONFIGS = {
     "gpt-oss": (GptOssConfig, SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": YARN}),
     "olmo3": (Olmo3Config, SLIDING | {"rope_parameters": PER_LAYER_TYPE}),
     "glm4": (Glm4Config, {}),
+    "qwen3-moe": (Qwen3MoeConfig, EXPERTS),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3.5-moe": (Qwen3_5MoeTextConfig, LINEAR | EXPERTS | {"shared_expert_intermediate_size": 32}),
     "qwen3-next": (Qwen3NextConfig, LINEAR | EXPERTS | {"shared_expert_intermediate_size": 32}),
 }
 VISION = {"hidden_size": 16, "intermediate_size": 16}

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from families import (
     CONFIGS,
     SLIDING_WINDOW,
@@ -20,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cohere2Config
 
 from cream_peft import load_adapter
-from cream_peft.families import far_parameters
+from cream_peft.families import family_of, far_parameters
 from cream_peft.model.base import GIB, load_base
 from cream_peft.plan.layers import ATTENTION, cached_tokens, parameter_count
 from cream_peft.plan.memory import Training
@@ -49,10 +50,13 @@ SCALINGS = {
     "olmo3": ("yarn",),
     "glm4": ("linear", "ntk", "yarn"),
     "qwen3-next": ("linear", "ntk", "yarn"),
+    "qwen3-moe": ("yarn",),
+    "mixtral": ("yarn",),
+    "qwen3.5-moe": ("yarn",),
 }
 PAIRS = [(family, scaling) for family, scalings in SCALINGS.items() for scaling in scalings]
 # Features of a head that rotate, and those by whose number their frequencies are spaced.
-ROTATING = {"qwen3.5": (16, 16), "qwen3-next": (16, 16), "glm4": (32, 32), "gemma4": (32, 128)}
+ROTATING = {"qwen3.5": (16, 16), "qwen3.5-moe": (16, 16), "qwen3-next": (16, 16), "glm4": (32, 32), "gemma4": (32, 128)}
 
 
 def frequencies(model):
@@ -108,15 +112,19 @@ def test_yarn_on_a_yarn_base_is_the_yarn_of_the_whole_factor(family):
     assert max(factors) == pytest.approx(0.1 * math.log(4 * FACTOR) + 1)
 
 
-# What transformers 4.57 makes of the old keys, from memory, not run: theta and scaling of the full-attention layers,
-# and theta of the sliding ones.
+def in_transformers_4(family):
+    return family_of(tiny(family).model_type).in_transformers_4
+
+
+# What transformers 4.57 makes of the old keys: theta and scaling of the full-attention layers, and theta of the sliding
+# ones. check_transformers_4.py runs it.
 READERS = {
     "gemma3": lambda content: (content["rope_theta"], content["rope_scaling"], content["rope_local_base_freq"]),
     "olmo3": lambda content: (content["rope_theta"], content["rope_scaling"], content["rope_theta"]),
 }
 
 
-@pytest.mark.parametrize(("family", "scaling"), [pair for pair in PAIRS if pair[0] not in ("gemma4", "qwen3.5")])
+@pytest.mark.parametrize(("family", "scaling"), [pair for pair in PAIRS if in_transformers_4(pair[0])])
 def test_the_published_config_says_the_same_to_transformers_4(tmp_path, family, scaling):
     scaled = scaled_config(tiny(family), TARGET, scaling)
     content = json.loads(save_base_config(scaled, tmp_path).read_text())
@@ -128,6 +136,16 @@ def test_the_published_config_says_the_same_to_transformers_4(tmp_path, family, 
     assert content.get("partial_rotary_factor") == far.get("partial_rotary_factor")
     if sliding:
         assert sliding == scaled.rope_parameters["sliding_attention"]["rope_theta"]
+
+
+def test_transformers_4_was_run_on_each_family_that_it_has_and_the_page_says_how_near_it_came():
+    found = json.loads((ROOT / "tests/measured/transformers-4.json").read_text())
+    rows = found["rows"]
+    assert set(rows) == {f"{family} {scaling}" for family, scaling in PAIRS if in_transformers_4(family)}
+    largest, control = max(row["difference"] for row in rows.values()), min(row["control"] for row in rows.values())
+    told = f"{found['versions']['transformers 4']} has the same logits within {largest:.6f}"
+    text = " ".join((ROOT / "recipes/families.md").read_text().split())
+    assert largest < 2e-5 and told in text and f"differ by at least {control:.1f}" in text
 
 
 def test_vllm_does_not_multiply_the_window_of_gemma_3():
@@ -197,6 +215,19 @@ def test_the_plan_counts_the_parameters_and_those_of_the_adapter_as_they_are(fam
     assert 2 * experts < training.terms(config)["weights"] * GIB < 2 * total  # experts stay in 16 bits
     adapted = get_peft_model(model, LoraConfig(r=16, target_modules=list(ATTENTION)))
     assert training.trained_parameters(config) == adapted.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_the_plan_has_the_bytes_of_the_base_in_4_bits(tmp_path, family):
+    config = tiny(family)
+    built(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = load_base(str(tmp_path), dtype=torch.bfloat16)
+    states = [one.quant_state for one in model.parameters() if hasattr(one, "quant_state")]
+    tables = [(s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code) for s in states]
+    assert len(states) > 8
+    size = sum(one.nbytes for one in model.parameters()) + sum(one.nbytes for table in tables for one in table)
+    terms = Training(context_length=WINDOW).terms(config)
+    assert (terms["weights"] + terms["embeddings_and_head"]) * GIB == pytest.approx(size, rel=1e-4)
 
 
 def test_a_sliding_layer_caches_its_window_and_a_linear_one_nothing():

@@ -74,14 +74,19 @@ def test_every_make_target_and_every_command_of_a_page_exists(folder):
         assert {"demo", "test", "base", "chat"} <= targets and commands == set(COMMANDS)
 
 
+def recipe_rows(text):
+    """Path below recipes/ and cells of each row of a table of recipes."""
+    return re.findall(r"^\| \[[\w.-]+\]\((?:recipes/)?(\S+\.yaml)\) \| (.*) \|$", text, re.MULTILINE)
+
+
 def test_the_recipes_table_says_what_the_recipes_say():
-    rows = re.findall(r"^\| \[[\w.-]+\]\((recipes/\S+\.yaml)\) \| (.*) \|$", README, re.MULTILINE)
-    every = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*-qlora.yaml")} - {
-        "recipes/accelerate/fsdp-qlora.yaml"
-    }
-    assert {path for path, _ in rows} == every and len(rows) == 10
+    rows, folder = recipe_rows(page("recipes")), ROOT / "recipes"
+    every = {str(path.relative_to(folder)) for path in folder.rglob("*.yaml") if path.parent.name != "accelerate"}
+    assert {path for path, _ in rows} == every and len(rows) == 15
+    shown = recipe_rows(README)
+    assert set(shown) < set(rows) and len(shown) == len(set(shown)) == 8
     for path, cells in rows:
-        text = (ROOT / path).read_text(encoding="utf-8")
+        text = (folder / path).read_text(encoding="utf-8")
         recipe = yaml.safe_load(text)
         base, lengths, scaling, peak = cells.split(" | ")
         assert recipe["model_name_or_path"].endswith(base) and scaling == recipe["rope_scaling_type"]
