@@ -167,7 +167,8 @@ def refuse_unknown(config: PreTrainedConfig, target_length: int) -> None:
 
 
 def keys_of_transformers_4(config: PreTrainedConfig) -> dict[str, Any]:
-    """RoPE of a scaled `config` under the names that transformers 4 reads; families that it has not are left out."""
+    """RoPE and number of experts of a scaled `config` under the names that transformers 4 reads; families that it has
+    not are left out."""
     family = family_of(config.model_type)
     if not family.in_transformers_4:
         return {}
@@ -178,4 +179,7 @@ def keys_of_transformers_4(config: PreTrainedConfig) -> dict[str, Any]:
         keys["rope_local_base_freq"] = config.rope_parameters[SLIDING]["rope_theta"]
     if "partial_rotary_factor" in far:
         keys["partial_rotary_factor"] = far["partial_rotary_factor"]
+    if getattr(config, "num_experts", None):
+        # transformers 5 calls it num_local_experts, also where 4 does not.
+        keys["num_experts"] = config.num_experts
     return keys

@@ -5,7 +5,7 @@
 
 A tiny random model of each family and scaling is saved as `cream-peft merge` saves one. transformers 4 loads it in the
 usual way, in a process of its own, and must have the same logits at distances beyond the window. The control is the
-same folder without the keys that only transformers 4 reads.
+same folder without the RoPE keys that only transformers 4 reads.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 READ = """
 import json, sys, torch, transformers
 from transformers import AutoModelForCausalLM
@@ -37,13 +38,12 @@ def save(folder: Path, model, config, tokens, logits, keys: bool) -> str:
     """A folder as merging leaves it, with or without the keys of transformers 4."""
     import torch
 
-    from cream_peft.families import keys_of_transformers_4
     from cream_peft.rope import published_config
 
     model.save_pretrained(folder)
     content = published_config(config)
     if not keys:
-        content = {key: value for key, value in content.items() if key not in keys_of_transformers_4(config)}
+        content = {key: value for key, value in content.items() if key not in ROPE_KEYS}
     (folder / "config.json").write_text(json.dumps(content))
     torch.save(tokens, folder / "tokens.pt")
     torch.save(logits, folder / "logits.pt")
