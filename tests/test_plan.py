@@ -296,6 +296,8 @@ def test_plan_prints_every_term_cache_card_and_assumption(recipe, tmp_path, caps
     for term in planned["evaluation"]["terms"]["default"]:
         sizes = " +".join(f"{terms[term]:.2f}" for terms in planned["evaluation"]["terms"].values())
         assert re.search(rf"^  {term}(?: \*)? +{sizes}(?:   \S.*)?$", printed, re.MULTILINE)
+    assert printed.startswith("base: 6.74 billion parameters; 6.48 in 4 bits, 0.26 in 16; LoRA: 16.8 million on q_")
+    assert planned["base"]["parameters"] == planned["base"]["active"] == 6_738_415_616
     assert "evaluation at 32,768 tokens" in printed
     held_out = f"{planned['validation']['total']:.2f}   total, {planned['validation_tokens']:,} tokens at once"
     assert planned["validation_tokens"] == 4096 and re.search(rf"held-out loss +{held_out}", printed)
