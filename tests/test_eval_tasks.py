@@ -458,6 +458,9 @@ def test_the_loss_of_the_right_answer_is_that_of_a_plain_forward(llama, task, te
                 losses.append(functional.cross_entropy(logits, ids[0, -len(answer) :]).item())
             # Of the form that the model finds likelier: no form that it was trained to answer in is marked wrong.
             assert loss == pytest.approx(min(losses), abs=1e-3) and len(set(losses)) == len(forms)
+            # And, of a chat model, of the answer alone.
+            alone = cell["alone_loss"][index] if template else loss
+            assert alone == pytest.approx(losses[-1], abs=1e-3) and ("alone_loss" in cell) == bool(template)
     assert len({loss for cell in cells for loss in cell["answer_loss"]}) == 4  # control: it is each question's own
 
 

@@ -112,14 +112,16 @@ def test_training_validation_and_test_share_no_play_town_or_number(prepare, toke
     assert texts == {split: (tmp_path / f"skill-{split}.jsonl").read_text() for split in prepare.SKILL_ROWS}
 
 
-def piece(compare, row, correct, what=16_384, block=0, losses=None):
-    """A line of pieces.jsonl: depth -> 0 or 1 for each document."""
+def piece(compare, row, correct, what=16_384, block=0, losses=None, alone=None):
+    """A line of pieces.jsonl: depth -> 0 or 1 for each document; `alone` is more than the loss of the likelier form."""
     cells = [
         {"task": "multikey_needle", "length": what, "depth": depth, "metric": "accuracy", "samples": len(text),
          "value": text.count("1") / len(text), "correct": text,
          "answer_loss": losses[depth] if losses else [1.0] * len(text)}
         for depth, text in correct.items()
     ]  # fmt: skip
+    for cell in cells if alone else ():
+        cell["alone_loss"] = [loss + alone for loss in cell["answer_loss"]]
     found = compare.identity(row, compare.BUDGETS["cpu"], what, block)
     return found | {"cells": cells, "trained": None, "versions": {}, "machine": "here", "seconds": 1}
 
@@ -127,10 +129,10 @@ def piece(compare, row, correct, what=16_384, block=0, losses=None):
 def test_blocks_of_documents_are_added_up_and_the_same_questions_compared(compare):
     plain, cream = compare.Row("yarn", "contiguous"), compare.Row("yarn", "cream")
     pieces = [
-        piece(compare, cream, {0.1: "11", 0.5: "11"}, block=1, losses={0.1: [1, 1], 0.5: [0.5, 1.5]}),
+        piece(compare, cream, {0.1: "11", 0.5: "11"}, block=1, losses={0.1: [1, 1], 0.5: [0.5, 1.5]}, alone=1),
         piece(compare, plain, {0.1: "10", 0.5: "00"}, losses={0.1: [2, 2], 0.5: [2, 4]}),
         piece(compare, cream, {0.1: "10", 0.5: "01"}, losses={0.1: [2, 2], 0.5: [1, 1]}),
-        piece(compare, plain, {0.1: "01", 0.5: "00"}, block=1, losses={0.1: [1, 1], 0.5: [2, 2]}),
+        piece(compare, plain, {0.1: "01", 0.5: "00"}, block=1, losses={0.1: [1, 1], 0.5: [2, 2]}, alone=2),
         # Of another length.
         piece(compare, cream, {0.1: "00"}, what=1024),
     ]
@@ -147,10 +149,14 @@ def test_blocks_of_documents_are_added_up_and_the_same_questions_compared(compar
     assert everywhere["answer_loss"]["difference"] == pytest.approx(-0.75)
     assert everywhere["answer_loss"]["documents"] == 4
     lines = compare.table(summary)
-    assert "| yarn contiguous |  | 0.25 of 8, 2.00 |" in lines
-    assert "| yarn cream | 0.00 of 2, 1.00 | 0.75 of 8, 1.25 |" in lines
+    # The loss of the number alone was recorded in block 1 only.
+    assert "| yarn contiguous |  | 0.25 of 8, 3.50 / 2.00 |" in lines
+    assert "| yarn cream | 0.00 of 2, - / 1.00 | 0.75 of 8, 2.00 / 1.25 |" in lines
+    assert everywhere["alone_loss"]["difference"] == pytest.approx(-1.5)
     (line,) = compare.differences_table(summary)[2:]
-    assert re.fullmatch(r"\| yarn contiguous \| 16,384 \| \+0.50 \| 0.125 \| -0.75 \(-\S+ to [-+]\S+\) \| 4 \|", line)
+    bounds = r"\(-\S+ to [-+]\S+\)"
+    shown = rf"\| yarn contiguous \| 16,384 \| \+0.50 \| 0.125 \| -1.50 {bounds}, 2 \| -0.75 {bounds}, 4 \|"
+    assert re.fullmatch(shown, line)
 
 
 def test_seeds_are_paired_with_their_own_and_the_untuned_model_with_each(compare):
@@ -167,12 +173,13 @@ def test_seeds_are_paired_with_their_own_and_the_untuned_model_with_each(compare
     assert set(told) == {"pose", "untuned"}
 
 
-def test_a_document_more_of_one_model_is_not_compared(compare):
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_block_of_documents_that_one_model_was_not_asked_is_not_compared(compare, more):
     plain, cream = compare.Row("yarn", "contiguous"), compare.Row("yarn", "cream")
-    pieces = [piece(compare, plain, {0.1: "00"}), piece(compare, cream, {0.1: "00"})]
-    pieces.append(piece(compare, cream, {0.1: "11"}, block=1))
+    pieces = [piece(compare, row, {0.1: "00"}, block=1 - more) for row in (plain, cream)]
+    pieces.append(piece(compare, cream, {0.1: "11"}, block=more))
     (found,) = compare.summarise(pieces)["cream minus"]
-    assert found["only_second"] == 0 and found["answer_loss"]["documents"] == 2
+    assert found["only_second"] == 0 and found["answer_loss"]["documents"] == 2 and found["alone_loss"] is None
 
 
 def test_every_piece_is_planned_once_and_what_says_most_comes_first(compare):

@@ -99,17 +99,21 @@ class Task:
                 dump_prompts(prompts, dump)
                 continue
             replies = scored_answers(model, tokenizer, prompts, **settings)
-            for case, prompt, (reply, loss) in zip(group, prompts, replies, strict=True):
+            for case, prompt, (reply, losses) in zip(group, prompts, replies, strict=True):
                 found = asked[case.depth]
-                found.append((int(task.grade(reply, prompt.answer)), len(prompt.tokens), round(loss, 4)))
+                right = int(task.grade(reply, prompt.answer))
+                found.append((right, len(prompt.tokens), [round(loss, 4) for loss in losses]))
                 if len(found) == samples:
                     yield _cell(case.depth, found)
 
 
-def _cell(depth: float, asked: list[tuple[int, int, float]]) -> dict[str, Any]:
+def _cell(depth: float, asked: list[tuple[int, int, list[float]]]) -> dict[str, Any]:
     correct, tokens, losses = (list(column) for column in zip(*asked, strict=True))
     cell = {"depth": depth, "metric": "accuracy", "value": fmean(correct), "samples": len(correct)}
-    return cell | {"tokens": round(fmean(tokens), 1), "correct": "".join(map(str, correct)), "answer_loss": losses}
+    cell |= {"tokens": round(fmean(tokens), 1), "correct": "".join(map(str, correct))}
+    # Where there is one form, it is the answer alone.
+    alone = {"alone_loss": [forms[-1] for forms in losses]} if len(losses[0]) > 1 else {}
+    return cell | {"answer_loss": [min(forms) for forms in losses]} | alone
 
 
 @dataclass(frozen=True)
