@@ -132,7 +132,7 @@ def test_no_file_names_a_path_of_a_machine(path):
 
 def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces():
     compare = load_script(SMOLLM2 / "compare.py")
-    pieces = compare.read_pieces(SMOLLM2 / "results/skill/pieces.jsonl")
+    pieces = compare.read_lines(SMOLLM2 / "results/skill/pieces.jsonl")
     summary = json.loads((SMOLLM2 / "results/skill/skill.json").read_text())
     assert json.loads(json.dumps(compare.summarise(pieces))) == summary
     text = page("recipes/smollm2-135m-instruct")

@@ -322,7 +322,7 @@ def test_what_is_published_is_the_pieces_the_pictures_and_the_tables_of_the_page
             "After.\n"
         )
         assert text.count("| yarn cream |") == 1 and "an old row" not in text and "\n\nBetween.\n" in text
-    assert compare.read_pieces(here / "results/skill/pieces.jsonl") == pieces
+    assert compare.read_lines(here / "results/skill/pieces.jsonl") == pieces
     assert {path.name for path in (here / "results/skill").iterdir()} == {
         "pieces.jsonl", "skill.json", "skill-yarn.png", "front.png"
     }  # fmt: skip

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -31,8 +30,11 @@ from cream_peft.evals.results import Cell, Results, Settings, compare_cells, fil
 from cream_peft.evals.table import difference_in_words
 from cream_peft.model.record import machine, versions
 
-HOME = Path("runs/smollm2-135m-instruct")
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from pieces import read_lines, with_tables  # noqa: E402
+
+HOME = Path("runs/smollm2-135m-instruct")
 RECIPE, RESULTS = HERE / "cream-8k-32k-qlora.yaml", HERE / "results/skill"
 BASE, DATA = HOME / "base", HOME / "data"
 TEST, OTHER = DATA / "held-out/paradise-lost.txt", DATA / "held-out/areopagitica.txt"
@@ -227,18 +229,6 @@ def measure(row: Row, budget: Budget, output: Path, deadline: float, what: int |
     found = Results.read(folder / file_name(row.name)).asdict()
     told = {"seconds": round(time.monotonic() - start), "machine": machine(), "versions": versions()}
     return identity(row, budget, what, block) | told | {"trained": summary, "cells": found["cells"]}
-
-
-def read_pieces(*paths: Path) -> list[dict[str, Any]]:
-    """The pieces that are done; a last line cut off by a kill is dropped."""
-    found = []
-    for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return found
 
 
 def unique(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -451,10 +441,7 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
     tables = {"skill": table(summary), "differences": differences_table(summary), "price": price_table(summary)}
-    for name, lines in tables.items():
-        head, mark, rest = text.partition(f"<!-- table: {name} -->\n")
-        text = head + mark + "".join(f"{line}\n" for line in lines) + re.sub(r"\A(\|.*\n)*", "", rest)
-    page.write_text(text, encoding="utf-8")
+    page.write_text(with_tables(text, tables), encoding="utf-8")
 
 
 def main() -> int:
@@ -484,7 +471,7 @@ def main() -> int:
     try:
         for row, what, block in () if options.publish else planned(budget, options.first, options.only):
             wanted = identity(row, budget, what, block)
-            if row.name in failed or any(wanted.items() <= piece.items() for piece in read_pieces(*paths)):
+            if row.name in failed or any(wanted.items() <= piece.items() for piece in read_lines(*paths)):
                 continue
             try:
                 piece = measure(row, budget, output, deadline, what, block)
@@ -497,7 +484,7 @@ def main() -> int:
         state = f"not done, these rows failed: {', '.join(failed)}" if failed else "done"
     except TimeIsUp:
         state = "not done: the same command resumes"
-    pieces = unique(read_pieces(*reversed(paths)))
+    pieces = unique(read_lines(*reversed(paths)))
     if pieces:
         summary = summarise(pieces)
         (output / "skill.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
