@@ -122,7 +122,7 @@ def piece(compare, row, correct, what=16_384, block=0, losses=None, alone=None):
     ]  # fmt: skip
     for cell in cells if alone else ():
         cell["alone_loss"] = [loss + alone for loss in cell["answer_loss"]]
-    found = compare.identity(row, compare.BUDGETS["cpu"], what, block)
+    found = compare.identity(row, compare.BUDGETS["cpu"], Path("no-adapters-here"), what, block)
     return found | {"cells": cells, "trained": None, "versions": {}, "machine": "here", "seconds": 1}
 
 
@@ -292,6 +292,25 @@ def test_a_piece_of_other_settings_is_measured_anew(compare, prepared, monkeypat
     monkeypatch.setitem(compare.BUDGETS, "cpu", longer)
     run(compare, monkeypatch, prepared / "new", "--first", "--only", "yarn cream")
     assert asked == [4096, 1024, 16_384] * 2
+
+
+def test_pieces_of_an_adapter_that_was_trained_again_are_measured_anew_and_not_pooled(compare, prepared, monkeypatch):
+    asked, row, output = [], compare.Row("yarn", "cream"), prepared / "new"
+
+    def measure(row, budget, output, deadline, what, block):
+        asked.append(what)
+        return piece(compare, row, {0.1: "1"}, what) | compare.identity(row, budget, output, what, block)
+
+    monkeypatch.setattr(compare, "measure", measure)
+    weights = compare.adapter_of(row, output) / "adapter_model.safetensors"
+    for content in ("first", "first", "second"):
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        weights.write_text(content)
+        run(compare, monkeypatch, output, "--first", "--only", "yarn cream")
+    assert asked == [4096, 1024, 16_384] * 2
+    pieces = compare.read_lines(output / "pieces.jsonl")
+    assert compare.unique(pieces) == pieces[3:] and compare.unique(pieces[:4]) == pieces[3:4]
+    assert compare.unique(pieces[:3]) == pieces[:3]
 
 
 def test_time_that_is_up_and_rows_that_do_not_exist_are_said(compare, prepared, monkeypatch, capsys):

@@ -28,7 +28,7 @@ import torch
 from cream_peft.evals.plots import plot_results, save, tasks_figure
 from cream_peft.evals.results import Cell, Results, Settings, compare_cells, file_name, interval, mean_loss
 from cream_peft.evals.table import difference_in_words
-from cream_peft.model.record import machine, versions
+from cream_peft.model.record import adapter_sha256, machine, versions
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -205,13 +205,14 @@ def questions(budget: Budget, what: int | str, block: int) -> list[str]:
     return [*task, "--samples", documents, "--seed", str(SEED + block)]
 
 
-def identity(row: Row, budget: Budget, what: int | str, block: int) -> dict[str, Any]:
-    """What a piece is: lines with the same one are not done again."""
+def identity(row: Row, budget: Budget, output: Path, what: int | str, block: int) -> dict[str, Any]:
+    """What a piece is: lines with the same one are not done again, unless another adapter was trained here since."""
     settings = {} if row.strategy == "untuned" else training(row, budget)
+    adapter = adapter_sha256(adapter_of(row, output))
     return {
         "row": asdict(row), "what": what, "block": block, "questions": questions(budget, what, block),
         "target_length": target_of(row, budget), "training": settings, "flags": list(budget.flags),
-    }  # fmt: skip
+    } | ({"adapter": adapter} if adapter else {})  # fmt: skip
 
 
 def measure(row: Row, budget: Budget, output: Path, deadline: float, what: int | str, block: int) -> dict[str, Any]:
@@ -228,11 +229,16 @@ def measure(row: Row, budget: Budget, output: Path, deadline: float, what: int |
     call([*command, *questions(budget, what, block)], deadline, output / "log")
     found = Results.read(folder / file_name(row.name)).asdict()
     told = {"seconds": round(time.monotonic() - start), "machine": machine(), "versions": versions()}
-    return identity(row, budget, what, block) | told | {"trained": summary, "cells": found["cells"]}
+    return identity(row, budget, output, what, block) | told | {"trained": summary, "cells": found["cells"]}
 
 
 def unique(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last of each row, question and block, in the order of the first ones."""
+    """The last of each row, question and block, in the order of the first ones; of a row those of its last adapter.
+
+    The same command trains another adapter on another machine, or with other threads.
+    """
+    adapters = {json.dumps(piece["row"]): piece.get("adapter") for piece in pieces}
+    pieces = [piece for piece in pieces if piece.get("adapter") == adapters[json.dumps(piece["row"])]]
     return list({json.dumps([piece["row"], piece["what"], piece["block"]]): piece for piece in pieces}.values())
 
 
@@ -470,7 +476,7 @@ def main() -> int:
     paths = [output / "pieces.jsonl"] + ([] if options.again else [RESULTS / "pieces.jsonl"])
     try:
         for row, what, block in () if options.publish else planned(budget, options.first, options.only):
-            wanted = identity(row, budget, what, block)
+            wanted = identity(row, budget, output, what, block)
             if row.name in failed or any(wanted.items() <= piece.items() for piece in read_lines(*paths)):
                 continue
             try:
