@@ -220,6 +220,16 @@ def test_the_kv_prompt_is_lost_in_the_middles(tokenizer):
     assert json.loads(re.search(r"{.*}", prompt.text, re.DOTALL).group()) == dict(pairs)
 
 
+def test_the_key_stands_before_the_json_too_if_asked_to(tokenizer):
+    usual, aware = (
+        prompt_of("kv_retrieval", Writer(tokenizer), 4000, 0.5, 0, 0, keys=3, query_aware=both)
+        for both in (False, True)
+    )
+    key = re.findall('Key: "(.*)"', usual.text)
+    first, rest = usual.text.split("\n\n", 1)
+    assert len(key) == 1 and aware.text == f'{first}\n\nKey: "{key[0]}"\n\n{rest}' and aware.answer == usual.answer
+
+
 def test_the_lines_prompt_is_longevals(tokenizer):
     prompt = prompt_of("longchat_lines", Writer(tokenizer), 4000, 1.0, 0, 0, lines=2)
     (first, one), (second, two) = re.findall(r"line ([a-z]+-[a-z]+): REGISTER_CONTENT is <(\d+)>\n", prompt.text)

@@ -27,6 +27,8 @@ from cream_peft.model.base import load_base
 from cream_peft.plan import fit
 from cream_peft.tiny import TINY_ID, documents
 
+EVALS = Path(models.__file__).parent
+
 
 class Oracle:
     """Stands in for the embedded model's answers: right where `knows` says so of the depth."""
@@ -278,6 +280,11 @@ def test_prompts_are_written_out_byte_identical_and_nothing_is_measured(tmp_path
         (["--tasks", "needle", "--keys", "75"], "--keys is for kv_retrieval, and --tasks has needle"),
         (["--tasks", "perplexity"], "task perplexity has no text"),
         (["--tasks", "passkey"], "cream-peft-tiny reads no text, which passkey is"),
+        (
+            ["--tasks", "kv_retrieval", "--query_aware"],
+            "in the embedded model's vocabulary this task has no query_aware",
+        ),
+        (["--tasks", "needle", "--query_aware"], "--query_aware is for kv_retrieval, and --tasks has needle"),
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--tasks", "perplexity", "--text", "absent.txt"], "--text absent.txt: no such file or folder"),
         (["--tasks", "kv_retrieval", "--lengths", "8"], "length 8 is too short"),
@@ -339,8 +346,19 @@ def test_python_gets_the_commands_measurement_as_rows(tiny_tokenizer, tmp_path, 
     assert table.loc["recall", 256] > 0.9 and set(table.columns) == {256, 512}
     with pytest.raises(ValueError, match=r"unknown option keyss: use one of chunk_length, depths, .*keys, "):
         cream_peft.evaluate(model, tiny_tokenizer, "needle", [256], keyss=3)
-    with pytest.raises(ValueError, match="the model reads no text, which passkey is|cream-peft-tiny reads no text"):
+    with pytest.raises(ValueError, match="reads no text, which passkey is"):
         cream_peft.evaluate(model, tiny_tokenizer, ["passkey"], [256])
+
+
+def test_the_pages_python_runs(adapter, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    adapter.rename(tmp_path / "runs/mine")
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"^```python\n(.*?)^```", (EVALS / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    exec(program.replace("samples=32", "samples=1"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["length", "1024", "2048"]
+    assert [line.split()[0] for line in lines[-2:]] == ["kv_retrieval", "needle"]
 
 
 def test_the_kv_cache_is_chosen_by_what_the_gpu_has_free(monkeypatch):

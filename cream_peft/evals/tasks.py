@@ -88,6 +88,8 @@ class Task:
             cells of results.Cell's fields: answer_loss tells models apart that are all right or all wrong.
         """
         task = self.embedded if self.embedded and is_embedded(tokenizer) else self
+        if task is not self and (lost := [name for name in options if name not in task.options]):
+            raise TaskError(f"in the embedded model's vocabulary this task has no {lost[0]}: leave it out")
         usual = task.depths if isinstance(task.depths, tuple) else task.depths(options.get("keys", 0))
         places = tuple(dict.fromkeys(depths or usual))
         if min(samples, chunk_length) < 1 or not all(0 <= depth <= 1 for depth in places):
@@ -148,9 +150,9 @@ TASKS: dict[str, Task | Measurement] = {
         contains,
         kv_depths,
         50,
-        (*OF_PROMPTS, "keys", "key_length"),
+        (*OF_PROMPTS, "keys", "key_length", "query_aware"),
         shared_document=True,
-        embedded=Task(embedded_kv_prompt, contains, kv_depths, 1, shared_document=True),
+        embedded=Task(embedded_kv_prompt, contains, kv_depths, 1, ("keys",), shared_document=True),
     ),
     # Graded as in the CREAM paper; LongEval takes the last integer.
     "longchat_lines": Task(lines_prompt, first_integer, FIFTHS, 35, (*OF_PROMPTS, "lines"), shared_document=True),
