@@ -204,9 +204,7 @@ def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None
             unknown = "kv_cache of " if options.kv_cache == "auto" else ""
             _with_earlier(planned, files[opened.spec.label], options.tasks, options.overwrite, unknown)
         return {
-            opened.spec.label: measure(
-                opened, *opened.load(), lengths, options, documents, files[opened.spec.label]
-            )
+            opened.spec.label: measure(opened, *opened.load(), lengths, options, documents, files[opened.spec.label])
             for opened, lengths in found
         }
 
