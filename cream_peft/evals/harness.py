@@ -113,7 +113,7 @@ def _language_model(model: Any, tokenizer: Any, max_length: int | None, batch_si
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.eos_token = tokenizer.pad_token
     # Templates that know it would else fill the few tokens of an answer with thoughts.
-    settings = {"max_length": max_length or reach, "batch_size": batch_size, "enable_thinking": False}
+    settings: dict[str, Any] = {"max_length": max_length or reach, "batch_size": batch_size, "enable_thinking": False}
     return HFLM(pretrained=model, tokenizer=tokenizer, **settings)
 
 
@@ -124,7 +124,7 @@ def run_harness(
     *,
     max_length: int | None = None,
     batch_size: int = 1,
-    chat_template: bool = False,
+    chat_template: bool | None = None,
     include_path: str | Path | None = None,
     metadata: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -142,6 +142,7 @@ def run_harness(
     Args:
         max_length: tokens of prompt and answer; lm-eval cuts longer prompts at their beginning, and warns. None: all
             that the model is scaled to.
+        chat_template: whether prompts are put in the chat template; None: those of preset longbench, if there is one.
         include_path: folder of task YAMLs beside lm-eval's own.
         metadata: settings of tasks that make their data, such as RULER's {"max_seq_lengths": [32768]}, which by default
             double from 4,096, or a shorter pretrained window, to max_length. With a limit it is max_length alone, since
@@ -171,6 +172,8 @@ def run_harness(
         raise HarnessError(f"lm-eval is missing ({error}): {INSTALL}") from error
     if any(number is not None and number < 1 for number in (max_length, batch_size, options.get("limit"))):
         raise HarnessError("max_length, batch_size and limit must be at least 1")
+    if chat_template is None:
+        chat_template = preset == "longbench" and bool(tokenizer.chat_template)
     if chat_template and not tokenizer.chat_template:
         raise HarnessError("the model's tokenizer has no chat template: ask without one")
     if preset and options.get("num_fewshot") is not None:

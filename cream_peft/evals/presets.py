@@ -41,7 +41,7 @@ SCORE = (None, "score,none")
 LONGBENCH = ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report", "qmsum")
 LONGBENCH += ("multi_news", "trec", "triviaqa", "samsum", "passage_count", "passage_retrieval_en", "lcc", "repobench-p")
 WITHOUT_CHAT = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
-"""Examples and code go on best as they are: THUDM/LongBench, pred.py."""
+"""Of LongBench, what is asked without the chat form."""
 RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 RULER += (
     "niah_multiquery",
@@ -53,18 +53,18 @@ RULER += (
     "ruler_qa_hotpot",
 )
 PRESETS = {
-    # The Open LLM Leaderboard of 2023.
+    # bigai-nlco/CREAM, scripts/eval_benchmark.sh
     "short": Preset(
         {
-            "arc_challenge": (25, "acc_norm,none"),
-            "hellaswag": (10, "acc_norm,none"),
-            "mmlu": (5, "acc,none"),
+            "boolq": (0, "acc,none"),
+            "piqa": (0, "acc,none"),
+            "winogrande": (0, "acc,none"),
             "truthfulqa_mc2": (0, "acc,none"),
-            "winogrande": (5, "acc,none"),
-            "gsm8k": (5, "exact_match,strict-match"),
+            "hellaswag": (10, "acc_norm,none"),
+            "arc_challenge": (25, "acc_norm,none"),
         },
-        ("allenai/ai2_arc", "Rowan/hellaswag", "cais/mmlu", "truthfulqa/truthful_qa", "allenai/winogrande")
-        + ("openai/gsm8k",),
+        ("aps/super_glue", "baber/piqa", "allenai/winogrande", "truthfulqa/truthful_qa", "Rowan/hellaswag")
+        + ("allenai/ai2_arc",),
     ),
     "longbench": Preset(
         {f"longbench_{name}": SCORE for name in LONGBENCH},
@@ -80,7 +80,7 @@ PRESETS = {
 RULER_FIRST = 4096
 """The shortest length of the RULER paper."""
 LONGBENCH_CUTS = {4096: 3500, 32_768: 31_500}
-"""Tokens of a prompt by the model's reach: wutong4012/CREAM, src/evaluation/longbench/get_results.py."""
+"""Tokens of a prompt by the model's reach; with what is above from bigai-nlco/CREAM, src/evaluation/longbench."""
 LONGBENCH_ROOM = 596
 """Tokens left for the answer and the chat form at any other reach, as at 4,096."""
 
