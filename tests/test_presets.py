@@ -130,7 +130,7 @@ def test_short_is_the_authors_tasks_with_their_shots(base, data, prompts, monkey
     short_data(data)
     only(monkeypatch, "super_glue", "piqa", "winogrande", "truthfulqa", "hellaswag", "arc")
     assert lm_eval_command(base, data, "--preset", "short", "--limit", "2") == 0
-    found = json.loads((tmp_path / "out" / "m.json").read_text())
+    found = json.loads((tmp_path / "out" / "m-short.json").read_text())
     assert found["cream_peft"]["tasks"] == list(PRESETS["short"].tasks) == list(found["results"])
     shots = {"boolq": 0, "piqa": 0, "winogrande": 0, "truthfulqa_mc2": 0, "hellaswag": 10, "arc_challenge": 25}
     assert found["n-shot"] == shots
@@ -170,7 +170,7 @@ def test_longbench_is_cut_in_the_middle_and_asked_in_its_chat_form(base, data, p
     assert len(tokenizer(trec)["input_ids"]) in (3499, 3500)  # <s> is written anew
     whole = longbench_rows("trec", 1000)[0]["context"]
     assert whole[:1500] in trec and whole[-1500:] in trec and whole not in trec
-    found = json.loads((tmp_path / "out" / "m.json").read_text())
+    found = json.loads((tmp_path / "out" / "m-longbench.json").read_text())
     assert found["results"]["longbench_hotpotqa"]["score,none"] == 1.0
     prompts.clear()
     assert lm_eval_command(base, data, "--preset", "longbench", "--no-chat_template", "--overwrite") == 0
@@ -208,7 +208,7 @@ def test_ruler_is_asked_from_a_short_length_to_the_reach_with_the_same_data_for_
     options = ["--preset", "ruler", "--max_length", "2048", "--metadata", '{"max_seq_lengths": [1024, 2048]}']
     assert lm_eval_command(base, data, *options) == 0
     first = list(prompts)
-    found = json.loads((tmp_path / "out" / "m.json").read_text())
+    found = json.loads((tmp_path / "out" / "m-ruler.json").read_text())
     assert {key.split(",")[0] for key in found["results"]["niah_single_1"]} >= {"1024", "2048"}
     lengths = [len(prompt) for prompt in first]
     assert len(lengths) == 6 and max(lengths[:3]) < 1024 < 1600 < min(lengths[3:]) <= max(lengths) < 2048
@@ -237,10 +237,13 @@ def test_a_killed_run_resumes_at_the_first_task_without_a_result(base, data, pro
     assert prompts and not any(" it." in prompt for prompt in prompts)  # winogrande is not asked again
     capsys.readouterr()
     assert lm_eval_command(base, data, *tasks[:2], "--limit", "3") == 2
-    assert "was asked otherwise (asked)" in capsys.readouterr().err and json.loads(file.read_text()) == found
+    assert (
+        "m.json was written with another limit: choose" in capsys.readouterr().err
+        and json.loads(file.read_text()) == found
+    )
     file.write_text("{}")
     assert lm_eval_command(base, data, *tasks) == 2
-    assert "is no file of `cream-peft lm-eval`" in capsys.readouterr().err
+    assert "was written with another form: choose" in capsys.readouterr().err
 
 
 def test_a_clone_of_a_hub_repository_is_read_by_its_own_configurations(data):

@@ -80,16 +80,14 @@ def _earlier(path: Path | None, ours: dict[str, Any], overwrite: bool) -> dict[s
         return nothing
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        was = found["cream_peft"]
-        different = [key for key in ours if key not in ("machine", "tasks") and was.get(key) != ours[key]]
-        # They lack what is new in `ours`.
-        different += [] if isinstance(was.get("tasks"), list) else ["tasks"]
+        was, now = ({**one, **one["asked"]} for one in (found["cream_peft"], ours))
+        different = [key for key in now if key not in ("machine", "tasks", "asked") and was.get(key) != now[key]]
+        different += [] if isinstance(was["tasks"], list) else ["tasks"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise HarnessError(f"{path} is no file of `cream-peft lm-eval`: choose another --output_dir") from None
+        different = ["form"]
     if different:
-        raise HarnessError(
-            f"{path} was asked otherwise ({different[0]}): choose another --output_dir, or replace it with --overwrite"
-        )
+        remedy = "choose another --output_dir, or replace it with --overwrite"
+        raise HarnessError(f"{path} was written with another {different[0]}: {remedy}")
     return found
 
 
@@ -262,7 +260,8 @@ def run_lm_eval(
     load_in_4bit: bool = True,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Label -> lm-eval's results for every model in `compare` (see `ModelSpec`), each in its file of `output_dir` too.
+    """Label -> lm-eval's results for every model in `compare` (see `ModelSpec`), each in its file of `output_dir` too,
+    LABEL.json, or LABEL-PRESET.json.
 
     An unscaled base is measured at its own window, where the short benchmarks are. `options`: see `run_harness`.
     """
@@ -278,7 +277,7 @@ def run_lm_eval(
     for opened in models:
         known = {key: value for key, value in asdict(opened.settings).items() if value is not None and key != "options"}
         header = {"model": opened.base, "adapter": opened.spec.name if opened.adapter else None, **known}
-        path = Path(output_dir) / file_name(opened.spec.label)
+        path = Path(output_dir) / file_name(opened.spec.label + (f"-{preset}" if preset else ""))
         refusal = f"{path} is being written by another `cream-peft lm-eval`: wait, or choose another --output_dir"
         with locked(path.with_name(f".{path.name}.lock"), refusal):
             model, tokenizer = opened.load()
