@@ -8,6 +8,7 @@ _EXPORTS = {
     "CREAMDataCollator": "cream_peft.train.collator",
     "CREAMTrainer": "cream_peft.train.trainer",
     "cream": "cream_peft.positions",
+    "evaluate": "cream_peft.evals.rows",
     "load_adapter": "cream_peft.model.adapter",
     "pose": "cream_peft.positions",
 }

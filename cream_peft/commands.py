@@ -104,20 +104,25 @@ def evaluate_command(arguments: list[str]) -> None:
 def lm_eval_command(arguments: list[str]) -> None:
     """Run the field's own benchmarks (EleutherAI's lm-eval) on adapters, with their RoPE scaled, and on bases."""
     from .evals.options import COMPARED
+    from .evals.presets import PRESETS
 
     parser = CommandParser(lm_eval_command, "base_model", "no_4bit", "json")
     parser.add_argument("--compare", "--adapter", nargs="+", required=True, metavar="MODEL", help=COMPARED)
-    parser.option("tasks", "lm-eval's tasks, by commas: longbench,ruler,hellaswag,mmlu_*", required=True)
+    parser.option("preset", "short: the paper's six; longbench: 16 sets; ruler: 13 tasks", choices=PRESETS)
+    parser.option("tasks", "lm-eval's tasks in place of a preset, by commas: hellaswag,mmlu_*")
+    parser.option("data_dir", "data sets OWNER/NAME in place of the Hub's", metavar="DIR")
     parser.option("target_length", "tokens, of bases; default: a window, or 8 if scaled", type=int)
     parser.option("max_length", "tokens of prompt and answer; default: the target length", type=int)
     parser.option("batch_size", "prompts answered together", type=int, default=1)
-    parser.option("chat_template", "put the prompts in the chat template", action="store_true")
+    chat = "put the prompts in the chat template; default: of --preset longbench, where there is one"
+    parser.option("chat_template", chat, action=argparse.BooleanOptionalAction)
+    parser.option("overwrite", "replace results that were asked in another way", action="store_true")
     parser.option("limit", "samples of each task; default: all", type=int)
     parser.option("num_fewshot", "examples in the prompt; default: the task's", type=int)
     parser.option("seed", "default: lm-eval's own, with which published figures were made", type=int)
     parser.option("include_path", "task YAMLs beside lm-eval's own", metavar="DIR")
     parser.option(
-        "metadata", "for tasks that make their data; default: RULER's lengths, up to max_length", type=json.loads
+        "metadata", "for tasks that make their data; default: RULER's lengths, from 4096 to max_length", type=json.loads
     )
     parser.option("output_dir", "folder of the results", default="runs/lm-eval")
     given = vars(parser.parse_args(arguments))
