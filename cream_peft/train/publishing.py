@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from ..errors import explain
 from ..model.record import AdapterError, Record
 from ..model.secrets import public_name
 from ..publish import push as hub
-from ..publish.card import CARD
 from ..tiny import TINY_ID, base_folder
 from .config import CREAMConfig
 
@@ -39,23 +37,6 @@ class PublishingTrainer(SFTTrainer):
 
     def unwrapped_config(self):
         return self.accelerator.unwrap_model(self.model).config
-
-    def published_name(self) -> str | None:
-        return self.hub_model_id if self.args.push_to_hub else None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        home = Path(str(self.args.output_dir))
-        folder, model = Path(output_dir or home), self.accelerator.unwrap_model(self.model)
-        if self.args.should_save and folder != home and (home / CARD).is_file():
-            # What a person wrote on it goes along.
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(home / CARD, folder / CARD)
-        # PEFT would put lines of its own into our card, outside of our part.
-        model.create_or_update_model_card = lambda folder: None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            del model.create_or_update_model_card
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: `_save` has written our card, and TRL's would take its place."""

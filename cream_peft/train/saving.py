@@ -74,9 +74,6 @@ def saved_whole(folder: Path, is_writer: bool = True) -> Generator[Path]:
     aside = folder / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    if (folder / CARD).is_file():
-        # What a person wrote on it stays.
-        shutil.copy(folder / CARD, aside)
     yield aside
     (folder / FILE).unlink(missing_ok=True)
     for path in (path for pattern in REPLACED for path in folder.glob(pattern)):
@@ -168,10 +165,17 @@ class SavingTrainer(PublishingTrainer):
         )  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with saved_whole(Path(output_dir or str(self.args.output_dir)), self.args.should_save) as folder:
+        home = Path(str(self.args.output_dir))
+        target = Path(output_dir or home)
+        card = next((place / CARD for place in (home, target) if (place / CARD).is_file()), None)
+        with saved_whole(target, self.args.should_save) as folder:
             super()._save(str(folder), state_dict)
             if not self.args.should_save:
                 return
+            # In place of PEFT's; what a person wrote on ours goes along.
+            (folder / CARD).unlink(missing_ok=True)
+            if card:
+                shutil.copyfile(card, folder / CARD)
             # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
             (folder / "training_args.bin").unlink(missing_ok=True)
             make_tokenizer_readable(folder, self.lengths.target_length)
@@ -189,4 +193,4 @@ class SavingTrainer(PublishingTrainer):
             if record.base_is_local:
                 base = Path(self.unwrapped_config()._name_or_path).absolute()
                 (folder / BASE_FOLDER).write_text(f"{base}\n", encoding="utf-8")
-            write_card(folder, record, self.published_name())
+            write_card(folder, record, self.hub_model_id if self.args.push_to_hub else None)
