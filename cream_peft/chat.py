@@ -246,8 +246,11 @@ def load_chat(adapter: str | Path, settings: ChatSettings, **load_options: Any) 
 
 
 def talk(chat: Chat, lines: Iterable[str], write: Write) -> int:
-    """Answer `lines` until they end, /exit comes, or Ctrl-C is pressed while a line is awaited; returns how many of them
-    were refused."""
+    """Answer `lines` until they end, /exit comes, or Ctrl-C is pressed while a line is awaited.
+
+    Returns:
+        How many of them were refused.
+    """
     refused = 0
     write(f"{chat.status()}. /tokens counts again, /reset starts over, /exit leaves.\n")
     if not chat.tokenizer.chat_template:

@@ -267,7 +267,7 @@ def text_of(plan: Plan) -> str:
     ]
     timed = (
         f"hours: {work.tokens_per_step:,} tokens a step, {steps * work.tokens_per_step:,} in {steps:,} steps, assuming "
-        f"{UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of the GPU's dense 16-bit peak, or what is published for QLoRA on it"
+        f"{UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of the GPU's dense 16-bit peak, or what is published of it"
     )
     if not work.utilisation:
         timed = f"no hours: below {SMALLEST_TIMED / 1e9:.1f} billion parameters a GPU mostly waits for Python"

@@ -62,7 +62,11 @@ def refuse_output(output: Path) -> None:
 @contextmanager
 def in_place_of(output: Path) -> Generator[Path]:
     """Yield a folder beside `output`, which takes its place at the end. A kill leaves what was there before, or between
-    the two renames nothing, and then `refuse_output` puts it back. A LockedError while another process does the same."""
+    the two renames nothing, and then `refuse_output` puts it back.
+
+    Raises:
+        LockedError: while another process merges into it.
+    """
     scratch, old = _beside(output, "part"), _beside(output, "old")
     with _alone(output):
         shutil.rmtree(scratch, ignore_errors=True)
