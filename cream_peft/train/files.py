@@ -12,6 +12,7 @@ import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import metadata_load
 
 from ..errors import about
 from ..tiny import TINY_ID
@@ -94,10 +95,8 @@ def data_files(name: str, split: str) -> list[Path] | None:
 
 def _is_configured(folder: Path) -> bool:
     """Whether the README.md of a folder says, as on the Hub, which files are which split."""
-    readme = folder / "README.md"
-    parts = readme.read_text(encoding="utf-8", errors="replace").split("---") if readme.is_file() else []
-    with suppress(yaml.YAMLError):
-        return len(parts) > 2 and not parts[0].strip() and "configs" in (yaml.safe_load(parts[1]) or {})
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        return "configs" in (metadata_load(folder / "README.md") or {})
     return False
 
 
