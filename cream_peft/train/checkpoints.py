@@ -220,7 +220,6 @@ def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
 class ResumingTrainer(SavingTrainer):
     """A trainer that resumes only a whole checkpoint of its own run, and stops where the run ends."""
 
-    resumed_step = 0
     _is_first_checkpoint = False
 
     def train(self, resume_from_checkpoint: str | bool | Checkpoint | None = None, *args: Any, **kwargs: Any):

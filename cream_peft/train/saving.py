@@ -98,6 +98,7 @@ class SavingTrainer(PublishingTrainer):
     base_revision: str | None
     base_fingerprint: dict[str, list[float]]
     earlier: Record | None
+    resumed_step = 0
     run_id: str | None = None
     """The same in all that one run saves, resumed or not."""
     best: Best | None = None
@@ -139,7 +140,7 @@ class SavingTrainer(PublishingTrainer):
             license=args.license or (TINY_LICENSE if self.base_model_name() == TINY_ID else None),
             steps=self.state.global_step,
             best=self.best,
-            first_step=getattr(getattr(self, "_set_epoch", None), "first_step", 0),
+            first_step=self.resumed_step,
             seconds=self.seconds and round(self.seconds, 1),
             peak_gib=peak_gib(),
             machine=machine(),
