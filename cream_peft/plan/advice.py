@@ -249,11 +249,10 @@ def _hours(fit: Fit) -> str:
 def text_of(plan: Plan) -> str:
     """The plan as `cream-peft plan` prints it."""
     work, evaluation, steps = plan.work, plan.evaluation, plan.work.max_steps or 1000
-    held_out = (
-        [("held-out loss", f"{plan.validation['total']:.2f}", f"total, {plan.validation_tokens:,} tokens at once")]
-        if plan.validation
-        else []
-    )
+    held_out = []
+    if plan.validation:
+        said = f"total, {plan.validation_tokens:,} tokens at once"
+        held_out = [("held-out loss", f"{plan.validation['total']:.2f}", said)]
     whole = ("16-bit base", *(f"{size:.2f}" for size in evaluation.sixteen_bit_base.values()), "total, with --no_4bit")
     rows = [
         (

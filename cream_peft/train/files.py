@@ -114,12 +114,12 @@ def _load_files(paths: list[Path], name: str, streaming: bool) -> Dataset | Iter
             raise DataError(f"{name} cannot be read as {kind}: {reason}") from error
     if not parts:
         raise DataError(f"{name} is empty: it must hold documents, a row each")
+    if len(parts) == 1:
+        return parts[0]
     shared = set.intersection(*(set(part.column_names or next(iter(part), ())) for part in parts))
     if not shared:
         raise DataError(f"{name} mixes files that have no column in common: give each kind a folder of its own")
-    return (
-        parts[0] if len(parts) == 1 else concatenate_datasets([part.select_columns(sorted(shared)) for part in parts])
-    )
+    return concatenate_datasets([part.select_columns(sorted(shared)) for part in parts])
 
 
 def place_of(row: int, name: str, split: str) -> str:
