@@ -43,10 +43,7 @@ REWORDED = (
     (r"Dataset .* is a gated dataset.*", NO_ACCESS),
     (r"Dataset .* doesn't exist on the Hub.*", NOT_FOUND),
     (r"Couldn't find any data file.*", NOT_FOUND),
-    (
-        r".*doesn't contain any data files.*",
-        "{thing} holds no data files: .jsonl, .json, .parquet or .txt",
-    ),
+    (r".*doesn't contain any data files.*", "{thing} holds no data files: .jsonl, .json, .parquet or .txt"),
     (
         r".*Config name is missing.*available configs: (?P<configs>\[.*?\]).*",
         "{thing} has several configurations: set dataset_config to one of {configs}",

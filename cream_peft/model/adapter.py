@@ -17,14 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from .. import rope
 from ..errors import about, explain, missing_folder
 from ..tiny import TINY_ID
-from .base import (
-    extended_max_length,
-    load_base,
-    load_tokenizer,
-    local_snapshot,
-    read_config,
-    resolve_base,
-)
+from .base import extended_max_length, load_base, load_tokenizer, local_snapshot, read_config, resolve_base
 from .fields import shown
 from .fingerprint import Read, differing, from_files, from_model, weight_files
 from .misfit import read_peft_config, read_scaled_config, refuse_misfit
