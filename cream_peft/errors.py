@@ -54,7 +54,6 @@ REWORDED = (
     ),
     (r".*Repo id must .*", "there is no folder {thing}, and a Hub id looks like owner/name"),
     (r"Unrecognized model in .*model_type.*", NO_CONFIG),
-    (r".*not the path to a directory containing a file named config.json.*", NO_CONFIG),
     (
         r".*(does not appear to have|no) (a )?files? named .*(model\.safetensors|pytorch_model).*",
         "{thing} holds no weights (model.safetensors): give a Hub id or a folder of a whole model",

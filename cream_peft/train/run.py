@@ -21,7 +21,6 @@ from ..publish.push import PushError
 from ..rope import pretrained_window
 from ..terminal import is_first_process
 from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
-from .config import Lengths
 from .data import load_data, summary_of
 from .distillation import refuse_distillation
 from .machine import base_config, check_machine, find_adapter, memory_explained, refuse_separate_runs
@@ -123,13 +122,13 @@ def run_recipe(recipe: Recipe) -> RunSummary:
     _check_reporting(recipe)
     adapter, folder, run = find_adapter(recipe), Path(str(recipe.run.output_dir)), recipe.run
     config = adapter.base_config if adapter else base_config(recipe)
-    lengths = run.resolve(pretrained_window(config))
+    run.resolve(pretrained_window(config))
     refuse_distillation(run, recipe.model.use_peft and not adapter)
     check_machine(recipe, config)
     refuse_separate_runs(run)
     with _locked_output(folder), memory_explained(recipe, config):
         checkpoint = find_checkpoint(run.resume_from_checkpoint, folder, run.save_only_model)
-        trainer = _make_trainer(recipe, config, lengths, adapter)
+        trainer = _make_trainer(recipe, config, adapter)
         trainer.run_id = checkpoint.record.run_id if checkpoint else None
         # With save_total_limit: 1 the best checkpoint may be left alone, of a step before the last. One that does not
         # say which run it is of, as earlier versions wrote them, is resumed.
@@ -144,7 +143,7 @@ def run_recipe(recipe: Recipe) -> RunSummary:
         return _train_and_save(trainer, checkpoint)
 
 
-def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths, adapter: Adapter | None) -> CREAMTrainer:
+def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | None) -> CREAMTrainer:
     run, name = recipe.run, str(recipe.model.model_name_or_path)
     tokenizer = _load_tokenizer(recipe, name)
     documents, held_out = load_data(recipe, tokenizer, config.get_text_config().vocab_size)
@@ -154,7 +153,7 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths, ad
     else:
         model = load_base(
             name,
-            target_length=lengths.target_length,
+            target_length=run.target_length,
             rope_scaling_type=run.rope_scaling_type,
             trust_remote_code=run.trust_remote_code,
             revision=recipe.model.model_revision,
