@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,20 +78,17 @@ def _load_tokenizer(recipe: Recipe, name: str) -> Any:
     return tokenizer
 
 
-@contextmanager
-def _locked_output(folder: Path) -> Generator[None]:
+def _locked_output(folder: Path) -> ExitStack:
     """Before anything is downloaded or trained, find out whether the adapter can be written, and that nobody else is
-    training there."""
-    if not is_first_process():
-        yield
-        return
-    with ExitStack() as stack:
-        refusal = f"output_dir={folder}: another run is training there: wait until it has ended, or choose another"
-        try:
+    training there. Until the stack is closed nobody can."""
+    stack = ExitStack()
+    refusal = f"output_dir={folder}: another run is training there: wait until it has ended, or choose another"
+    try:
+        if is_first_process():
             stack.enter_context(locked(folder / ".lock", refusal))
-        except OSError as error:
-            raise RecipeError(f"output_dir={folder} cannot be written to ({error.strerror}): choose another") from error
-        yield
+    except OSError as error:
+        raise RecipeError(f"output_dir={folder} cannot be written to ({error.strerror}): choose another") from error
+    return stack
 
 
 def _check_reporting(recipe: Recipe) -> None:
