@@ -266,7 +266,7 @@ def text_of(plan: Plan) -> str:
     ]
     timed = (
         f"hours: {work.tokens_per_step:,} tokens a step, {steps * work.tokens_per_step:,} in {steps:,} steps, assuming "
-        f"{UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of the GPU's dense 16-bit peak, or what is published of it"
+        f"{UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of the GPU's dense 16-bit peak, or the share published for it"
     )
     if not work.utilisation:
         timed = f"no hours: below {SMALLEST_TIMED / 1e9:.1f} billion parameters a GPU mostly waits for Python"
@@ -280,7 +280,8 @@ def text_of(plan: Plan) -> str:
             _terms_table(evaluation.terms, Reading.phases, whole),
             "",
             table(["GPU", "GiB", "training", "evaluation with cache", "hours"], rows),
-            f"{timed}. Planned from the architecture, not measured.",
+            f"{timed}.",
+            "Planned from the architecture, not measured.",
             *plan.advice,
         ]
     )
