@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -301,11 +302,11 @@ def chat_command(arguments: list[str]) -> None:
     document = read_document(options.document) if options.document else ""
     settings = ChatSettings(document, options.system, options.kv_cache, options.max_new_tokens, options.temperature)
     load_options = {"base_model": options.base_model, "revision": options.revision, "load_in_4bit": not options.no_4bit}
-    talk(
-        load_chat(options.adapter, settings, **load_options),
-        typed_lines(),
-        lambda text: print(text, end="", flush=True),
-    )
+    chat = load_chat(options.adapter, settings, **load_options)
+    refused = talk(chat, typed_lines(), lambda text: print(text, end="", flush=True))
+    # Whoever types has seen it; a script reads the exit code.
+    if refused and not sys.stdin.isatty():
+        raise UserError(f"{refused} of the lines got no answer (see above)")
 
 
 COMMANDS = {

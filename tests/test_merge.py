@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from cream_peft import CREAMTrainer, load_adapter
+from cream_peft.locks import LockedError
 from cream_peft.model.record import AdapterError, adapter_sha256
 from cream_peft.publish import merge
 from cream_peft.publish.merge import MergeError, merge_adapter
@@ -288,7 +289,28 @@ def test_a_kill_before_any_step_of_taking_its_place_leaves_the_old_merge_or_the_
         assert found() == {"new"} and [path.name for path in tmp_path.iterdir()] == ["merged"]
         if not was_killed:
             break
-    assert number == 6  # two renames, and the removal of three files and their folder
+    assert number == 7  # two renames, and the removal of three files, their folder and the lock
+
+
+def test_a_second_merge_into_one_folder_is_refused_and_disturbs_nothing(tmp_path):
+    output, program = (
+        tmp_path / "merged",
+        (
+            "import sys, pathlib; sys.path[:] = {path!r}\nfrom cream_peft.publish.output import in_place_of\n"
+            "with in_place_of(pathlib.Path({output!r})) as scratch:\n"
+            "    (scratch / 'config.json').write_text('first'); print(flush=True); input()\n"
+        ),
+    )
+    command = [sys.executable, "-c", program.format(path=sys.path, output=str(output))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        with pytest.raises(LockedError, match=f"{output}: another merge is writing there"):
+            refuse_output(output)
+        with pytest.raises(LockedError, match="another merge"), in_place_of(output):
+            pass
+        first.communicate(b"\n")
+    assert (output / "config.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def edit(file, change):
