@@ -1,15 +1,14 @@
 """Does the base's GGUF with the adapter as a GGUF LoRA compute in llama.cpp what the adapter does in transformers?
 
-Both score every next token of one long text. llama.cpp gets the flags of the very line that `cream-peft merge
---gguf_lora` prints. The controls leave one thing out each: the flags, the adapter, and for Llama and Mistral the order
-of the rows of q and k. The text must be longer than the base's window.
+Both score every next token of one long text, cut by the adapter's tokenizer. llama.cpp gets the flags of the very line
+that `cream-peft merge --gguf_lora` prints. The controls leave one thing out each: the flags, the adapter, and for Llama
+and Mistral the order of the rows of q and k. The text must be longer than the base's window.
 
     pip install llama-cpp-python    # compiles llama.cpp
     python tests/check_gguf_lora.py runs/mine base.gguf book.txt
 
-Memory: as check_gguf.py. Prints JSON. The exit status is 1 unless both cut the text into the same tokens, llama-server
-would go up to the target, and beyond the window llama.cpp's log-probabilities differ from transformers' by less than
-CLOSE times what those of each control do.
+Memory: as check_gguf.py. Prints JSON. The exit status is 1 unless llama-server would go up to the target, and beyond
+the window llama.cpp's log-probabilities differ from transformers' by less than CLOSE times what each control's do.
 """
 
 import argparse
@@ -53,17 +52,14 @@ def settings_of(command: str) -> dict[str, Any]:
     return settings
 
 
-def with_llama_cpp(
-    given: argparse.Namespace, text: str, tokens: list[int], **settings: Any
-) -> tuple[Scores, int, bool]:
-    """Its scores, its n_ctx_train, where llama-server stops, and whether it cuts the text into the same tokens."""
+def with_llama_cpp(given: argparse.Namespace, tokens: list[int], **settings: Any) -> tuple[Scores, int]:
+    """Its scores, and its n_ctx_train, where llama-server stops."""
     model = loaded_gguf(given.gguf, len(tokens), given.threads, verbose=False, **settings)
-    same = model.tokenize(text.encode())[: len(tokens)] == tokens
     model.eval(tokens[:-1])
     longest = llama_cpp.llama_model_n_ctx_train(model._model.model)
     found = scores(model.scores[: len(tokens) - 1], tokens)
     model.close()
-    return found, longest, same
+    return found, longest
 
 
 def report(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -84,31 +80,28 @@ def report(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     file, misplaced = folder / "adapter.gguf", folder / "misplaced.gguf"
     written = gguf_lora.write_gguf_lora(given.adapter, file, base_model=given.base_model)
     settings = settings_of(written.command)
-    found, longest, same_tokens = with_llama_cpp(given, text, tokens, lora_path=str(file), **settings)
+    found, longest = with_llama_cpp(given, tokens, lora_path=str(file), **settings)
     controls = {
-        "without_flags": with_llama_cpp(given, text, tokens, lora_path=str(file))[0],
-        "without_adapter": with_llama_cpp(given, text, tokens, **settings)[0],
+        "without_flags": with_llama_cpp(given, tokens, lora_path=str(file))[0],
+        "without_adapter": with_llama_cpp(given, tokens, **settings)[0],
     }
     with mock.patch.object(gguf_lora, "in_pairs", lambda rows, heads: rows):
         gguf_lora.write_gguf_lora(given.adapter, misplaced, base_model=given.base_model)
     if misplaced.read_bytes() != file.read_bytes():
-        controls["rows_in_transformers_order"] = with_llama_cpp(
-            given, text, tokens, lora_path=str(misplaced), **settings
-        )[0]
+        controls["rows_in_transformers_order"] = with_llama_cpp(given, tokens, lora_path=str(misplaced), **settings)[0]
 
     beyond = slice(window, None)
     near = difference(wanted, found, beyond)
     far = {name: difference(wanted, control, beyond) for name, control in controls.items()}
     is_close = near["mean"] < CLOSE * min(control["mean"] for control in far.values())
     return {
-        "agrees": same_tokens and is_close and longest == max(window, record.target_length),
-        "same_tokens": same_tokens,
+        "agrees": is_close and longest == max(window, record.target_length),
         "tokens": len(tokens),
         "window": window,
         "target": record.target_length,
         "n_ctx_train": longest,
         "layers": written.layers,
-        "command": written.command,
+        "command": gguf_lora.llama_cpp_command(given.adapter, record),
         "loss_beyond_window": {
             "transformers": -float(wanted[0][beyond].mean()),
             "llama_cpp": -float(found[0][beyond].mean()),
