@@ -276,7 +276,9 @@ def test_the_figures_of_merging_and_of_llama_cpp_equal_their_json():
     assert len(lora["runs"]) == 6 and all(run["agrees"] for run in lora["runs"].values())
     largest = max(run["beyond_window"]["mean"] for run in lora["runs"].values())
     least = min(one["mean"] for run in lora["runs"].values() for one in run["controls_beyond_window"].values())
-    told, control = map(float, re.search(r"at most ([\d.]+) nats from.*?, and ([\d.]+) or more", text, re.DOTALL).groups())
+    told, control = map(
+        float, re.search(r"at most ([\d.]+) nats from.*?, and ([\d.]+) or more", text, re.DOTALL).groups()
+    )
     assert largest <= told <= largest + 1e-5 and control <= least <= control + 0.01
     assert lora["versions"]["llama.cpp"].split()[0] in text
 
