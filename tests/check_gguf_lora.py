@@ -2,13 +2,14 @@
 
 Both score every next token of one long text, cut by the adapter's tokenizer. llama.cpp gets the flags of the very line
 that `cream-peft merge --gguf_lora` prints. The controls leave one thing out each: the flags, the adapter, and for Llama
-and Mistral the order of the rows of q and k. The text must be longer than the base's window.
+and Mistral the order of the rows of q and k. The tokens beyond the base's window are compared; of a text that ends
+within it all of them, which is cheaper and tells less.
 
     pip install llama-cpp-python    # compiles llama.cpp
     python tests/check_gguf_lora.py runs/mine base.gguf book.txt
 
-Memory: as check_gguf.py. Prints JSON. The exit status is 1 unless llama-server would go up to the target, and beyond
-the window llama.cpp's log-probabilities differ from transformers' by less than CLOSE times what each control's do.
+Memory: as check_gguf.py. Prints JSON. The exit status is 1 unless llama-server would go up to the target, and
+llama.cpp's log-probabilities differ from transformers' by less than CLOSE times what each control's do.
 """
 
 import argparse
@@ -70,8 +71,6 @@ def report(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         given.adapter, base_model=given.base_model, load_in_4bit=False, dtype=torch.float32, attn_implementation="sdpa"
     )
     tokens = tokenizer(text, truncation=False).input_ids[: given.tokens]
-    if len(tokens) <= window + 1:
-        raise SystemExit(f"{given.text} has {len(tokens)} tokens, the base's window is {window}: give a longer text")
     with torch.inference_mode():
         logits = model.eval()(torch.tensor([tokens[:-1]]), use_cache=False).logits[0].numpy()
     wanted = scores(logits, tokens)
@@ -89,9 +88,9 @@ def report(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not given.quick and misplaced.read_bytes() != file.read_bytes():
         controls["rows_in_transformers_order"] = with_llama_cpp(given, tokens, lora_path=str(misplaced), **settings)[0]
 
-    beyond = slice(window, None)
-    near = difference(wanted, found, beyond)
-    far = {name: difference(wanted, control, beyond) for name, control in controls.items()}
+    part, where = ("beyond", slice(window, None)) if len(tokens) > window + 1 else ("within", slice(0, window))
+    near = difference(wanted, found, where)
+    far = {name: difference(wanted, control, where) for name, control in controls.items()}
     is_close = near["mean"] < CLOSE * min(control["mean"] for control in far.values())
     return {
         "agrees": is_close and longest == max(window, record.target_length),
@@ -101,13 +100,13 @@ def report(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "n_ctx_train": longest,
         "layers": written.layers,
         "command": gguf_lora.llama_cpp_command(given.adapter, record),
-        "loss_beyond_window": {
-            "transformers": -float(wanted[0][beyond].mean()),
-            "llama_cpp": -float(found[0][beyond].mean()),
+        f"loss_{part}_window": {
+            "transformers": -float(wanted[0][where].mean()),
+            "llama_cpp": -float(found[0][where].mean()),
         },
         "within_window": difference(wanted, found, slice(0, window)),
-        "beyond_window": near,
-        "controls_beyond_window": far,
+        f"{part}_window": near,
+        f"controls_{part}_window": far,
     }
 
 
@@ -115,7 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, help="folder of the adapter")
     parser.add_argument("gguf", type=Path, help="what convert_hf_to_gguf.py made of its base, --outtype f32")
-    parser.add_argument("text", type=Path, help="UTF-8 text, longer than the base's window")
+    parser.add_argument("text", type=Path, help="UTF-8 text")
     parser.add_argument("--base_model", help="folder or Hub id of the base, where the adapter does not name it")
     parser.add_argument("--tokens", type=int, default=8192, help="how many tokens of the text to score (8192)")
     parser.add_argument("--quick", action="store_true", help="one control: without the flags")
