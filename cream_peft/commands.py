@@ -270,13 +270,26 @@ def check_command(arguments: list[str]) -> None:
 
 
 def merge_command(arguments: list[str]) -> None:
-    """Merge an adapter into its 16-bit base, shard by shard, and leave a model that loads in the usual way."""
+    """Merge an adapter into its 16-bit base, shard by shard, and leave a model that loads in the usual way. With
+    --gguf_lora: write the adapter alone, for llama.cpp."""
     parser = CommandParser(merge_command, "adapter", "base_model", "revision", "json")
-    parser.option("output", "folder of the merged model", required=True, metavar="DIR")
+    parser.option("output", "folder of the merged model", metavar="DIR")
+    parser.option("gguf-lora", "instead: the adapter alone as a GGUF, with llama.cpp's line printed", metavar="FILE")
     parser.option("dtype", "default: the base files' own", choices=["bfloat16", "float16", "float32"])
     parser.option("max_shard_size", "size of a file, and about what merging holds in memory", default="1GB")
     given = vars(parser.parse_args(arguments))
-    json_file, folder = given.pop("json"), given.pop("output")
+    json_file, folder, file = given.pop("json"), given.pop("output"), given.pop("gguf_lora")
+    if bool(folder) == bool(file):
+        parser.error("give one of --output (a merged model) and --gguf_lora (the adapter alone, for llama.cpp)")
+    if file:
+        from .publish.gguf_lora import write_gguf_lora
+
+        options = {name: given[name] for name in ("base_model", "revision")}
+        written = write_gguf_lora(given["adapter"], file, **options)
+        write_json(json_file, asdict(written))
+        print(f"{written.layers:,} layers are adapted by {file}. On the base's own GGUF, in any quantization:\n")
+        print(written.command)
+        return
     from .publish.merge import merge_adapter
 
     summary = asdict(merge_adapter(given.pop("adapter"), folder, **given))
