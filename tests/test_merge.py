@@ -24,6 +24,7 @@ from cream_peft.model.record import AdapterError, adapter_sha256
 from cream_peft.publish import merge
 from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.output import in_place_of, refuse_output
+from cream_peft.publish.serving import gguf_architecture
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -473,6 +474,15 @@ def test_the_card_of_a_linear_merge_says_how_llama_cpp_learns_the_length(adapted
         card = (tmp_path / "merged" / "README.md").read_text()
         assert "A merged model" in card and "convert_hf_to_gguf.py" in card
         assert ("gguf-set-metadata model.gguf llama.context_length 512 --force" in card) == wanted
+
+
+@pytest.mark.parametrize("family, key", [("mistral", "llama"), ("qwen3", "qwen3"), ("gemma3_text", "gemma3")])
+def test_the_key_of_the_length_in_a_gguf_is_that_of_the_model_s_family(tmp_path, family, key):
+    for place in (tmp_path, tmp_path / "base_config"):
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text(json.dumps({"model_type": family}))
+        assert gguf_architecture(tmp_path) == key
+        (place / "config.json").write_text('{"model_type": "llama"}')
 
 
 @pytest.mark.slow

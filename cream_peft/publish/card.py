@@ -16,7 +16,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from ..evals.results import Results, mean_by, tasks_in
 from ..model.record import Record, adapter_sha256
 from ..tiny import TINY_ID
-from .serving import ServingError, llama_cpp_command, vllm_command
+from .serving import ServingError, gguf_architecture, llama_cpp_command, vllm_command
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,7 @@ def write_card(
         embedded=base == TINY_ID,
         # The embedded model comes with this package, and nothing else finds it.
         vllm="" if record.merged or base == TINY_ID else vllm_command(folder, record, name),
+        architecture=gguf_architecture(folder),
         llama_cpp="" if record.merged or base == TINY_ID else _llama_cpp(folder, record),
         space=trackio_page(record),
         measured=measured,

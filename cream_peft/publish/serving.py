@@ -16,6 +16,13 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for --max-lora-rank."""
 
 
+def gguf_architecture(folder: Path) -> str:
+    """The name that begins the keys of the model's GGUF; of a model that is not in LLAMA_CPP transformers' name."""
+    path = folder / "base_config" / "config.json"
+    config = json.loads((path if path.is_file() else folder / "config.json").read_text(encoding="utf-8"))
+    return LLAMA_CPP.get(config["model_type"], config["model_type"].removesuffix("_text"))
+
+
 class ServingError(ValueError):
     """An adapter that llama.cpp does not take as a GGUF LoRA, or a file that is none."""
 
