@@ -1,5 +1,8 @@
 """CREAM context extension as a PEFT/LoRA recipe package (arXiv 2406.07138)."""
 
+import logging
+from importlib import import_module
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -8,20 +11,19 @@ _EXPORTS = {
     "CREAMDataCollator": "cream_peft.train.collator",
     "CREAMTrainer": "cream_peft.train.trainer",
     "cream": "cream_peft.positions",
+    "evaluate": "cream_peft.evals.rows",
     "load_adapter": "cream_peft.model.adapter",
     "pose": "cream_peft.positions",
 }
 __all__ = sorted(_EXPORTS)
 
+# On a CPU it speaks of a faster kernel when it is imported; what is installed does.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def __getattr__(name: str):
     # Imported on first use: torch, transformers and TRL take seconds, and `cream-peft --help` needs none of them.
     if name in _EXPORTS:
-        import logging
-        from importlib import import_module
-
-        # On a CPU it speaks of a faster kernel when it is imported; what is installed does.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'cream_peft' has no attribute {name!r}")
 

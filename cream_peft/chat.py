@@ -245,8 +245,13 @@ def load_chat(adapter: str | Path, settings: ChatSettings, **load_options: Any) 
     return Chat(model, tokenizer, window, model.trained_record.target_length, settings)
 
 
-def talk(chat: Chat, lines: Iterable[str], write: Write) -> None:
-    """Answer `lines` until they end, /exit comes, or Ctrl-C is pressed while a line is awaited."""
+def talk(chat: Chat, lines: Iterable[str], write: Write) -> int:
+    """Answer `lines` until they end, /exit comes, or Ctrl-C is pressed while a line is awaited.
+
+    Returns:
+        How many of them were refused.
+    """
+    refused = 0
     write(f"{chat.status()}. /tokens counts again, /reset starts over, /exit leaves.\n")
     if not chat.tokenizer.chat_template:
         write("The tokenizer has no chat template: the model continues the text that you type.\n")
@@ -256,6 +261,7 @@ def talk(chat: Chat, lines: Iterable[str], write: Write) -> None:
                 break
             if line.startswith("/") and line not in ("/reset", "/tokens"):
                 write(f"{line.split()[0]} is no command: there are /tokens, /reset and /exit\n")
+                refused += 1
                 continue
             if line == "/reset":
                 chat.messages = []
@@ -266,6 +272,8 @@ def talk(chat: Chat, lines: Iterable[str], write: Write) -> None:
                     chat.ask(line, write)
                 except ChatError as error:
                     write(f"error: {error}")
+                    refused += 1
                 write("\n")
     except KeyboardInterrupt:
         write("\n")
+    return refused

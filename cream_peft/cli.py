@@ -20,7 +20,7 @@ USAGE = """usage: cream-peft COMMAND [OPTIONS]
 commands:
   train     train an adapter from a recipe: cream-peft train --config recipe.yaml [--any_field value]
   evaluate  measure models by length and depth: cream-peft evaluate --compare MODEL [MODEL ...]
-  lm-eval   the field's own benchmarks: cream-peft lm-eval --adapter ID_OR_DIR --tasks longbench,ruler,hellaswag
+  lm-eval   the field's own benchmarks: cream-peft lm-eval --adapter ID_OR_DIR --preset short
   plan      peak memory of a recipe and the GPUs that it fits: cream-peft plan --config recipe.yaml
   plot      draw results: cream-peft plot RESULTS.json [...] --output picture.png
   bench     train a recipe on random weights: peak memory and speed here: cream-peft bench --config recipe.yaml
@@ -35,6 +35,7 @@ take the recipe of the embedded tiny model.
 RESUMES = {
     "train": ", what was saved stays: --resume_from_checkpoint true resumes from the newest checkpoint",
     "evaluate": ", what was measured stays: the same command resumes",
+    "lm-eval": ", the tasks that were measured stay: the same command resumes with the next",
     "push": ": the same command resumes, and does not send again what has arrived",
 }
 

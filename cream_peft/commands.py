@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -104,20 +105,25 @@ def evaluate_command(arguments: list[str]) -> None:
 def lm_eval_command(arguments: list[str]) -> None:
     """Run the field's own benchmarks (EleutherAI's lm-eval) on adapters, with their RoPE scaled, and on bases."""
     from .evals.options import COMPARED
+    from .evals.presets import PRESETS
 
     parser = CommandParser(lm_eval_command, "base_model", "no_4bit", "json")
     parser.add_argument("--compare", "--adapter", nargs="+", required=True, metavar="MODEL", help=COMPARED)
-    parser.option("tasks", "lm-eval's tasks, by commas: longbench,ruler,hellaswag,mmlu_*", required=True)
+    parser.option("preset", "short: the paper's six; longbench: 16 sets; ruler: 13 tasks", choices=PRESETS)
+    parser.option("tasks", "lm-eval's tasks in place of a preset, by commas: hellaswag,mmlu_*")
+    parser.option("data_dir", "data sets OWNER/NAME in place of the Hub's", metavar="DIR")
     parser.option("target_length", "tokens, of bases; default: a window, or 8 if scaled", type=int)
     parser.option("max_length", "tokens of prompt and answer; default: the target length", type=int)
     parser.option("batch_size", "prompts answered together", type=int, default=1)
-    parser.option("chat_template", "put the prompts in the chat template", action="store_true")
+    chat = "put the prompts in the chat template; default: of --preset longbench, where there is one"
+    parser.option("chat_template", chat, action=argparse.BooleanOptionalAction)
+    parser.option("overwrite", "replace results that were asked in another way", action="store_true")
     parser.option("limit", "samples of each task; default: all", type=int)
     parser.option("num_fewshot", "examples in the prompt; default: the task's", type=int)
     parser.option("seed", "default: lm-eval's own, with which published figures were made", type=int)
     parser.option("include_path", "task YAMLs beside lm-eval's own", metavar="DIR")
     parser.option(
-        "metadata", "for tasks that make their data; default: RULER's lengths, up to max_length", type=json.loads
+        "metadata", "for tasks that make their data; default: RULER's lengths, from 4096 to max_length", type=json.loads
     )
     parser.option("output_dir", "folder of the results", default="runs/lm-eval")
     given = vars(parser.parse_args(arguments))
@@ -264,13 +270,26 @@ def check_command(arguments: list[str]) -> None:
 
 
 def merge_command(arguments: list[str]) -> None:
-    """Merge an adapter into its 16-bit base, shard by shard, and leave a model that loads in the usual way."""
+    """Merge an adapter into its 16-bit base, shard by shard, and leave a model that loads in the usual way. With
+    --gguf_lora: write the adapter alone, for llama.cpp."""
     parser = CommandParser(merge_command, "adapter", "base_model", "revision", "json")
-    parser.option("output", "folder of the merged model", required=True, metavar="DIR")
+    parser.option("output", "folder of the merged model", metavar="DIR")
+    parser.option("gguf-lora", "instead: the adapter alone as a GGUF, with llama.cpp's line printed", metavar="FILE")
     parser.option("dtype", "default: the base files' own", choices=["bfloat16", "float16", "float32"])
     parser.option("max_shard_size", "size of a file, and about what merging holds in memory", default="1GB")
     given = vars(parser.parse_args(arguments))
-    json_file, folder = given.pop("json"), given.pop("output")
+    json_file, folder, file = given.pop("json"), given.pop("output"), given.pop("gguf_lora")
+    if bool(folder) == bool(file):
+        parser.error("give one of --output (a merged model) and --gguf_lora (the adapter alone, for llama.cpp)")
+    if file:
+        from .publish.gguf_lora import write_gguf_lora
+
+        options = {name: given[name] for name in ("base_model", "revision")}
+        written = write_gguf_lora(given["adapter"], file, **options)
+        write_json(json_file, asdict(written))
+        print(f"{written.layers:,} layers are adapted by {file}. On the base's own GGUF, in any quantization:\n")
+        print(written.command)
+        return
     from .publish.merge import merge_adapter
 
     summary = asdict(merge_adapter(given.pop("adapter"), folder, **given))
@@ -296,11 +315,11 @@ def chat_command(arguments: list[str]) -> None:
     document = read_document(options.document) if options.document else ""
     settings = ChatSettings(document, options.system, options.kv_cache, options.max_new_tokens, options.temperature)
     load_options = {"base_model": options.base_model, "revision": options.revision, "load_in_4bit": not options.no_4bit}
-    talk(
-        load_chat(options.adapter, settings, **load_options),
-        typed_lines(),
-        lambda text: print(text, end="", flush=True),
-    )
+    chat = load_chat(options.adapter, settings, **load_options)
+    refused = talk(chat, typed_lines(), lambda text: print(text, end="", flush=True))
+    # Whoever types has seen it; a script reads the exit code.
+    if refused and not sys.stdin.isatty():
+        raise UserError(f"{refused} of the lines got no answer (see above)")
 
 
 COMMANDS = {

@@ -43,10 +43,7 @@ REWORDED = (
     (r"Dataset .* is a gated dataset.*", NO_ACCESS),
     (r"Dataset .* doesn't exist on the Hub.*", NOT_FOUND),
     (r"Couldn't find any data file.*", NOT_FOUND),
-    (
-        r".*doesn't contain any data files.*",
-        "{thing} holds no data files: .jsonl, .json, .parquet or .txt",
-    ),
+    (r".*doesn't contain any data files.*", "{thing} holds no data files: .jsonl, .json, .parquet or .txt"),
     (
         r".*Config name is missing.*available configs: (?P<configs>\[.*?\]).*",
         "{thing} has several configurations: set dataset_config to one of {configs}",
@@ -57,7 +54,6 @@ REWORDED = (
     ),
     (r".*Repo id must .*", "there is no folder {thing}, and a Hub id looks like owner/name"),
     (r"Unrecognized model in .*model_type.*", NO_CONFIG),
-    (r".*not the path to a directory containing a file named config.json.*", NO_CONFIG),
     (
         r".*(does not appear to have|no) (a )?files? named .*(model\.safetensors|pytorch_model).*",
         "{thing} holds no weights (model.safetensors): give a Hub id or a folder of a whole model",

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 NOISE = {
-    # A faster kernel that is looked for on the Hub; what is installed does.
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # We say it ourselves.
     "huggingface_hub.hf_api": "No files have been modified|Removing .* file",
     # That the pad token is the end token, which is meant; that a resumed run has other save_steps, which it has.

@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -44,8 +45,9 @@ def with_transformers(folder: Path, config: PreTrainedConfig | None, tokens: lis
         return scores(model(torch.tensor([tokens[:-1]]), use_cache=False).logits[0].numpy(), tokens)
 
 
-def loaded_gguf(path: Path, context: int, threads: int) -> llama_cpp.Llama:
-    """fp32 keys and values and plain attention: what is left is RoPE, the weights' format and rounding."""
+def loaded_gguf(path: Path, context: int, threads: int, **settings: Any) -> llama_cpp.Llama:
+    """fp32 keys and values and plain attention: what is left is RoPE, the weights' format and rounding. `settings`:
+    others of Llama's."""
     return llama_cpp.Llama(
         str(path),
         n_ctx=context,
@@ -55,6 +57,7 @@ def loaded_gguf(path: Path, context: int, threads: int) -> llama_cpp.Llama:
         logits_all=True,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
+        **settings,
     )
 
 

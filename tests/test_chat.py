@@ -1,3 +1,4 @@
+import io
 import os
 import random
 import signal
@@ -7,7 +8,7 @@ import torch
 from conftest import TARGET, WINDOW
 from tokenizers.models import WordLevel
 
-from cream_peft import CREAMTrainer
+from cream_peft import CREAMTrainer, cli
 from cream_peft.chat import Chat, ChatError, ChatSettings, end_tokens, load_chat, read_document, talk
 from cream_peft.model.base import load_base
 from cream_peft.tiny import TINY_ID
@@ -232,6 +233,18 @@ def test_talk_takes_lines_and_commands_and_goes_on_after_an_error(make_chat):
         "k002",
         second,
     ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [("k001\n", 0), ("k001 " * 500 + "\nk002\n", 2), ("/tokes\n", 2)],
+    ids=["control", "long", "typo"],
+)
+def test_lines_of_a_pipe_that_were_refused_are_in_the_exit_code(make_chat, monkeypatch, capsys, lines, code):
+    monkeypatch.setattr("cream_peft.chat.load_chat", lambda *arguments, **options: make_chat())
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert cli.main(["chat", "--adapter", "any"]) == code
+    assert capsys.readouterr().err == ("error: 1 of the lines got no answer (see above)\n" if code else "")
 
 
 def test_ctrl_c_at_the_prompt_ends_the_talk(make_chat):

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,11 +19,22 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.utils import is_hqq_available
 
 from cream_peft.evals import answers as generation
+from cream_peft.evals import tasks
 from cream_peft.evals.kv_retrieval import PAPER_POSITIONS
 from cream_peft.evals.longchat_lines import drawn_lines
 from cream_peft.evals.needle import NEEDLE, split_sentences
 from cream_peft.evals.perplexity import perplexity, windows
-from cream_peft.evals.prompts import WORDS, Case, Prompt, TaskError, Writer, dump_prompts, first_integer, prompt_rng
+from cream_peft.evals.prompts import (
+    WORDS,
+    Case,
+    Prompt,
+    TaskError,
+    Writer,
+    contains_all,
+    dump_prompts,
+    first_integer,
+    prompt_rng,
+)
 from cream_peft.evals.tasks import TASKS as ALL_TASKS
 from cream_peft.evals.tasks import Task
 from cream_peft.model.base import load_base
@@ -33,7 +45,9 @@ CHAT = (
     "<s>{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% if enable_thinking is not false %} <think>{% endif %}{% endif %}"
 )
-TASKS = {name: task for name, task in ALL_TASKS.items() if isinstance(task, Task)}
+SPREAD = {name: task for name, task in ALL_TASKS.items() if getattr(task, "grade", None) is contains_all}
+"""The tasks whose answer is a list, found all over the text."""
+TASKS = {name: task for name, task in ALL_TASKS.items() if isinstance(task, Task) and name not in SPREAD}
 PROMPTS = ("kv_retrieval", "longchat_lines", "needle", "passkey")
 kv_retrieval, needle, passkey = TASKS["kv_retrieval"], TASKS["needle"], TASKS["passkey"]
 ENDS = re.compile(r"(?:Corresponding value:|REGISTER_CONTENT> is|\nAnswer:|The pass key is)(.*)", re.DOTALL)
@@ -61,8 +75,8 @@ def bytes_tokenizer(chat_template=None):
 
 
 def prompt_of(task, writer, length, depth, index=0, seed=0, *, answer_tokens=None, depths=(), **options):
-    room = answer_tokens or TASKS[task].answer_tokens
-    return TASKS[task].prompt(writer, Case(length, depth, index, seed, room, depths), **options)
+    room = answer_tokens or ALL_TASKS[task].answer_tokens
+    return ALL_TASKS[task].prompt(writer, Case(length, depth, index, seed, room, depths), **options)
 
 
 class Reader:
@@ -206,6 +220,16 @@ def test_the_kv_prompt_is_lost_in_the_middles(tokenizer):
     assert json.loads(re.search(r"{.*}", prompt.text, re.DOTALL).group()) == dict(pairs)
 
 
+def test_the_key_stands_before_the_json_too_if_asked_to(tokenizer):
+    usual, aware = (
+        prompt_of("kv_retrieval", Writer(tokenizer), 4000, 0.5, 0, 0, keys=3, query_aware=both)
+        for both in (False, True)
+    )
+    key = re.findall('Key: "(.*)"', usual.text)
+    first, rest = usual.text.split("\n\n", 1)
+    assert len(key) == 1 and aware.text == f'{first}\n\nKey: "{key[0]}"\n\n{rest}' and aware.answer == usual.answer
+
+
 def test_the_lines_prompt_is_longevals(tokenizer):
     prompt = prompt_of("longchat_lines", Writer(tokenizer), 4000, 1.0, 0, 0, lines=2)
     (first, one), (second, two) = re.findall(r"line ([a-z]+-[a-z]+): REGISTER_CONTENT is <(\d+)>\n", prompt.text)
@@ -224,6 +248,65 @@ def test_the_lines_prompt_is_longevals(tokenizer):
     assert "user's questions. USER: Below is a record" in chat and chat.endswith("I need the number. ASSISTANT:")
     names = [name for name, _ in drawn_lines(prompt_rng("longchat_lines", 0))(13_000)]
     assert len(set(names)) == 13_000 > len(WORDS["adjectives"]) * len(WORDS["nouns"])
+
+
+def solved(task, text):
+    """The answer to a prompt of a spread task, found in its text in another way than it was made."""
+    if task == "common_words":
+        counts = Counter(re.findall(r"\d+\. (\S+)", text))
+        often = sorted(counts.values())
+        assert often[-10] == often[-1] > 4 * often[-11]
+        return {word for word, _ in counts.most_common(10)}
+    if task == "frequent_words":
+        counts = Counter(text.split("coded words. ")[1].split("\nQuestion")[0].split()).most_common(5)
+        assert counts[0][0] == "..." and counts[3][1] > counts[4][1]  # no tie
+        return {word for word, _ in counts[1:4]}
+    if task == "variable_tracking":
+        held = dict(re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)", text))
+        return {name for name in held if re.search(r"the value (\d+) in", text).group(1) in chain(held, name)}
+    cities = re.findall(r"[A-Z]\w+", text.rsplit("magic numbers of ", 1)[1].split("?")[0])
+    return {number for city in cities for number in re.findall(rf"magic numbers? of {city} is (\d+)\.", text)}
+
+
+def chain(held, name):
+    while name in held:
+        name = held[name]
+    return [name]
+
+
+@pytest.mark.parametrize("task", SPREAD)
+def test_what_is_spread_over_a_text_is_what_a_list_is_asked_of(tokenizer, task):
+    writer, texts = Writer(tokenizer), set()
+    for length in (2000, 9000, 20_000):
+        for index in range(2):
+            prompt = prompt_of(task, writer, length, 1.0, index, answer_tokens=130)
+            assert solved(task, prompt.text) == set(prompt.answer.split(", "))
+            assert len(prompt.answer.split(", ")) == {"multi": 4, "varia": 5, "commo": 10, "frequ": 3}[task[:5]]
+            assert length - 130 - 150 < len(prompt.tokens) <= length - 130
+            assert prompt_of(task, writer, length, 1.0, index, answer_tokens=130) == prompt
+            texts.add(prompt.text)
+    assert len(texts) == 6
+    places = [prompt.text.index(item) / len(prompt.text) for item in prompt.answer.split(", ")]
+    assert max(places) < 0.99 and (task in ("common_words", "frequent_words") or max(places) - min(places) > 0.2)
+    with pytest.raises(TaskError, match=r"length 200 is too short for 1 \w+: they take"):
+        prompt_of(task, writer, 200, 1.0)
+
+
+@pytest.mark.parametrize("task", SPREAD)
+def test_a_list_is_right_if_nothing_of_it_is_missing(monkeypatch, tokenizer, task):
+    def answers(lacking, joined):
+        def reply(model, tokenizer, prompts, one_line, **settings):
+            assert not one_line  # an item a line is a list too
+            for prompt in prompts:
+                yield joined.join(sorted(solved(task, prompt.text))[lacking:]), 0.5
+
+        monkeypatch.setattr(tasks, "scored_answers", reply)
+        return list(SPREAD[task](None, tokenizer, 3000, 3, 0))
+
+    (cell,) = answers(0, "\n- ")
+    assert cell["value"] == 1.0 and cell["depth"] == 1.0 and cell["correct"] == "111"
+    assert answers(1, ", ")[0]["value"] == 0.0 and answers(0, "")[0]["value"] == 0.0
+    assert list(SPREAD[task](None, tokenizer, 3000, 3, 0, done={1.0})) == []
 
 
 def test_the_passkey_prompt_is_landmark_attentions(tokenizer):
@@ -332,7 +415,7 @@ def test_the_embedded_haystack_has_no_number_but_the_needles(tokenizer):
     assert NEEDLE.split("{")[0] in text
 
 
-@pytest.mark.parametrize("task", [*TASKS.values(), functools.partial(perplexity, text=["some text"])])
+@pytest.mark.parametrize("task", [*TASKS.values(), *SPREAD.values(), functools.partial(perplexity, text=["some text"])])
 def test_a_model_that_reads_no_text_is_refused(tiny_tokenizer, task):
     # The embedded model has a form of its own for these two.
     if task not in (kv_retrieval, needle):
@@ -458,6 +541,9 @@ def test_the_loss_of_the_right_answer_is_that_of_a_plain_forward(llama, task, te
                 losses.append(functional.cross_entropy(logits, ids[0, -len(answer) :]).item())
             # Of the form that the model finds likelier: no form that it was trained to answer in is marked wrong.
             assert loss == pytest.approx(min(losses), abs=1e-3) and len(set(losses)) == len(forms)
+            # And, of a chat model, of the answer alone.
+            alone = cell["alone_loss"][index] if template else loss
+            assert alone == pytest.approx(losses[-1], abs=1e-3) and ("alone_loss" in cell) == bool(template)
     assert len({loss for cell in cells for loss in cell["answer_loss"]}) == 4  # control: it is each question's own
 
 

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import cream_peft
 from cream_peft import cli
 from cream_peft.evals import models
 from cream_peft.evals.models import ModelSpec, open_models
@@ -21,8 +23,11 @@ from cream_peft.evals.run import evaluate
 from cream_peft.evals.table import table_of
 from cream_peft.evals.tasks import TASKS
 from cream_peft.model import base
+from cream_peft.model.base import load_base
 from cream_peft.plan import fit
 from cream_peft.tiny import TINY_ID, documents
+
+EVALS = Path(models.__file__).parent
 
 
 class Oracle:
@@ -275,6 +280,11 @@ def test_prompts_are_written_out_byte_identical_and_nothing_is_measured(tmp_path
         (["--tasks", "needle", "--keys", "75"], "--keys is for kv_retrieval, and --tasks has needle"),
         (["--tasks", "perplexity"], "task perplexity has no text"),
         (["--tasks", "passkey"], "cream-peft-tiny reads no text, which passkey is"),
+        (
+            ["--tasks", "kv_retrieval", "--query_aware"],
+            "in the embedded model's vocabulary this task has no query_aware",
+        ),
+        (["--tasks", "needle", "--query_aware"], "--query_aware is for kv_retrieval, and --tasks has needle"),
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--tasks", "perplexity", "--text", "absent.txt"], "--text absent.txt: no such file or folder"),
         (["--tasks", "kv_retrieval", "--lengths", "8"], "length 8 is too short"),
@@ -315,6 +325,40 @@ def test_perplexity_takes_texts_of_a_data_set_as_of_a_file(tmp_path, monkeypatch
     command[-1] = "b.jsonl"
     assert cli.main([*command, "--lengths", "32", "--output_dir", "b"]) == 2
     assert "--text b.jsonl has no column text" in capsys.readouterr().err
+
+
+def test_python_gets_the_commands_measurement_as_rows(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tasks, asked = ["kv_retrieval", "recall"], {"samples": 2, "seed": 5}
+    model = load_base(TINY_ID).train()
+    rows = cream_peft.evaluate(model, tiny_tokenizer, tasks, [256, 512], depths=[0.0, 1.0], **asked)
+    assert model.training and not list(tmp_path.iterdir())  # as it was, and nothing is written
+    command = ["evaluate", "--tasks", *tasks, "--lengths", "256", "512", "--depths", "0", "1", "--samples", "2"]
+    assert cli.main([*command, "--seed", "5", "--output_dir", "out"]) == 0
+    cells = Results.read(tmp_path / "out" / "cream-peft-tiny.json").cells
+    assert len(rows) == len(cells) > 20
+    for row, cell in zip(rows, cells, strict=True):
+        kept = {key: value for key, value in row.items() if key not in ("answer_loss", "seconds")}
+        assert kept.items() <= dataclasses.asdict(cell).items()
+        assert ("answer_loss" in row) == (row["task"] == "kv_retrieval")
+        assert row.get("answer_loss", 0.0) == pytest.approx(np.mean(cell.answer_loss or [0.0]))
+    table = pandas.DataFrame(rows).pivot_table("value", "task", "length")
+    assert table.loc["recall", 256] > 0.9 and set(table.columns) == {256, 512}
+    with pytest.raises(ValueError, match=r"unknown option keyss: use one of chunk_length, depths, .*keys, "):
+        cream_peft.evaluate(model, tiny_tokenizer, "needle", [256], keyss=3)
+    with pytest.raises(ValueError, match="reads no text, which passkey is"):
+        cream_peft.evaluate(model, tiny_tokenizer, ["passkey"], [256])
+
+
+def test_the_pages_python_runs(adapter, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    adapter.rename(tmp_path / "runs/mine")
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"^```python\n(.*?)^```", (EVALS / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    exec(program.replace("samples=32", "samples=1"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["length", "1024", "2048"]
+    assert [line.split()[0] for line in lines[-2:]] == ["kv_retrieval", "needle"]
 
 
 def test_the_kv_cache_is_chosen_by_what_the_gpu_has_free(monkeypatch):

@@ -211,7 +211,7 @@ def test_a_chat_model_is_asked_in_its_template_if_asked_to(ask, tiny_tokenizer):
     assert not any(ids[:3] == begin for ids in ask.used[1].fed)
 
 
-def test_tasks_that_make_their_data_get_the_models_tokenizer(ask, tiny_tokenizer):
+def test_tasks_that_make_their_data_get_the_models_tokenizer(ask, tiny_tokenizer, monkeypatch):
     (ask.folder / "made.py").write_text(
         "from datasets import Dataset\n"
         "def make(tokenizer, max_seq_lengths, **others):\n"
@@ -230,6 +230,10 @@ def test_tasks_that_make_their_data_get_the_models_tokenizer(ask, tiny_tokenizer
     assert {tiny_tokenizer.decode(ids) for ids in ask.used[1].fed} == {"k001 v04", "k001 v08", "k001 v16"}
     ask(tiny(target_length=4 * 256), "made", header={"pretrained_window": 256}, limit=1)
     assert [tiny_tokenizer.decode(ids) for ids in ask.used[2].fed] == ["k001 v16"]
+    # A skill within a long window is asked at short lengths too.
+    monkeypatch.setattr(harness, "RULER_FIRST", 256)
+    ask(tiny(target_length=4 * 256), "made", header={"pretrained_window": 4 * 256})
+    assert {tiny_tokenizer.decode(ids) for ids in ask.used[3].fed} == {"k001 v04", "k001 v08", "k001 v16"}
 
 
 def test_what_lm_eval_cannot_do_is_one_line(ask, monkeypatch):

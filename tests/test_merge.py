@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from cream_peft import CREAMTrainer, load_adapter
+from cream_peft.locks import LockedError
 from cream_peft.model.record import AdapterError, adapter_sha256
 from cream_peft.publish import merge
 from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.output import in_place_of, refuse_output
+from cream_peft.publish.serving import gguf_architecture
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -288,7 +290,28 @@ def test_a_kill_before_any_step_of_taking_its_place_leaves_the_old_merge_or_the_
         assert found() == {"new"} and [path.name for path in tmp_path.iterdir()] == ["merged"]
         if not was_killed:
             break
-    assert number == 6  # two renames, and the removal of three files and their folder
+    assert number == 7  # two renames, and the removal of three files, their folder and the lock
+
+
+def test_a_second_merge_into_one_folder_is_refused_and_disturbs_nothing(tmp_path):
+    output, program = (
+        tmp_path / "merged",
+        (
+            "import sys, pathlib; sys.path[:] = {path!r}\nfrom cream_peft.publish.output import in_place_of\n"
+            "with in_place_of(pathlib.Path({output!r})) as scratch:\n"
+            "    (scratch / 'config.json').write_text('first'); print(flush=True); input()\n"
+        ),
+    )
+    command = [sys.executable, "-c", program.format(path=sys.path, output=str(output))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        with pytest.raises(LockedError, match=f"{output}: another merge is writing there"):
+            refuse_output(output)
+        with pytest.raises(LockedError, match="another merge"), in_place_of(output):
+            pass
+        first.communicate(b"\n")
+    assert (output / "config.json").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def edit(file, change):
@@ -451,6 +474,15 @@ def test_the_card_of_a_linear_merge_says_how_llama_cpp_learns_the_length(adapted
         card = (tmp_path / "merged" / "README.md").read_text()
         assert "A merged model" in card and "convert_hf_to_gguf.py" in card
         assert ("gguf-set-metadata model.gguf llama.context_length 512 --force" in card) == wanted
+
+
+@pytest.mark.parametrize("family, key", [("mistral", "llama"), ("qwen3", "qwen3"), ("gemma3_text", "gemma3")])
+def test_the_key_of_the_length_in_a_gguf_is_that_of_the_model_s_family(tmp_path, family, key):
+    for place in (tmp_path, tmp_path / "base_config"):
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text(json.dumps({"model_type": family}))
+        assert gguf_architecture(tmp_path) == key
+        (place / "config.json").write_text('{"model_type": "llama"}')
 
 
 @pytest.mark.slow

@@ -24,10 +24,11 @@ from cream_peft import CREAMTrainer, cli
 from cream_peft.model.base import load_base
 from cream_peft.model.record import AdapterError, Record, adapter_sha256
 from cream_peft.model.secrets import find_secret, public_name
-from cream_peft.publish.card import metadata, vllm_command
+from cream_peft.publish.card import metadata
 from cream_peft.publish.licenses import LICENSES
 from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.push import PushError, create_repository, push_folder
+from cream_peft.publish.serving import vllm_command
 from cream_peft.tiny import TINY_ID, base_folder
 from cream_peft.train.recipe import RecipeError, parse_recipe
 from cream_peft.train.run import run_recipe

@@ -137,7 +137,7 @@ def test_no_file_names_a_path_of_a_machine(path):
 
 def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces():
     compare = load_script(SMOLLM2 / "compare.py")
-    pieces = compare.read_pieces(SMOLLM2 / "results/skill/pieces.jsonl")
+    pieces = compare.read_lines(SMOLLM2 / "results/skill/pieces.jsonl")
     summary = json.loads((SMOLLM2 / "results/skill/skill.json").read_text())
     assert json.loads(json.dumps(compare.summarise(pieces))) == summary
     text = page("recipes/smollm2-135m-instruct")
@@ -277,6 +277,19 @@ def test_the_figures_of_merging_and_of_llama_cpp_equal_their_json():
     assert largest <= float(re.search(r"within ([\d.]+) nats", text)[1]) <= largest + 1e-5
     assert min(control / ours for ours, control in pairs) > 4000 and "over 4,000 times nearer" in text
     assert gguf["versions"]["llama.cpp"].split()[0] in text
+    lora = json.loads((ROOT / "tests/measured/gguf-lora.json").read_text())
+    assert len(lora["runs"]) == 7 and all(run["agrees"] for run in lora["runs"].values())
+    assert all(run["n_ctx_train"] == run["target"] for run in lora["runs"].values())
+    real, runs = lora["runs"].pop("smollm2-yarn"), lora["runs"].values()
+    largest = max(run["beyond_window"]["mean"] for run in runs)
+    least = min(one["mean"] for run in runs for one in run["controls_beyond_window"].values())
+    told, control = map(
+        float, re.search(r"at most ([\d.]+) nats from.*?, and ([\d.]+) or more", text, re.DOTALL).groups()
+    )
+    assert largest <= told <= largest + 1e-5 and control <= least <= control + 0.01
+    found = (real["within_window"]["mean"], min(one["mean"] for one in real["controls_within_window"].values()))
+    assert f"within its window: {found[0]:.5f}, and {found[1] - 0.005:.2f} or more" in text
+    assert lora["versions"]["llama.cpp"].split()[0] in text
 
 
 def test_every_test_that_tests_readme_names_is_there():

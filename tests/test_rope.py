@@ -441,10 +441,13 @@ def as_transformers_4_reads(content):
 
 
 def as_vllm_reads(content):
-    """The maximum length: [read] vLLM multiplies by the factor, from the original window where one is given."""
+    """The maximum length: [read] vLLM 0.12 multiplies by the factor, from the original window where one is given; 0.33
+    leaves yarn's alone."""
     scaling = content.get("rope_scaling") or {}
-    length = scaling.get("original_max_position_embeddings", content["max_position_embeddings"])
-    return length * scaling.get("factor", 1)
+    length, factor = content["max_position_embeddings"], scaling.get("factor", 1)
+    earlier = scaling.get("original_max_position_embeddings", length) * factor
+    assert earlier == (length if scaling.get("rope_type") == "yarn" else length * factor)
+    return earlier
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])

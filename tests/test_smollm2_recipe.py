@@ -112,25 +112,27 @@ def test_training_validation_and_test_share_no_play_town_or_number(prepare, toke
     assert texts == {split: (tmp_path / f"skill-{split}.jsonl").read_text() for split in prepare.SKILL_ROWS}
 
 
-def piece(compare, row, correct, what=16_384, block=0, losses=None):
-    """A line of pieces.jsonl: depth -> 0 or 1 for each document."""
+def piece(compare, row, correct, what=16_384, block=0, losses=None, alone=None):
+    """A line of pieces.jsonl: depth -> 0 or 1 for each document; `alone` is more than the loss of the likelier form."""
     cells = [
         {"task": "multikey_needle", "length": what, "depth": depth, "metric": "accuracy", "samples": len(text),
          "value": text.count("1") / len(text), "correct": text,
          "answer_loss": losses[depth] if losses else [1.0] * len(text)}
         for depth, text in correct.items()
     ]  # fmt: skip
-    found = compare.identity(row, compare.BUDGETS["cpu"], what, block)
+    for cell in cells if alone else ():
+        cell["alone_loss"] = [loss + alone for loss in cell["answer_loss"]]
+    found = compare.identity(row, compare.BUDGETS["cpu"], Path("no-adapters-here"), what, block)
     return found | {"cells": cells, "trained": None, "versions": {}, "machine": "here", "seconds": 1}
 
 
 def test_blocks_of_documents_are_added_up_and_the_same_questions_compared(compare):
     plain, cream = compare.Row("yarn", "contiguous"), compare.Row("yarn", "cream")
     pieces = [
-        piece(compare, cream, {0.1: "11", 0.5: "11"}, block=1, losses={0.1: [1, 1], 0.5: [0.5, 1.5]}),
+        piece(compare, cream, {0.1: "11", 0.5: "11"}, block=1, losses={0.1: [1, 1], 0.5: [0.5, 1.5]}, alone=1),
         piece(compare, plain, {0.1: "10", 0.5: "00"}, losses={0.1: [2, 2], 0.5: [2, 4]}),
         piece(compare, cream, {0.1: "10", 0.5: "01"}, losses={0.1: [2, 2], 0.5: [1, 1]}),
-        piece(compare, plain, {0.1: "01", 0.5: "00"}, block=1, losses={0.1: [1, 1], 0.5: [2, 2]}),
+        piece(compare, plain, {0.1: "01", 0.5: "00"}, block=1, losses={0.1: [1, 1], 0.5: [2, 2]}, alone=2),
         # Of another length.
         piece(compare, cream, {0.1: "00"}, what=1024),
     ]
@@ -147,10 +149,14 @@ def test_blocks_of_documents_are_added_up_and_the_same_questions_compared(compar
     assert everywhere["answer_loss"]["difference"] == pytest.approx(-0.75)
     assert everywhere["answer_loss"]["documents"] == 4
     lines = compare.table(summary)
-    assert "| yarn contiguous |  | 0.25 of 8, 2.00 |" in lines
-    assert "| yarn cream | 0.00 of 2, 1.00 | 0.75 of 8, 1.25 |" in lines
+    # The loss of the number alone was recorded in block 1 only.
+    assert "| yarn contiguous |  | 0.25 of 8, 3.50 / 2.00 |" in lines
+    assert "| yarn cream | 0.00 of 2, - / 1.00 | 0.75 of 8, 2.00 / 1.25 |" in lines
+    assert everywhere["alone_loss"]["difference"] == pytest.approx(-1.5)
     (line,) = compare.differences_table(summary)[2:]
-    assert re.fullmatch(r"\| yarn contiguous \| 16,384 \| \+0.50 \| 0.125 \| -0.75 \(-\S+ to [-+]\S+\) \| 4 \|", line)
+    bounds = r"\(-\S+ to [-+]\S+\)"
+    shown = rf"\| yarn contiguous \| 16,384 \| \+0.50 \| 0.125 \| -1.50 {bounds}, 2 \| -0.75 {bounds}, 4 \|"
+    assert re.fullmatch(shown, line)
 
 
 def test_seeds_are_paired_with_their_own_and_the_untuned_model_with_each(compare):
@@ -167,12 +173,13 @@ def test_seeds_are_paired_with_their_own_and_the_untuned_model_with_each(compare
     assert set(told) == {"pose", "untuned"}
 
 
-def test_a_document_more_of_one_model_is_not_compared(compare):
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_block_of_documents_that_one_model_was_not_asked_is_not_compared(compare, more):
     plain, cream = compare.Row("yarn", "contiguous"), compare.Row("yarn", "cream")
-    pieces = [piece(compare, plain, {0.1: "00"}), piece(compare, cream, {0.1: "00"})]
-    pieces.append(piece(compare, cream, {0.1: "11"}, block=1))
+    pieces = [piece(compare, row, {0.1: "00"}, block=1 - more) for row in (plain, cream)]
+    pieces.append(piece(compare, cream, {0.1: "11"}, block=more))
     (found,) = compare.summarise(pieces)["cream minus"]
-    assert found["only_second"] == 0 and found["answer_loss"]["documents"] == 2
+    assert found["only_second"] == 0 and found["answer_loss"]["documents"] == 2 and found["alone_loss"] is None
 
 
 def test_every_piece_is_planned_once_and_what_says_most_comes_first(compare):
@@ -183,7 +190,10 @@ def test_every_piece_is_planned_once_and_what_says_most_comes_first(compare):
         assert seeds == {0, 1, 2}
     cpu = compare.BUDGETS["cpu"]
     first = list(compare.planned(cpu, True, None))
-    assert {row.name for row, _, _ in first} == {"yarn untuned", "yarn contiguous", "yarn cream"}
+    shown = {"yarn untuned", "yarn contiguous", "yarn cream"}
+    # All three are asked beyond their examples' length before anything that takes long.
+    assert {row.name for row, what, _ in first[:3]} == shown and {what for _, what, _ in first[:3]} == {4096}
+    assert {row.name for row, _, _ in first} == shown and {what for _, what, _ in first} == {1024, 4096, 16_384}
     documents = [what for row, what, block in compare.planned(cpu, False, ["yarn cream"]) if isinstance(what, int)]
     asked = {length: documents.count(length) * cpu.documents[length] for length in documents}
     assert asked[16_384] == 12 and asked[32_768] == 6
@@ -252,9 +262,9 @@ def test_a_piece_is_done_once_also_if_it_is_committed_and_a_row_that_fails_does_
     done = piece(compare, compare.Row("yarn", "untuned"), {0.1: "00", 0.5: "00"}, 1024)
     (prepared / "committed/pieces.jsonl").write_text(json.dumps(done) + '\n{"row": {"scal')
     assert run(compare, monkeypatch, prepared / "new", "--first") == 1
-    assert asked == [("yarn untuned", 4096), ("yarn untuned", 16_384), ("yarn contiguous", 1024)] + [
-        ("yarn cream", length) for length in (1024, 4096, 16_384)
-    ]
+    assert asked == [("yarn untuned", 4096), ("yarn contiguous", 4096), ("yarn cream", 4096)] + [
+        ("yarn untuned", 16_384), ("yarn cream", 1024), ("yarn cream", 16_384)
+    ]  # fmt: skip
     summary = json.loads((prepared / "new/skill.json").read_text())
     assert [(row["name"], row["1024"]["accuracy"]) for row in summary["rows"]] == [
         ("yarn untuned", 0.0), ("yarn cream", 0.75)
@@ -263,10 +273,10 @@ def test_a_piece_is_done_once_also_if_it_is_committed_and_a_row_that_fails_does_
     assert "not done, these rows failed: yarn contiguous; " in capsys.readouterr().out
     asked.clear()
     run(compare, monkeypatch, prepared / "new", "--first")
-    assert asked == [("yarn contiguous", 1024)]
+    assert asked == [("yarn contiguous", 4096)]
     asked.clear()
     run(compare, monkeypatch, prepared / "other", "--first", "--again", "--only", "yarn untuned")
-    assert asked == [("yarn untuned", length) for length in (1024, 4096, 16_384)]
+    assert asked == [("yarn untuned", length) for length in (4096, 1024, 16_384)]
 
 
 def test_a_piece_of_other_settings_is_measured_anew(compare, prepared, monkeypatch):
@@ -281,7 +291,26 @@ def test_a_piece_of_other_settings_is_measured_anew(compare, prepared, monkeypat
     longer = dataclasses.replace(compare.BUDGETS["cpu"], train=compare.ON_A_CPU | {"max_steps": 7})
     monkeypatch.setitem(compare.BUDGETS, "cpu", longer)
     run(compare, monkeypatch, prepared / "new", "--first", "--only", "yarn cream")
-    assert asked == [1024, 4096, 16_384] * 2
+    assert asked == [4096, 1024, 16_384] * 2
+
+
+def test_pieces_of_an_adapter_that_was_trained_again_are_measured_anew_and_not_pooled(compare, prepared, monkeypatch):
+    asked, row, output = [], compare.Row("yarn", "cream"), prepared / "new"
+
+    def measure(row, budget, output, deadline, what, block):
+        asked.append(what)
+        return piece(compare, row, {0.1: "1"}, what) | compare.identity(row, budget, output, what, block)
+
+    monkeypatch.setattr(compare, "measure", measure)
+    weights = compare.adapter_of(row, output) / "adapter_model.safetensors"
+    for content in ("first", "first", "second"):
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        weights.write_text(content)
+        run(compare, monkeypatch, output, "--first", "--only", "yarn cream")
+    assert asked == [4096, 1024, 16_384] * 2
+    pieces = compare.read_lines(output / "pieces.jsonl")
+    assert compare.unique(pieces) == pieces[3:] and compare.unique(pieces[:4]) == pieces[3:4]
+    assert compare.unique(pieces[:3]) == pieces[:3]
 
 
 def test_time_that_is_up_and_rows_that_do_not_exist_are_said(compare, prepared, monkeypatch, capsys):
@@ -312,7 +341,7 @@ def test_what_is_published_is_the_pieces_the_pictures_and_the_tables_of_the_page
             "After.\n"
         )
         assert text.count("| yarn cream |") == 1 and "an old row" not in text and "\n\nBetween.\n" in text
-    assert compare.read_pieces(here / "results/skill/pieces.jsonl") == pieces
+    assert compare.read_lines(here / "results/skill/pieces.jsonl") == pieces
     assert {path.name for path in (here / "results/skill").iterdir()} == {
         "pieces.jsonl", "skill.json", "skill-yarn.png", "front.png"
     }  # fmt: skip

@@ -78,12 +78,12 @@ def scored_answers(
     chunk_length: int = CHUNK_LENGTH,
     kv_cache: str = "default",
     **settings: Any,
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[tuple[str, list[float]]]:
     """Answer prompts one by one, with the settings of `greedy_answer`; what all of them begin with is read once.
 
     Yields:
-        (answer, loss): the greedy answer, and the mean negative log-likelihood of the right one, after the prompt and
-        what is said before the answer, in nats per token; the lowest over the forms of a right reply.
+        (answer, losses): the greedy answer, and for each form of a right reply the mean negative log-likelihood of the
+        right answer, after the prompt and what is said before the answer, in nats per token.
     """
     cache = new_cache(model.config, kv_cache)
     # The last token of each prompt is not shared: its logits begin the answer.
@@ -98,5 +98,5 @@ def scored_answers(
             logits = torch.cat([logits for _, logits in told]).float()
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device)).item())
             cache.crop(len(tokens) - 1 - cache.get_seq_length())
-        yield greedy_answer(model, tokenizer, tokens, cache, chunk_length=chunk_length, **settings), min(losses)
+        yield greedy_answer(model, tokenizer, tokens, cache, chunk_length=chunk_length, **settings), losses
         cache.crop(shared - cache.get_seq_length())

@@ -10,17 +10,34 @@ import copy
 import difflib
 import json
 import math
+import os
+import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import rope
 from ..errors import about
+from ..locks import locked
 from ..model.record import machine, versions, write_json
 from ..model.secrets import without_secrets
 from ..terminal import table
 from .models import open_models
+from .presets import (
+    INSTALL,
+    PRESETS,
+    RULER_FIRST,
+    WITHOUT_CHAT,
+    HarnessError,
+    check_needs,
+    cut_in_the_middle,
+    local_data,
+    longbench_cut,
+    preset_means,
+)
 from .results import file_name
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -29,24 +46,56 @@ LEFT_OUT = ("pretty_env_info", "git_hash", "upper_git_hash")
 ARROWS = {True: " ↑", False: " ↓"}
 
 
-class HarnessError(ValueError):
-    """lm-eval is not installed, or what was asked of it does not exist or does not fit the model."""
+PER_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+"""What lm-eval's results hold by task."""
 
 
-def _load_tasks(manager: Any, tasks: list[str]) -> list[Any]:
-    """lm-eval's objects, with their data, of tasks, groups, tags and patterns such as `mmlu_*`."""
+def _names(manager: Any, task: str) -> list[str]:
+    """lm-eval's names of a task, group, tag or pattern such as `mmlu_*`."""
+    names = manager.match_tasks([task])
+    if not names:
+        near = ", ".join(difflib.get_close_matches(task, manager.all_tasks))
+        hint = f"did you mean {near}" if near else "`lm-eval ls tasks` lists them"
+        raise HarnessError(f"lm-eval has no task {task!r}: {hint}, or give the folder of its YAML as include_path")
+    return names
+
+
+def _load_tasks(manager: Any, names: list[str], seed: int | None) -> list[Any]:
+    """lm-eval's objects of tasks, with their data."""
     loaded = []
-    for task in tasks:
-        names = manager.match_tasks([task])
-        if not names:
-            near = ", ".join(difflib.get_close_matches(task, manager.all_tasks))
-            hint = f"did you mean {near}" if near else "`lm-eval ls tasks` lists them"
-            raise HarnessError(f"lm-eval has no task {task!r}: {hint}, or give the folder of its YAML as include_path")
-        for name in names:
-            with about(f"the data set of task {name}"):
-                found = manager.load(name)
-            loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+    for name in names:
+        # RULER draws its data now, before lm-eval sets its seeds: they would differ from model to model.
+        random.seed(seed or 0)
+        np.random.seed(1234 if seed is None else seed)
+        with about(f"the data set of task {name}"):
+            found = manager.load(name)
+        loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
     return loaded
+
+
+def _earlier(path: Path | None, ours: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The results at `path`, if that was asked in the same way; else those of no task yet."""
+    nothing = {"cream_peft": ours}
+    if path is None or not path.is_file() or overwrite:
+        return nothing
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        was, now = ({**one, **one["asked"]} for one in (found["cream_peft"], ours))
+        different = [key for key in now if key not in ("machine", "tasks", "asked") and was.get(key) != now[key]]
+        different += [] if isinstance(was["tasks"], list) else ["tasks"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        different = ["form"]
+    if different:
+        remedy = "choose another --output_dir, or replace it with --overwrite"
+        raise HarnessError(f"{path} was written with another {different[0]}: {remedy}")
+    return found
+
+
+def _with(found: dict[str, Any], more: dict[str, Any], task: str) -> dict[str, Any]:
+    """The results of the tasks so far and of one more."""
+    ours = found["cream_peft"] | {"tasks": [*found["cream_peft"]["tasks"], task]}
+    joined = {key: found.get(key, {}) | more.get(key, {}) for key in PER_TASK if key in found or key in more}
+    return {**found, **more, **joined, "cream_peft": ours}
 
 
 def _language_model(model: Any, tokenizer: Any, max_length: int | None, batch_size: int) -> Any:
@@ -61,7 +110,9 @@ def _language_model(model: Any, tokenizer: Any, max_length: int | None, batch_si
         # lm-eval ends answers at it, and fails on None.
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.eos_token = tokenizer.pad_token
-    return HFLM(pretrained=model, tokenizer=tokenizer, max_length=max_length or reach, batch_size=batch_size)
+    # Templates that know it would else fill the few tokens of an answer with thoughts.
+    settings: dict[str, Any] = {"max_length": max_length or reach, "batch_size": batch_size, "enable_thinking": False}
+    return HFLM(pretrained=model, tokenizer=tokenizer, **settings)
 
 
 def run_harness(
@@ -71,26 +122,35 @@ def run_harness(
     *,
     max_length: int | None = None,
     batch_size: int = 1,
-    chat_template: bool = False,
+    chat_template: bool | None = None,
     include_path: str | Path | None = None,
     metadata: Mapping[str, Any] | None = None,
     seed: int | None = None,
     header: Mapping[str, Any] | None = None,
+    preset: str | None = None,
+    data_dir: str | None = None,
+    path: Path | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Run lm-eval's `tasks` on a model of `load_adapter` or `load_base`.
+    """Run lm-eval's `tasks`, or those of a preset, on a model of `load_adapter` or `load_base`.
 
     Multiple-choice tasks make logits for whole prompts: 8 GiB, twice, for 32,768 tokens of Llama-3 in bfloat16.
 
     Args:
         max_length: tokens of prompt and answer; lm-eval cuts longer prompts at their beginning, and warns. None: all
             that the model is scaled to.
+        chat_template: whether prompts are put in the chat template; None: those of preset longbench, if there is one.
         include_path: folder of task YAMLs beside lm-eval's own.
         metadata: settings of tasks that make their data, such as RULER's {"max_seq_lengths": [32768]}, which by default
-            double from the pretrained window to max_length. With a limit it is max_length alone, since RULER's samples
-            are in order of length.
+            double from 4,096, or a shorter pretrained window, to max_length. With a limit it is max_length alone, since
+            RULER's samples are in order of length.
         seed: None for lm-eval's own seeds, with which published figures were made.
         header: what the results say of the model: model, adapter, adapter_sha256, rope_scaling_type, ...
+        preset: short, longbench (its prompts cut in the middle) or ruler, in place of `tasks`; see `PRESETS`.
+        data_dir: folder with data sets in place of the Hub; see `local_data`.
+        path: file of the results, written after each task; the tasks that it holds already are not asked again.
+        overwrite: replace a file that was asked in another way.
         options: for lm-eval's simple_evaluate: limit (samples of each task), num_fewshot, gen_kwargs, ...
 
     Returns:
@@ -98,7 +158,8 @@ def run_harness(
         that the model ran with. No samples, no local paths.
 
     Raises:
-        HarnessError: without lm-eval; on an unknown task, a number out of range, or a missing chat template.
+        HarnessError: without lm-eval; on an unknown task, a number out of range, or a missing chat template; if the
+            file at `path` was asked in another way.
         RopeError: if the model's RoPE is not the one of its config.
     """
     try:
@@ -106,24 +167,53 @@ def run_harness(
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable
     except ImportError as error:
-        raise HarnessError(f"lm-eval is missing ({error}): pip install 'lm-eval[longbench,ruler]<0.5'") from error
+        raise HarnessError(f"lm-eval is missing ({error}): {INSTALL}") from error
     if any(number is not None and number < 1 for number in (max_length, batch_size, options.get("limit"))):
         raise HarnessError("max_length, batch_size and limit must be at least 1")
+    if chat_template is None:
+        chat_template = preset == "longbench" and bool(tokenizer.chat_template)
     if chat_template and not tokenizer.chat_template:
         raise HarnessError("the model's tokenizer has no chat template: ask without one")
+    if preset and options.get("num_fewshot") is not None:
+        raise HarnessError(f"preset {preset} has shots of its own: leave num_fewshot out")
+    shots = {task: number for task, (number, _) in PRESETS[preset].tasks.items()} if preset else {}
     lm = _language_model(model, tokenizer, max_length, batch_size)
-    window = (header or {}).get("pretrained_window") or lm.max_length
-    doubled = [window * 2**power for power in range(20) if window * 2**power < lm.max_length]
+    first = min(RULER_FIRST, (header or {}).get("pretrained_window") or lm.max_length)
+    doubled = [first * 2**power for power in range(20) if first * 2**power < lm.max_length]
     lengths = {"max_seq_lengths": [*([] if options.get("limit") else doubled), lm.max_length]}
     settings: dict[str, Any] = {"tokenizer": tokenizer.name_or_path, **lengths, **(metadata or {})}
     manager = TaskManager(include_path=include_path, metadata=settings)
     seeds = {} if seed is None else dict.fromkeys(SEEDS, seed)
-    options |= {**seeds, "batch_size": batch_size, "apply_chat_template": chat_template, "log_samples": False}
-    results = simple_evaluate(lm, tasks=_load_tasks(manager, tasks), task_manager=manager, **options)
-    ours = {**(header or {}), "versions": versions(), "machine": machine(), "chat_template": chat_template}
+    asked = {"preset": preset, "max_length": lm.max_length, "metadata": {**lengths, **(metadata or {})}, "seed": seed}
+    ours = {**(header or {}), "versions": versions(), "machine": machine(), "chat_template": chat_template, "tasks": []}
     ours |= {key: getattr(model.config, key) for key in ("rope_parameters", "max_position_embeddings")}
-    kept = {key: value for key, value in results.items() if key not in LEFT_OUT} | {"cream_peft": ours}
-    return without_secrets(json.loads(json.dumps(kept, default=handle_non_serializable)))
+    ours = _plain(ours | {"asked": asked | options}, handle_non_serializable)
+    found = _earlier(path, ours, overwrite)
+    for task, names in [(task, _names(manager, task)) for task in shots or tasks]:
+        if task in found["cream_peft"]["tasks"]:
+            continue
+        with local_data(data_dir):
+            loaded = _load_tasks(manager, names, seed)
+        given = {**options, **seeds, "batch_size": batch_size, "apply_chat_template": chat_template}
+        if preset == "longbench":
+            for one in loaded:
+                one.doc_to_text = cut_in_the_middle(one.doc_to_text, tokenizer, longbench_cut(lm.max_length))
+            given["apply_chat_template"] = chat_template and task.removeprefix("longbench_") not in WITHOUT_CHAT
+        if shots.get(task) is not None:
+            given["num_fewshot"] = shots[task]
+        results = simple_evaluate(lm, tasks=loaded, task_manager=manager, log_samples=False, **given)
+        kept = {key: value for key, value in results.items() if key not in LEFT_OUT}
+        found = _with(found, _plain(kept, handle_non_serializable), task)
+        if path:
+            scratch = path.with_name(f".{path.name}.part")
+            write_json(scratch, found)
+            os.replace(scratch, path)
+    return found
+
+
+def _plain(content: Any, default: Any) -> Any:
+    """What JSON makes of it, without tokens and local paths."""
+    return without_secrets(json.loads(json.dumps(content, default=default)))
 
 
 def _rows(result: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
@@ -142,6 +232,8 @@ def _rows(result: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
             error = metrics.get(f"{metric}_stderr,{filtered}")
             is_known = isinstance(error, int | float) and math.isfinite(error)
             rows[task, str(samples), str(shots), name] = f"{value:.4f}" + (f" ± {error:.4f}" if is_known else "")
+    for name, value in preset_means(result).items():
+        rows[f"mean of {result['cream_peft']['asked']['preset']}", "", "", name] = f"{value:.4f}"
     return rows
 
 
@@ -158,28 +250,37 @@ def table_of_harness(results: Mapping[str, dict[str, Any]]) -> str:
 
 def run_lm_eval(
     compare: list[str],
-    tasks: str,
+    tasks: str | None = None,
     *,
     output_dir: str,
+    preset: str | None = None,
+    data_dir: str | None = None,
     target_length: int | None = None,
     base_model: str | None = None,
     load_in_4bit: bool = True,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Label -> lm-eval's results for every model in `compare` (see `ModelSpec`), each in its file of `output_dir` too.
+    """Label -> lm-eval's results for every model in `compare` (see `ModelSpec`), each in its file of `output_dir` too,
+    LABEL.json, or LABEL-PRESET.json.
 
     An unscaled base is measured at its own window, where the short benchmarks are. `options`: see `run_harness`.
     """
+    if bool(tasks) == bool(preset):
+        raise HarnessError(f"give either --tasks or --preset, which is one of {', '.join(PRESETS)}")
+    check_needs(preset, data_dir)
+    options |= {"preset": preset, "data_dir": data_dir}
     found = {}
     models = open_models(
         compare, target_length=target_length, base_model=base_model, load_in_4bit=load_in_4bit, within_window=True
     )
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     for opened in models:
-        model, tokenizer = opened.load()
         known = {key: value for key, value in asdict(opened.settings).items() if value is not None and key != "options"}
         header = {"model": opened.base, "adapter": opened.spec.name if opened.adapter else None, **known}
-        label = opened.spec.label
-        found[label] = run_harness(model, tokenizer, tasks.split(","), header=header, **options)
-        write_json(Path(output_dir) / file_name(label), found[label])
+        path = Path(output_dir) / file_name(opened.spec.label + (f"-{preset}" if preset else ""))
+        refusal = f"{path} is being written by another `cream-peft lm-eval`: wait, or choose another --output_dir"
+        with locked(path.with_name(f".{path.name}.lock"), refusal):
+            model, tokenizer = opened.load()
+            asked = tasks.split(",") if tasks else []
+            found[opened.spec.label] = run_harness(model, tokenizer, asked, header=header, path=path, **options)
     return found

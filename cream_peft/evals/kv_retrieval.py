@@ -21,12 +21,14 @@ def kv_depths(keys: int = 0) -> tuple[float, ...]:
     return tuple(round(place / (keys - 1), 4) for place in PAPER_POSITIONS[keys])
 
 
-def _question(pairs: list[tuple[str, str]], key: str) -> str:
-    # nelson-liu/lost-in-the-middle, src/lost_in_the_middle/prompts/kv_retrieval.prompt
+def _question(pairs: list[tuple[str, str]], key: str, query_aware: bool) -> str:
+    # nelson-liu/lost-in-the-middle, src/lost_in_the_middle/prompts/kv_retrieval.prompt, and beside it
+    # kv_retrieval_with_query_aware_contextualization.prompt
+    before = f'Key: "{key}"\n\n' if query_aware else ""
     records = ",\n ".join(f'"{name}": "{value}"' for name, value in pairs)
     return (
         "Extract the value corresponding to the specified key in the JSON object below.\n\n"
-        f'JSON data:\n{{{records}}}\n\nKey: "{key}"\nCorresponding value:'
+        f'{before}JSON data:\n{{{records}}}\n\nKey: "{key}"\nCorresponding value:'
     )
 
 
@@ -50,10 +52,14 @@ def _pairs(rng: np.random.Generator, key_length: int | None) -> Callable[[int], 
     return drawn(pair)
 
 
-def kv_prompt(writer: Writer, case: Case, *, keys: int = 0, key_length: int | None = None) -> Prompt:
+def kv_prompt(
+    writer: Writer, case: Case, *, keys: int = 0, key_length: int | None = None, query_aware: bool = False
+) -> Prompt:
     """One key of `keys` pairs, or of as many as fit. The document is the same at every depth.
 
-    `key_length`: hexadecimal digits of keys and values in place of UUIDs, for small models.
+    Args:
+        key_length: hexadecimal digits of keys and values in place of UUIDs, for small models.
+        query_aware: name the key before the document as well, as in section 4.2 of the paper.
     """
     if key_length is not None and not 1 <= key_length <= 12:
         # The last 12 digits of a version 4 UUID are all random.
@@ -64,6 +70,6 @@ def kv_prompt(writer: Writer, case: Case, *, keys: int = 0, key_length: int | No
         asked, document = position(case.depth, count), pairs(count)
         key, value = document[asked]
         said = f'The value of "{key}" is "'
-        return Request(_question(document, key), "", said, value, {"keys": count, "position": asked})
+        return Request(_question(document, key, query_aware), "", said, value, {"keys": count, "position": asked})
 
     return writer.fitted(case, build, "key", keys)

@@ -211,6 +211,12 @@ def contains(reply: str, answer: str) -> bool:
     return answer.lower() in reply.lower()
 
 
+def contains_all(reply: str, answer: str) -> bool:
+    """Whether each of the words that the answer lists ("a, b") is a word of the reply, in any order."""
+    words = answer.split(", ")
+    return all(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", reply, re.IGNORECASE) for word in words)
+
+
 def first_integer(reply: str, answer: str) -> bool:
     """Whether the first integer of the reply is the answer."""
     found = re.search(r"\d+", reply)

@@ -41,7 +41,9 @@ class Cell:
     correct: str | None = None
     """0 or 1 for each sample."""
     answer_loss: list[float] | None = None
-    """For each sample the loss of the right answer, in nats per token."""
+    """For each sample the loss of the right answer, in nats per token, in the likelier form of a right reply."""
+    alone_loss: list[float] | None = None
+    """The same where the reply is the answer alone, as a model that was trained so replies; of chat models only."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 1 or self.depth > 1:

@@ -65,14 +65,14 @@ def evaluate(
     tokenizer: Any,
     tasks: Mapping[str, Callable[..., Iterable[Mapping[str, Any]]]],
     results: Results,
-    path: Path,
+    path: Path | None,
     *,
     lengths: list[int],
     samples: int,
     options: Mapping[str, dict[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> Results:
-    """Measure every task at every length (tokens) and return the results, written to `path` after each cell.
+    """Measure every task at every length (tokens) and return the results, written to `path`, if any, after each cell.
 
     `results` says of which model and with which settings; a file at `path` of the same is resumed, and its other tasks
     and lengths stay. `options`: task -> keyword arguments of its own. `overwrite`: replace a file that was measured
@@ -81,8 +81,9 @@ def evaluate(
     Raises:
         ValueError: if the file at `path` was measured otherwise, without `overwrite`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = _with_earlier(results, path, tasks, overwrite)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = _with_earlier(results, path, tasks, overwrite)
     pending = [(name, length) for name in tasks for length in lengths]
     # By tokens, not by cells: one at 32K takes as long as eight at 4K.
     total = sum(length for _, length in pending)
@@ -98,15 +99,18 @@ def evaluate(
             for cell in tasks[name](model, tokenizer, length, samples, results.seed, done=done, **own):
                 seconds = round(time.perf_counter() - start, 3)
                 results.cells.append(Cell(task=name, length=length, seconds=seconds, **cell))
-                results.write(path)
+                if path:
+                    results.write(path)
                 start = time.perf_counter()
             bar.update(length)
-    if not path.is_file():
+    if path and not path.is_file():
         results.write(path)
     return results
 
 
-def _refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
+def refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: str) -> None:
+    """Raise a ValueError for a task that the model `name` cannot read: it, or the embedded model, has a vocabulary of
+    its own."""
     own = [task for task in ("recall", "new_skill") if task in tasks]
     if own and config.vocab_size != VOCABULARY_SIZE:
         raise ValueError(f"task {own[0]} is for the embedded model's vocabulary, {name} has another: leave it out")
@@ -123,7 +127,7 @@ def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
     models = open_models(options.compare, target_length=target, base_model=options.base_model, load_in_4bit=in_4bit)
     fed = [model.context_length for model in models if model.context_length]
     for model in models:
-        _refuse_other_vocabulary(options.tasks, model.config, model.spec.name)
+        refuse_other_vocabulary(options.tasks, model.config, model.spec.name)
         window, target = model.settings.pretrained_window or 0, model.settings.target_length or 0
         # What was taught within the window is asked from the length on that it was taught at.
         first = min(fed, default=window) if target <= window else window
@@ -153,10 +157,16 @@ def _planned(
     return Results(opened.base, adapter, versions(), options.seed, settings), shown
 
 
-def _measure(
-    opened: OpenedModel, lengths: list[int], options: EvaluateOptions, documents: list[str] | None, path: Path
+def measure(
+    opened: OpenedModel,
+    model: Any,
+    tokenizer: Any,
+    lengths: list[int],
+    options: EvaluateOptions,
+    documents: list[str] | None,
+    path: Path | None,
 ) -> Results:
-    model, tokenizer = opened.load()
+    """What `options` asks of one model, which is loaded; in the file at `path` too."""
     longest, kv_cache = max(lengths), options.kv_cache
     if kv_cache == "auto":
         kv_cache = fitting_kv_cache(opened.config, longest)
@@ -194,7 +204,7 @@ def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None
             unknown = "kv_cache of " if options.kv_cache == "auto" else ""
             _with_earlier(planned, files[opened.spec.label], options.tasks, options.overwrite, unknown)
         return {
-            opened.spec.label: _measure(opened, lengths, options, documents, files[opened.spec.label])
+            opened.spec.label: measure(opened, *opened.load(), lengths, options, documents, files[opened.spec.label])
             for opened, lengths in found
         }
 

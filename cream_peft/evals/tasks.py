@@ -11,16 +11,27 @@ from statistics import fmean
 from typing import Any
 
 from .answers import CHUNK_LENGTH, scored_answers
+from .frequency import common_words_prompt, frequent_words_prompt
 from .kv_retrieval import kv_depths, kv_prompt
 from .longchat_lines import lines_prompt
-from .needle import multikey_prompt, needle_prompt, passkey_prompt, split_sentences
+from .needle import (
+    multi_query_prompt,
+    multi_value_prompt,
+    multikey_prompt,
+    needle_prompt,
+    passkey_prompt,
+    split_sentences,
+    variable_tracking_prompt,
+)
 from .perplexity import perplexity
-from .prompts import Case, Prompt, TaskError, Writer, contains, dump_prompts, first_integer
+from .prompts import Case, Prompt, TaskError, Writer, contains, contains_all, dump_prompts, first_integer
 from .recall import embedded_kv_prompt, embedded_needle_prompt, is_embedded, recall
 
 FIFTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Middles of five equal parts: their mean stands for a place drawn uniformly, as some of the originals draw it."""
 SIXTEENTHS = tuple(round((place + 0.5) / 16, 4) for place in range(16))
+THROUGHOUT = (1.0,)
+"""Of what is spread over the document: one cell, as perplexity has it."""
 TENTHS = tuple(round(tenth / 10, 1) for tenth in range(11))
 
 
@@ -77,6 +88,8 @@ class Task:
             cells of results.Cell's fields: answer_loss tells models apart that are all right or all wrong.
         """
         task = self.embedded if self.embedded and is_embedded(tokenizer) else self
+        if task is not self and (lost := [name for name in options if name not in task.options]):
+            raise TaskError(f"in the embedded model's vocabulary this task has no {lost[0]}: leave it out")
         usual = task.depths if isinstance(task.depths, tuple) else task.depths(options.get("keys", 0))
         places = tuple(dict.fromkeys(depths or usual))
         if min(samples, chunk_length) < 1 or not all(0 <= depth <= 1 for depth in places):
@@ -84,8 +97,11 @@ class Task:
         if haystack is not None:
             options["sentences"] = split_sentences(haystack)
         writer = Writer(tokenizer, style)
-        one_line = writer.style == "plain"
-        room = answer_tokens or (task.answer_tokens if one_line else task.sentence_tokens or task.answer_tokens)
+        # A list may have a line an item.
+        one_line = writer.style == "plain" and task.grade is not contains_all
+        room = answer_tokens or (
+            task.answer_tokens if writer.style == "plain" else task.sentence_tokens or task.answer_tokens
+        )
         pending = [depth for depth in places if depth not in done]
         cases = [Case(length, depth, index, seed, room, places) for depth in pending for index in range(samples)]
         # Those of a group share a document.
@@ -99,17 +115,21 @@ class Task:
                 dump_prompts(prompts, dump)
                 continue
             replies = scored_answers(model, tokenizer, prompts, **settings)
-            for case, prompt, (reply, loss) in zip(group, prompts, replies, strict=True):
+            for case, prompt, (reply, losses) in zip(group, prompts, replies, strict=True):
                 found = asked[case.depth]
-                found.append((int(task.grade(reply, prompt.answer)), len(prompt.tokens), round(loss, 4)))
+                right = int(task.grade(reply, prompt.answer))
+                found.append((right, len(prompt.tokens), [round(loss, 4) for loss in losses]))
                 if len(found) == samples:
                     yield _cell(case.depth, found)
 
 
-def _cell(depth: float, asked: list[tuple[int, int, float]]) -> dict[str, Any]:
+def _cell(depth: float, asked: list[tuple[int, int, list[float]]]) -> dict[str, Any]:
     correct, tokens, losses = (list(column) for column in zip(*asked, strict=True))
     cell = {"depth": depth, "metric": "accuracy", "value": fmean(correct), "samples": len(correct)}
-    return cell | {"tokens": round(fmean(tokens), 1), "correct": "".join(map(str, correct)), "answer_loss": losses}
+    cell |= {"tokens": round(fmean(tokens), 1), "correct": "".join(map(str, correct))}
+    # Where there is one form, it is the answer alone.
+    alone = {"alone_loss": [forms[-1] for forms in losses]} if len(losses[0]) > 1 else {}
+    return cell | {"answer_loss": [min(forms) for forms in losses]} | alone
 
 
 @dataclass(frozen=True)
@@ -125,6 +145,7 @@ class Measurement:
         return self.measure(*place, **options)
 
 
+OF_LISTS = ("chunk_length", "style")
 OF_PROMPTS = ("chunk_length", "depths", "style")
 TASKS: dict[str, Task | Measurement] = {
     # Graded as the original's scripts/evaluate_kv_responses.py does.
@@ -133,9 +154,9 @@ TASKS: dict[str, Task | Measurement] = {
         contains,
         kv_depths,
         50,
-        (*OF_PROMPTS, "keys", "key_length"),
+        (*OF_PROMPTS, "keys", "key_length", "query_aware"),
         shared_document=True,
-        embedded=Task(embedded_kv_prompt, contains, kv_depths, 1, shared_document=True),
+        embedded=Task(embedded_kv_prompt, contains, kv_depths, 1, ("keys",), shared_document=True),
     ),
     # Graded as in the CREAM paper; LongEval takes the last integer.
     "longchat_lines": Task(lines_prompt, first_integer, FIFTHS, 35, (*OF_PROMPTS, "lines"), shared_document=True),
@@ -150,6 +171,12 @@ TASKS: dict[str, Task | Measurement] = {
         (*OF_PROMPTS, "haystack"),
         embedded=Task(embedded_needle_prompt, contains, TENTHS, 1),
     ),
+    # RULER gives part marks to a part of the list, and so do the presets of lm-eval.
+    "multi_value": Task(multi_value_prompt, contains_all, THROUGHOUT, 128, (*OF_LISTS, "haystack")),
+    "multi_query": Task(multi_query_prompt, contains_all, THROUGHOUT, 128, (*OF_LISTS, "haystack")),
+    "variable_tracking": Task(variable_tracking_prompt, contains_all, THROUGHOUT, 30, OF_LISTS, sentence_tokens=60),
+    "common_words": Task(common_words_prompt, contains_all, THROUGHOUT, 120, OF_LISTS),
+    "frequent_words": Task(frequent_words_prompt, contains_all, THROUGHOUT, 50, OF_LISTS),
     # The original's 10 tokens are for the bare number.
     "passkey": Task(passkey_prompt, first_integer, FIFTHS, 10, OF_PROMPTS, sentence_tokens=35),
     "perplexity": Measurement(perplexity, ("text", "stride", "max_tokens", "chunk_length")),

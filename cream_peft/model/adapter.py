@@ -17,15 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from .. import rope
 from ..errors import about, explain, missing_folder
 from ..tiny import TINY_ID
-from .base import (
-    embeddings_of,
-    extended_max_length,
-    load_base,
-    load_tokenizer,
-    local_snapshot,
-    read_config,
-    resolve_base,
-)
+from .base import extended_max_length, load_base, load_tokenizer, local_snapshot, read_config, resolve_base
 from .fields import shown
 from .fingerprint import Read, differing, from_files, from_model, weight_files
 from .misfit import read_peft_config, read_scaled_config, refuse_misfit
@@ -112,7 +104,7 @@ class Adapter:
             **self.base_options,
             **model_kwargs,
         )
-        embeddings = embeddings_of(model)
+        embeddings = model.get_input_embeddings().weight
         name = next((name for name, weight in model.named_parameters() if weight is embeddings), None)
         self.refuse_other_weights(from_model(model, self.base_files()), name)
         config = copy.deepcopy(self.peft_config)

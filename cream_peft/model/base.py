@@ -277,11 +277,6 @@ def with_pad_token(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def embeddings_of(model: Any) -> torch.Tensor:
-    """The weight of the input embeddings."""
-    return model.get_input_embeddings().weight
-
-
 def make_tokenizer_readable(folder: Path, target_length: int) -> None:
     """Put names that transformers 4 knows too into <folder>/tokenizer_config.json, if there is one, and the length in
     tokens at which it truncates."""

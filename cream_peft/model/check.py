@@ -108,10 +108,8 @@ def _check_whole(folder: Path, config: PreTrainedConfig) -> Finding:
         wanted = {name: shape for name, shape in wanted.items() if name in found or not name.endswith("lm_head.weight")}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            said = (
-                f"{name} is {found.get(name, 'missing')}, and config.json asks for {wanted.get(name, 'no such tensor')}"
-            )
-            return Finding(item, "wrong", f"{said}: merge again")
+            there, asked = found.get(name, "missing"), wanted.get(name, "no such tensor")
+            return Finding(item, "wrong", f"{name} is {there}, and config.json asks for {asked}: merge again")
     for path in sorted(set(files.values())):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict

@@ -249,23 +249,21 @@ def _terms_table(columns: Mapping[str, Terms], phases: Phases, *more: Sequence[s
 
 
 def _hours(fit: Fit) -> str:
-    """The hours with what they rest on."""
     if not fit.hours or not fit.fits:
         return "-"
     least, most = fit.hours
     if GPUS[fit.card].share:
-        return f"{least:.1f}, at the {GPUS[fit.card].share:.0%} of its peak that is published for QLoRA on it"
-    return f"{least:.1f} to {most:.1f}, assuming {UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of its peak"
+        return f"{least:.1f} (at a published {GPUS[fit.card].share:.0%})"
+    return f"{least:.1f} to {most:.1f}"
 
 
 def text_of(plan: Plan) -> str:
     """The plan as `cream-peft plan` prints it."""
     work, evaluation, steps = plan.work, plan.evaluation, plan.work.max_steps or 1000
-    held_out = (
-        [("held-out loss", f"{plan.validation['total']:.2f}", f"total, {plan.validation_tokens:,} tokens at once")]
-        if plan.validation
-        else []
-    )
+    held_out = []
+    if plan.validation:
+        said = f"total, {plan.validation_tokens:,} tokens at once"
+        held_out = [("held-out loss", f"{plan.validation['total']:.2f}", said)]
     whole = ("16-bit base", *(f"{size:.2f}" for size in evaluation.sixteen_bit_base.values()), "total, with --no_4bit")
     rows = [
         (
@@ -278,8 +276,8 @@ def text_of(plan: Plan) -> str:
         for fit in plan.cards
     ]
     timed = (
-        f"hours: {work.tokens_per_step:,} tokens a step, {steps * work.tokens_per_step:,} in {steps:,} steps; the "
-        "peak is the dense 16-bit one"
+        f"hours: {work.tokens_per_step:,} tokens a step, {steps * work.tokens_per_step:,} in {steps:,} steps, assuming "
+        f"{UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of the GPU's dense 16-bit peak, or the share published for it"
     )
     if not work.utilisation:
         timed = f"no hours: below {SMALLEST_TIMED / 1e9:.1f} billion parameters a GPU mostly waits for Python"
@@ -294,7 +292,8 @@ def text_of(plan: Plan) -> str:
             _terms_table(evaluation.terms, Reading.phases, whole),
             "",
             table(["GPU", "GiB", "training", "evaluation with cache", "hours"], rows),
-            f"{timed}. Planned from the architecture, not measured.",
+            f"{timed}.",
+            "Planned from the architecture, not measured.",
             *plan.advice,
         ]
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +14,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..evals.results import Results, mean_by, tasks_in
-from ..families import family_of
 from ..model.record import Record, adapter_sha256
 from ..tiny import TINY_ID
+from .serving import ServingError, gguf_architecture, llama_cpp_command, vllm_command
 
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM takes for --max-lora-rank."""
 BEGIN = "<!-- cream-peft: begin. Up to the end this is written anew at each save and push; text outside of it stays -->"
 END = "<!-- cream-peft: end -->"
 OURS = re.compile(
@@ -83,29 +79,12 @@ def _eval_results(own: Mapping[str, Results]) -> list[EvalResult]:
     ]
 
 
-def vllm_command(folder: Path, record: Record, name: str) -> str:
-    """The vLLM line that serves the adapter on its base, the RoPE scaled as in training."""
-    config = json.loads((folder / "base_config" / "config.json").read_text(encoding="utf-8"))
-    overrides = {key: config[key] for key in ("max_position_embeddings", "rope_parameters")}
-    scaled = [] if record.is_within_window else [f"--hf-overrides {shlex.quote(json.dumps(overrides))}"]
-    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    refused = [field for field in ("modules_to_save", "use_dora") if adapter.get(field)]
-    if refused:
-        served = f"vllm serve merged --max-model-len {record.target_length}"
-        return f"# vLLM takes no adapter with {refused[0]}: merge it, see below\n{served}"
-    if family_of(config["model_type"]).whole:
-        # vLLM would read the overrides of an image and text base from its text_config, and pass over these.
-        return f"# merge it first, see below\nvllm serve merged --max-model-len {record.target_length}"
-    rank = next((rank for rank in VLLM_RANKS if rank >= adapter["r"]), adapter["r"])
-    return " \\\n  ".join(
-        [
-            f"vllm serve {shlex.quote(record.base_model)}"
-            + (f" --revision {shlex.quote(record.base_revision)}" if record.base_revision else ""),
-            *scaled,
-            f"--max-model-len {record.target_length}",
-            f"--enable-lora --max-lora-rank {rank} --lora-modules {name.split('/')[-1]}={name}",
-        ]
-    )
+def _llama_cpp(folder: Path, record: Record) -> str:
+    """llama.cpp's line for the adapter on its base; nothing where it does not take the adapter unmerged."""
+    try:
+        return llama_cpp_command(folder, record)
+    except ServingError:
+        return ""
 
 
 def trackio_page(record: Record) -> str | None:
@@ -218,6 +197,8 @@ def write_card(
         embedded=base == TINY_ID,
         # The embedded model comes with this package, and nothing else finds it.
         vllm="" if record.merged or base == TINY_ID else vllm_command(folder, record, name),
+        architecture=gguf_architecture(folder),
+        llama_cpp="" if record.merged or base == TINY_ID else _llama_cpp(folder, record),
         space=trackio_page(record),
         measured=measured,
         tables=[_table(results, task) for task in tasks_in(results)] if own else [],

@@ -130,7 +130,7 @@ def _lora(module: nn.Linear | nn.Embedding, path: str, config: LoraConfig) -> Ch
     return Change(shapes, alpha / (math.sqrt(rank) if config.use_rslora else rank), transposed)
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_config(folder: Path) -> LoraConfig:
     config, default = PeftConfig.from_pretrained(str(folder)), LoraConfig()
     for name, value in vars(config).items():
         known = value in PLAIN_INITS if name == "init_lora_weights" else UNDERSTOOD.fullmatch(name)
@@ -139,9 +139,11 @@ def _read_config(folder: Path) -> LoraConfig:
     return cast(LoraConfig, config)
 
 
-def _changes(config: LoraConfig, model: PreTrainedModel, base: Weights, given: Weights) -> dict[str, Change]:
-    """The base's tensors that the adapter changes. A MergeError names one that cannot change, or one that the adapter's
-    file lacks or has in surplus."""
+def find_changes(
+    config: LoraConfig, model: PreTrainedModel, given: Weights, base: Weights | None = None
+) -> dict[str, Change]:
+    """The base's tensors that the adapter changes. A MergeError names one that cannot change, one that the adapter's
+    file lacks or has in surplus, or one that is not in the files of `base`."""
     changes: dict[str, Change] = {}
     for path, module in model.named_modules():
         if any(path.endswith(name) for name in config.modules_to_save or ()):
@@ -164,7 +166,7 @@ def _changes(config: LoraConfig, model: PreTrainedModel, base: Weights, given: W
     for name in changes:
         if name in tied and model.config.tie_word_embeddings:
             raise MergeError(f"{name} is adapted, but the base ties its embeddings and its head: use load_adapter")
-        if name not in base.like or base.like[name].shape != whole[name].shape:
+        if base and (name not in base.like or base.like[name].shape != whole[name].shape):
             raise MergeError(f"{name} is adapted, but not in the base's files: write base_model with save_pretrained")
     return changes
 
@@ -292,12 +294,12 @@ def merge_adapter(
     base, given = _base_weights(base_folder, adapter.base_name), Weights([adapter.folder / ADAPTER])
     if (weights := check_weights(adapter.folder / ADAPTER)).verdict == "wrong":
         raise MergeError(f"{repo_or_dir} cannot be merged: {weights.found}")
-    config, remote = _read_config(adapter.folder), adapter.base_options["trust_remote_code"]
+    config, remote = read_config(adapter.folder), adapter.base_options["trust_remote_code"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(adapter.scaled_config), trust_remote_code=remote)
     embeddings = next(f"{path}.weight" for path, part in model.named_modules() if part is model.get_input_embeddings())
     adapter.refuse_other_weights(from_files(weight_files(base_folder)), embeddings)
-    changes = _changes(config, model, base, given)
+    changes = find_changes(config, model, given, base)
     if dtype:
         wanted = getattr(torch, dtype)
         base.like = {name: like.to(wanted) if like.is_floating_point() else like for name, like in base.like.items()}

@@ -6,9 +6,10 @@ import json
 import logging
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from ..locks import locked
 from ..model.record import FILE
 from .files import PUBLISHED
 
@@ -23,6 +24,11 @@ def _beside(output: Path, kind: str) -> Path:
     return output.with_name(f".{output.name}.{kind}")
 
 
+def _alone(output: Path) -> AbstractContextManager[None]:
+    """While a merge takes its place: another one would delete or rename what this one is writing."""
+    return locked(_beside(output, "lock"), f"{output}: another merge is writing there: wait until it has ended")
+
+
 def _is_merge(folder: Path) -> bool:
     try:
         return json.loads((folder / FILE).read_text(encoding="utf-8"))["merged"] is True
@@ -35,10 +41,12 @@ def refuse_output(output: Path) -> None:
 
     Raises:
         MergeError: saying what is there.
+        LockedError: while another process merges into it.
     """
     old = _beside(output, "old")
-    if old.exists() and not output.exists():
-        old.rename(output)
+    with _alone(output):
+        if old.exists() and not output.exists():
+            old.rename(output)
     if output.exists() and not output.is_dir():
         raise MergeError(f"{output} is a file: name a folder for the merged model")
     there = [path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()]
@@ -54,23 +62,26 @@ def refuse_output(output: Path) -> None:
 @contextmanager
 def in_place_of(output: Path) -> Generator[Path]:
     """Yield a folder beside `output`, which takes its place at the end. A kill leaves what was there before, or between
-    the two renames nothing, and then `refuse_output` puts it back."""
+    the two renames nothing, and then `refuse_output` puts it back.
+
+    Raises:
+        LockedError: while another process merges into it.
+    """
     scratch, old = _beside(output, "part"), _beside(output, "old")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        shutil.rmtree(old, ignore_errors=True)
-        if output.exists():
-            is_replaced = any(output.iterdir())
-            output.rename(old)
+    with _alone(output):
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            yield scratch
+            shutil.rmtree(old, ignore_errors=True)
+            is_replaced = output.exists() and any(output.iterdir())
+            if output.exists():
+                output.rename(old)
             scratch.rename(output)
             if is_replaced:
                 logger.info("the earlier merge in %s was replaced", output)
-        else:
-            scratch.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if old.exists() and not output.exists():
+                old.rename(output)
+            shutil.rmtree(scratch, ignore_errors=True)

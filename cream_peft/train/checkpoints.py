@@ -192,16 +192,11 @@ def difference(folder: Path, record: Record, trainer: ResumingTrainer) -> str | 
     for key in (key for key in new if key in was):
         one, other = _plain(was[key]), _plain(new[key])
         if one != other and (key not in OPTIONAL or None not in (one, other)):
-            return (
-                f"other data in dataset_name ({one}, now {other})"
-                if key == "dataset_name"
-                else f"{key}={one}, now {other}"
-            )
+            said = f"{key}={one}, now {other}"
+            return f"other data in dataset_name ({one}, now {other})" if key == "dataset_name" else said
     # Those of earlier versions are lists, of the embeddings alone, and the trainer's has other places.
-    recorded, here = (
-        found if isinstance(found, dict) else {} for found in (record.base_fingerprint, now.base_fingerprint)
-    )
-    tensor = differing(recorded, lambda name, count: here.get(name))
+    recorded = record.base_fingerprint if isinstance(record.base_fingerprint, dict) else {}
+    tensor = differing(recorded, lambda name, count: trainer.base_fingerprint.get(name))
     return f"another base in model_name_or_path ({tensor} has other values)" if tensor else None
 
 
@@ -220,7 +215,6 @@ def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
 class ResumingTrainer(SavingTrainer):
     """A trainer that resumes only a whole checkpoint of its own run, and stops where the run ends."""
 
-    resumed_step = 0
     _is_first_checkpoint = False
 
     def train(self, resume_from_checkpoint: str | bool | Checkpoint | None = None, *args: Any, **kwargs: Any):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
+from trl.trainer.utils import pad
 
 from .. import positions
 
@@ -84,27 +86,23 @@ class CREAMDataCollator:
         return int(self._counts[1].sum())
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [self._example(example) for example in examples]
+        input_ids, labels, position_ids = zip(*map(self._example, examples), strict=True)
         # Evaluation comes between the steps, and is none.
         self._batches += any(int(example[ROW_COLUMN]) != EVALUATION_ROW for example in examples)
-        length = max(len(row[0]) for row in rows)
-        if self.pad_to_multiple_of:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(rows), length)
-        batch = {name: np.empty(shape, dtype=np.int64) for name in ("input_ids", "labels", "position_ids")}
-        batch["attention_mask"] = np.ones(shape, dtype=np.int64)
-        for index, (input_ids, labels, position_ids) in enumerate(rows):
-            size = len(input_ids)
-            batch["input_ids"][index, :size] = input_ids
-            batch["labels"][index, :size] = labels
-            batch["position_ids"][index, :size] = position_ids
-            if size < length:
-                batch["input_ids"][index, size:] = self.pad_token_id
-                batch["labels"][index, size:] = IGNORE_INDEX
-                # Padding goes on counting: a repeated smallest position would split the row in flash attention.
-                batch["position_ids"][index, size:] = position_ids[-1] + np.arange(1, length - size + 1)
-                batch["attention_mask"][index, size:] = 0
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+        def padded(rows: Iterable[np.ndarray], value: int) -> torch.Tensor:
+            return pad([torch.tensor(row) for row in rows], value, pad_to_multiple_of=self.pad_to_multiple_of)
+
+        mask = padded(map(np.ones_like, input_ids), 0)
+        drawn = padded(position_ids, 0)
+        # Padding goes on counting: a repeated smallest position would split the row in flash attention.
+        beyond = drawn.amax(1, keepdim=True) + (1 - mask).cumsum(1)
+        return {
+            "input_ids": padded(input_ids, self.pad_token_id),
+            "labels": padded(labels, IGNORE_INDEX),
+            "position_ids": torch.where(mask == 1, drawn, beyond),
+            "attention_mask": mask,
+        }
 
     def _example(self, example: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         input_ids = np.asarray(example["input_ids"], dtype=np.int64)

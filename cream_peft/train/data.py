@@ -121,23 +121,19 @@ def prepare_columns(
     if "input_ids" in columns:
         dataset = dataset.select_columns([column for column in columns if column in TOKEN_COLUMNS])
         return keep("input_ids")
-    for column in ("messages", "conversations"):
-        if column in columns:
-            _check_template(tokenizer, f"{name} holds conversations ({column})")
-            beside = [other for other in BESIDE_MESSAGES if other in columns]
+    beside = [column for column in BESIDE_MESSAGES if column in columns]
+    conversation = next((column for column in ("messages", "conversations") if column in columns), None)
+    if conversation:
+        _check_template(tokenizer, f"{name} holds conversations ({conversation})")
 
-            def convert(row: dict[str, Any], column: str = column) -> dict[str, Any]:
-                return differs_from(row, {"messages": to_messages(row[column], row.get("system"))})
+        def convert(row: dict[str, Any]) -> dict[str, Any]:
+            return differs_from(row, {"messages": to_messages(row[conversation], row.get("system"))})
 
-            dataset = dataset.select_columns([column, *beside, *(["system"] if "system" in columns else [])])
-            dropped = [other for other in dataset.column_names or columns if other not in beside]
-            usable = keep(column, convert)
-            # What is as it should be already, such as what was prepared before, is not written again.
-            return (
-                usable.map(convert, remove_columns=dropped)
-                if changed()
-                else usable.select_columns(["messages", *beside])
-            )
+        read = [conversation, *(["system"] if "system" in columns else [])]
+        dataset = dataset.select_columns([*read, *beside])
+        usable = keep(conversation, convert)
+        # What is as it should be already, such as what was prepared before, is not written again.
+        return usable.map(convert, remove_columns=read) if changed() else usable.select_columns(["messages", *beside])
     if "prompt" in columns and "completion" in columns:
         is_text = isinstance(sample.features["prompt"], Value)
         if not is_text:
@@ -147,7 +143,6 @@ def prepare_columns(
             both = zip(("prompt", "completion"), pair_of(row["prompt"], row["completion"]), strict=True)
             return differs_from(row, dict(both))
 
-        beside = [other for other in BESIDE_MESSAGES if other in columns]
         dataset = dataset.select_columns(["prompt", "completion", *beside])
         usable = keep("prompt", pair)
         if not is_text:

@@ -86,7 +86,7 @@ def distil(trainer: Any, model: Any, inputs: dict[str, torch.Tensor]) -> float:
         The distance, without the weight, averaged over the processes.
     """
     length, unwrapped = trainer.args.distillation_length, trainer.accelerator.unwrap_model(model)
-    decoder = unwrapped.get_base_model().get_decoder()
+    decoder = unwrapped.get_decoder()
     batch = {name: inputs[name][:, :length] for name in ("input_ids", "attention_mask")}
     with as_base(unwrapped, trainer.scaled_config):
         teacher = last_hidden_states(unwrapped, decoder, batch)

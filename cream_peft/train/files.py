@@ -12,6 +12,7 @@ import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import metadata_load
 
 from ..errors import about
 from ..tiny import TINY_ID
@@ -94,10 +95,8 @@ def data_files(name: str, split: str) -> list[Path] | None:
 
 def _is_configured(folder: Path) -> bool:
     """Whether the README.md of a folder says, as on the Hub, which files are which split."""
-    readme = folder / "README.md"
-    parts = readme.read_text(encoding="utf-8", errors="replace").split("---") if readme.is_file() else []
-    with suppress(yaml.YAMLError):
-        return len(parts) > 2 and not parts[0].strip() and "configs" in (yaml.safe_load(parts[1]) or {})
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        return "configs" in (metadata_load(folder / "README.md") or {})
     return False
 
 
@@ -115,12 +114,12 @@ def _load_files(paths: list[Path], name: str, streaming: bool) -> Dataset | Iter
             raise DataError(f"{name} cannot be read as {kind}: {reason}") from error
     if not parts:
         raise DataError(f"{name} is empty: it must hold documents, a row each")
+    if len(parts) == 1:
+        return parts[0]
     shared = set.intersection(*(set(part.column_names or next(iter(part), ())) for part in parts))
     if not shared:
         raise DataError(f"{name} mixes files that have no column in common: give each kind a folder of its own")
-    return (
-        parts[0] if len(parts) == 1 else concatenate_datasets([part.select_columns(sorted(shared)) for part in parts])
-    )
+    return concatenate_datasets([part.select_columns(sorted(shared)) for part in parts])
 
 
 def place_of(row: int, name: str, split: str) -> str:

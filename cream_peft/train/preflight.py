@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from .collator import ROW_COLUMN
 
@@ -73,8 +72,7 @@ def _observe(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor
     def hidden_hook(module, args, output):
         seen["hidden"] = output[0][:, -1]
 
-    decoder = trainer.accelerator.unwrap_model(trainer.model)
-    decoder = (decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder).get_decoder()
+    decoder = trainer.accelerator.unwrap_model(trainer.model).get_decoder()
     was_training = trainer.model.training
     trainer.model.eval()
     with ExitStack() as stack:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from ..publish.push import PushError
 from ..rope import pretrained_window
 from ..terminal import is_first_process
 from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
-from .config import Lengths
 from .data import load_data, summary_of
 from .distillation import refuse_distillation
 from .machine import base_config, check_machine, find_adapter, memory_explained, refuse_separate_runs
@@ -80,20 +78,17 @@ def _load_tokenizer(recipe: Recipe, name: str) -> Any:
     return tokenizer
 
 
-@contextmanager
-def _locked_output(folder: Path) -> Generator[None]:
+def _locked_output(folder: Path) -> ExitStack:
     """Before anything is downloaded or trained, find out whether the adapter can be written, and that nobody else is
-    training there."""
-    if not is_first_process():
-        yield
-        return
-    with ExitStack() as stack:
-        refusal = f"output_dir={folder}: another run is training there: wait until it has ended, or choose another"
-        try:
+    training there. Until the stack is closed nobody can."""
+    stack = ExitStack()
+    refusal = f"output_dir={folder}: another run is training there: wait until it has ended, or choose another"
+    try:
+        if is_first_process():
             stack.enter_context(locked(folder / ".lock", refusal))
-        except OSError as error:
-            raise RecipeError(f"output_dir={folder} cannot be written to ({error.strerror}): choose another") from error
-        yield
+    except OSError as error:
+        raise RecipeError(f"output_dir={folder} cannot be written to ({error.strerror}): choose another") from error
+    return stack
 
 
 def _check_reporting(recipe: Recipe) -> None:
@@ -123,13 +118,13 @@ def run_recipe(recipe: Recipe) -> RunSummary:
     _check_reporting(recipe)
     adapter, folder, run = find_adapter(recipe), Path(str(recipe.run.output_dir)), recipe.run
     config = adapter.base_config if adapter else base_config(recipe)
-    lengths = run.resolve(pretrained_window(config))
+    run.resolve(pretrained_window(config))
     refuse_distillation(run, recipe.model.use_peft and not adapter)
     check_machine(recipe, config)
     refuse_separate_runs(run)
     with _locked_output(folder), memory_explained(recipe, config):
         checkpoint = find_checkpoint(run.resume_from_checkpoint, folder, run.save_only_model)
-        trainer = _make_trainer(recipe, config, lengths, adapter)
+        trainer = _make_trainer(recipe, config, adapter)
         trainer.run_id = checkpoint.record.run_id if checkpoint else None
         # With save_total_limit: 1 the best checkpoint may be left alone, of a step before the last. One that does not
         # say which run it is of, as earlier versions wrote them, is resumed.
@@ -144,7 +139,7 @@ def run_recipe(recipe: Recipe) -> RunSummary:
         return _train_and_save(trainer, checkpoint)
 
 
-def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths, adapter: Adapter | None) -> CREAMTrainer:
+def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | None) -> CREAMTrainer:
     run, name = recipe.run, str(recipe.model.model_name_or_path)
     tokenizer = _load_tokenizer(recipe, name)
     documents, held_out = load_data(recipe, tokenizer, config.get_text_config().vocab_size)
@@ -154,7 +149,7 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, lengths: Lengths, ad
     else:
         model = load_base(
             name,
-            target_length=lengths.target_length,
+            target_length=run.target_length,
             rope_scaling_type=run.rope_scaling_type,
             trust_remote_code=run.trust_remote_code,
             revision=recipe.model.model_revision,

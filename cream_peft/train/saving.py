@@ -1,4 +1,4 @@
-"""What a run saves: an adapter or a model that says of itself how it was made, whole or not at all."""
+"""What a run saves and publishes: an adapter or a model that says of itself how it was made, whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedConfig
+from transformers.trainer_utils import HubStrategy
+from trl import SFTTrainer
 
 from .. import rope
+from ..errors import explain
 from ..model.base import make_tokenizer_readable
 from ..model.record import (
     BASE_FOLDER,
     FILE,
+    AdapterError,
     Best,
     Positions,
     Record,
@@ -34,13 +38,13 @@ from ..model.record import (
     versions,
     write_json,
 )
-from ..model.secrets import without_secrets
+from ..model.secrets import public_name, without_secrets
 from ..positions import options_of
+from ..publish import push as hub
 from ..publish.card import CARD, write_card
-from ..tiny import TINY_ID, TINY_LICENSE
+from ..tiny import TINY_ID, TINY_LICENSE, base_folder
 from .collator import MIXED, ROW_COLUMN
-from .config import Lengths
-from .publishing import PublishingTrainer
+from .config import CREAMConfig, Lengths
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +78,6 @@ def saved_whole(folder: Path, is_writer: bool = True) -> Generator[Path]:
     aside = folder / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    if (folder / CARD).is_file():
-        # What a person wrote on it stays.
-        shutil.copy(folder / CARD, aside)
     yield aside
     (folder / FILE).unlink(missing_ok=True)
     for path in (path for pattern in REPLACED for path in folder.glob(pattern)):
@@ -89,9 +90,12 @@ def saved_whole(folder: Path, is_writer: bool = True) -> Generator[Path]:
     shutil.rmtree(aside)
 
 
-class SavingTrainer(PublishingTrainer):
-    """A trainer whose folders hold the scaled config of the base, cream.json and a card."""
+class SavingTrainer(SFTTrainer):
+    """SFTTrainer whose folders hold the scaled config of the base, cream.json and a card, and are published whole by
+    `publish.push`: in one commit, the token in none of its files."""
 
+    args: CREAMConfig
+    model: Any
     data_collator: Any
     recipe: dict[str, Any]
     seconds: float | None
@@ -101,6 +105,7 @@ class SavingTrainer(PublishingTrainer):
     base_revision: str | None
     base_fingerprint: dict[str, list[float]]
     earlier: Record | None
+    resumed_step = 0
     run_id: str | None = None
     """The same in all that one run saves, resumed or not."""
     best: Best | None = None
@@ -110,6 +115,19 @@ class SavingTrainer(PublishingTrainer):
     def data_identity(self) -> str | None:
         """What tells one set of training documents from another; of a stream its name."""
         return rows_identity(self.train_dataset) or self.recipe.get("dataset_name")
+
+    def base_model_name(self) -> str:
+        """The base's public name: `base_model_id`, its Hub id, or a local folder's last part. Never a path."""
+        name = self.args.base_model_id or self.unwrapped_config()._name_or_path
+        return TINY_ID if name == str(base_folder()) else public_name(name)
+
+    def base_is_local(self) -> bool:
+        """Whether that name is only the name of a local folder, which nobody else has."""
+        name = self.unwrapped_config()._name_or_path
+        return self.args.base_model_id is None and name not in (TINY_ID, str(base_folder())) and Path(name).exists()
+
+    def unwrapped_config(self):
+        return self.accelerator.unwrap_model(self.model).config
 
     def describe(self) -> Record:
         """The content of cream.json: how the base was scaled, how positions were drawn, what the run took."""
@@ -142,7 +160,7 @@ class SavingTrainer(PublishingTrainer):
             license=args.license or (TINY_LICENSE if self.base_model_name() == TINY_ID else None),
             steps=self.state.global_step,
             best=self.best,
-            first_step=getattr(getattr(self, "_set_epoch", None), "first_step", 0),
+            first_step=self.resumed_step,
             seconds=self.seconds and round(self.seconds, 1),
             peak_gib=peak_gib(),
             machine=machine(),
@@ -168,10 +186,17 @@ class SavingTrainer(PublishingTrainer):
         )  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with saved_whole(Path(output_dir or str(self.args.output_dir)), self.args.should_save) as folder:
+        home = Path(str(self.args.output_dir))
+        target = Path(output_dir or home)
+        card = next((place / CARD for place in (home, target) if (place / CARD).is_file()), None)
+        with saved_whole(target, self.args.should_save) as folder:
             super()._save(str(folder), state_dict)
             if not self.args.should_save:
                 return
+            # In place of PEFT's; what a person wrote on ours goes along.
+            (folder / CARD).unlink(missing_ok=True)
+            if card:
+                shutil.copyfile(card, folder / CARD)
             # It would carry the Hub token and local paths to the Hub, and nothing reads it back.
             (folder / "training_args.bin").unlink(missing_ok=True)
             make_tokenizer_readable(folder, self.lengths.target_length)
@@ -189,4 +214,61 @@ class SavingTrainer(PublishingTrainer):
             if record.base_is_local:
                 base = Path(self.unwrapped_config()._name_or_path).absolute()
                 (folder / BASE_FOLDER).write_text(f"{base}\n", encoding="utf-8")
-            write_card(folder, record, self.published_name())
+            write_card(folder, record, self.hub_model_id if self.args.push_to_hub else None)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `_save` has written our card, and TRL's would take its place."""
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the Hub repository, before anything is trained that could not be published."""
+        if self.base_is_local():
+            raise hub.PushError(
+                f"push_to_hub with a local base, {self.base_model_name()!r}: set base_model_id, its Hub id, so that "
+                "others find it"
+            )
+        if self.is_world_process_zero():
+            repo = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            hub.check_card(Record(self.base_model_name(), 1, 1, None, license=self.args.license), repo)
+            private = self.args.hub_private_repo if private is None else private
+            self.hub_model_id = hub.create_repository(repo, private=private, token=token or self.args.hub_token)
+
+    def push_to_hub(  # ty: ignore[incompatible-method-override] its URL, where transformers returns a CommitInfo
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """Publish the adapter in one commit, see `hub.push_folder`; returns the commit's URL. It always blocks."""
+        self.save_model(_internal_call=True)
+        return self._push(str(self.args.output_dir), commit_message, token=token, revision=revision)
+
+    def _push(self, folder: str, message: str | None, **options: Any) -> str | None:
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=options.get("token"))
+        if not self.is_world_process_zero():
+            return None
+        name = self.unwrapped_config()._name_or_path
+        options["base_model"] = name if Path(name).is_dir() else None
+        options["token"] = options.get("token") or self.args.hub_token
+        options["revision"] = options.get("revision") or self.args.hub_revision
+        repo, private = str(self.hub_model_id), self.args.hub_private_repo
+        try:
+            return hub.push_folder(folder, repo, private=private, message=message, **options)
+        except AdapterError as error:
+            raise hub.PushError(str(error)) from error
+
+    # transformers would write training_args.bin, with the token, once more, publish the root without base_config, and
+    # lose its errors in a thread.
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        strategy = self.args.hub_strategy
+        if strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        below = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            self._push(checkpoint_folder, message, checkpoint_in_repo=below.get(strategy))
+        except Exception as error:
+            # Whatever it is, what was trained is worth more.
+            logger.warning("step %d was not published: %s", self.state.global_step, explain(error))

@@ -27,9 +27,7 @@ from ..model.base import (
     with_pad_token,
 )
 from ..model.fingerprint import fingerprint, weight_files
-from ..model.record import (
-    Record,
-)
+from ..model.record import Record
 from .checkpoints import ResumingTrainer
 from .collator import EVALUATION_ROW, MIXED, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
@@ -47,7 +45,6 @@ class _SetEpoch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.epoch = int(state.epoch or 0)
-        self.first_step = state.global_step
 
     # Counted, not read from state.epoch: with a streamed data set that one lags behind.
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -71,10 +68,6 @@ class CREAMTrainer(ResumingTrainer):
 
     _tag_names = ["trl", "sft", "cream", "long-context"]
     _name = "CREAM"
-
-    args: CREAMConfig
-    model: Any
-    data_collator: Any
 
     def __init__(
         self,
@@ -155,8 +148,7 @@ class CREAMTrainer(ResumingTrainer):
                 tokenizer.chat_template = served_template
         self.chat_template = template or self.chat_template
 
-        self._set_epoch = _SetEpoch(self.data_collator)
-        self.add_callback(self._set_epoch)
+        self.add_callback(_SetEpoch(self.data_collator))
         self.add_callback(StopIfNotFinite(self.accelerator.mixed_precision))
         keep_4bit_trainable_on_cpu(self.model)
         # DeepSpeed keeps fp32 copies of its own, and gathers parameters of one dtype only.

@@ -20,7 +20,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import product
 from multiprocessing import get_context
@@ -28,9 +27,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from pieces import read_lines  # noqa: E402
+
 Run = dict[str, Any]
 
-HERE = Path(__file__).parent
 RUNS = "reproduce-runs.jsonl"
 BASES, SEEDS, SEARCH_SEED = (0, 2, 4), (0, 1, 2), 100
 EVALUATION_SEED, QUESTIONS = 20_261_123, 512
@@ -169,18 +171,9 @@ def planned(done: list[Run]) -> list[Run]:
     return recall_runs() + new_skill_runs(done)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of runs; empty ones, and one cut off by a kill, are passed over."""
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
-
-
 def read_runs(output: Path) -> tuple[list[Run], dict[str, Any]]:
     """The finished runs of results/ and of `output`, and the environments that they name."""
-    lines = [line for folder in (HERE / "results", output) for line in read_lines(folder / RUNS)]
+    lines = read_lines(HERE / "results" / RUNS, output / RUNS)
     environments = {line["environment"]: line for line in lines if "versions" in line}
     return list({key(line): line for line in lines if "versions" not in line}.values()), environments
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pieces import NOT_RUN, with_tables
 from reproduce import (
     BASES,
     EVALUATION_SEED,
@@ -41,7 +41,6 @@ SCALINGS = tuple(RECALL_RATE)
 PARTS = ("target", "middle", "last tenth")
 OPEN = "–"
 """In a table: not run yet. A row or a table of nothing else is left out."""
-NOT_RUN = "Not run yet."
 
 
 def ours(context_length: int, target_length: int) -> str:
@@ -186,14 +185,6 @@ def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
         search.append([name, rate, share(row["window"]), *(share(value) for value in row["target"].values())])
     found = {"recall": recall, "new_skill": skill, "in-window": inside, "paired": paired, "search": search}
     return {name: _lines(*lines) for name, lines in found.items()}
-
-
-def with_tables(text: str, lines: dict[str, list[str]]) -> str:
-    """The page with the tables below their marks, `<!-- table: NAME -->`, written anew."""
-    for name, table in lines.items():
-        mark = f"<!-- table: {name} -->\n"
-        text = re.sub(f"{mark}(\\|.*\n|{NOT_RUN}\n)*", lambda _: mark + "".join(f"{line}\n" for line in table), text)  # noqa: B023
-    return text
 
 
 def draw(runs: list[Run], task: str, path: Path) -> None:

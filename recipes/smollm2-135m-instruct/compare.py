@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -28,10 +27,14 @@ import torch
 
 from cream_peft.evals.plots import plot_results, save, tasks_figure
 from cream_peft.evals.results import Cell, Results, Settings, compare_cells, file_name, interval, mean_loss
-from cream_peft.model.record import machine, versions
+from cream_peft.evals.table import difference_in_words
+from cream_peft.model.record import adapter_sha256, machine, versions
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from pieces import read_lines, with_tables  # noqa: E402
 
 HOME = Path("runs/smollm2-135m-instruct")
-HERE = Path(__file__).parent
 RECIPE, RESULTS = HERE / "cream-8k-32k-qlora.yaml", HERE / "results/skill"
 BASE, DATA = HOME / "base", HOME / "data"
 TEST, OTHER = DATA / "held-out/paradise-lost.txt", DATA / "held-out/areopagitica.txt"
@@ -91,9 +94,10 @@ PRICE = {
     "passkey": ["passkey", "--lengths", "1024", "--samples", "4", "--depths", "0.1", "0.3", "0.5", "0.7", "0.9"],
 }
 """What the model did before, on texts that are neither plays nor questions."""
-FIRST = ([*YARN[:3]], [1024, 4096, 16_384], 0)
+# Beyond the examples' length, where a piece is cheap: the first half hour shows the effect.
+FIRST = [(YARN[:3], [4096], 0), (YARN[:3], [1024, 16_384], 0)]
 ROUNDS = [
-    FIRST,
+    *FIRST,
     (YARN[3:], [1024, 4096, 16_384], 0),
     (YARN, list(PRICE), 0),
     (YARN, [8192], 0),
@@ -201,13 +205,14 @@ def questions(budget: Budget, what: int | str, block: int) -> list[str]:
     return [*task, "--samples", documents, "--seed", str(SEED + block)]
 
 
-def identity(row: Row, budget: Budget, what: int | str, block: int) -> dict[str, Any]:
-    """What a piece is: lines with the same one are not done again."""
+def identity(row: Row, budget: Budget, output: Path, what: int | str, block: int) -> dict[str, Any]:
+    """What a piece is: lines with the same one are not done again, unless another adapter was trained here since."""
     settings = {} if row.strategy == "untuned" else training(row, budget)
+    adapter = adapter_sha256(adapter_of(row, output))
     return {
         "row": asdict(row), "what": what, "block": block, "questions": questions(budget, what, block),
         "target_length": target_of(row, budget), "training": settings, "flags": list(budget.flags),
-    }  # fmt: skip
+    } | ({"adapter": adapter} if adapter else {})  # fmt: skip
 
 
 def measure(row: Row, budget: Budget, output: Path, deadline: float, what: int | str, block: int) -> dict[str, Any]:
@@ -224,49 +229,57 @@ def measure(row: Row, budget: Budget, output: Path, deadline: float, what: int |
     call([*command, *questions(budget, what, block)], deadline, output / "log")
     found = Results.read(folder / file_name(row.name)).asdict()
     told = {"seconds": round(time.monotonic() - start), "machine": machine(), "versions": versions()}
-    return identity(row, budget, what, block) | told | {"trained": summary, "cells": found["cells"]}
-
-
-def read_pieces(*paths: Path) -> list[dict[str, Any]]:
-    """The pieces that are done; a last line cut off by a kill is dropped."""
-    found = []
-    for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return found
+    return identity(row, budget, output, what, block) | told | {"trained": summary, "cells": found["cells"]}
 
 
 def unique(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last of each row, question and block, in the order of the first ones."""
+    """The last of each row, question and block, in the order of the first ones; of a row those of its last adapter.
+
+    The same command trains another adapter on another machine, or with other threads.
+    """
+    adapters = {json.dumps(piece["row"]): piece.get("adapter") for piece in pieces}
+    pieces = [piece for piece in pieces if piece.get("adapter") == adapters[json.dumps(piece["row"])]]
     return list({json.dumps([piece["row"], piece["what"], piece["block"]]): piece for piece in pieces}.values())
 
 
 def planned(budget: Budget, first: bool, only: list[str] | None) -> Iterator[tuple[Row, int | str, int]]:
     """The pieces, in order."""
-    for some, things, block in budget.rounds[: 1 if first else None]:
+    for some, things, block in budget.rounds[: len(FIRST) if first else None]:
         for row in some:
             if only is None or row.name in only:
                 yield from ((row, what, block) for what in things)
 
 
-def merged(pieces: list[dict[str, Any]], what: int | str) -> dict[Row, list[Cell]]:
-    """Row -> its cells of `what`, the documents of all blocks together in the order of the blocks."""
-    found: dict[Row, dict[Any, Cell]] = defaultdict(dict)
-    for piece in sorted((piece for piece in pieces if piece["what"] == what), key=lambda piece: piece["block"]):
-        mine = found[Row(**piece["row"])]
+def pooled(pieces: list[dict[str, Any]]) -> list[Cell]:
+    """One row's cells at one length, the documents of all blocks together in the order of the blocks."""
+    found: dict[Any, Cell] = {}
+    for piece in sorted(pieces, key=lambda piece: piece["block"]):
         for cell in (Cell(**cell) for cell in piece["cells"]):
-            old = mine.get((cell.length, cell.depth))
-            mine[cell.length, cell.depth] = replace(
+            old = found.get((cell.length, cell.depth))
+            found[cell.length, cell.depth] = replace(
                 cell,
                 value=(old.value * old.samples + cell.value * cell.samples) / (old.samples + cell.samples),
                 samples=old.samples + cell.samples,
                 correct=f"{old.correct}{cell.correct}",
                 answer_loss=[*(old.answer_loss or ()), *(cell.answer_loss or ())],
             ) if old else cell  # fmt: skip
-    return {row: list(cells.values()) for row, cells in found.items()}
+    return list(found.values())
+
+
+def by_row(pieces: list[dict[str, Any]], what: int | str) -> dict[Row, dict[int, dict[str, Any]]]:
+    """Row -> block of documents -> its piece of `what`."""
+    found: dict[Row, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for piece in pieces:
+        if piece["what"] == what:
+            found[Row(**piece["row"])][piece["block"]] = piece
+    return found
+
+
+def alone(piece: dict[str, Any]) -> dict[str, Any] | None:
+    """The piece with the loss of the number alone in place of the likelier form's; None if it was not recorded."""
+    if not all("alone_loss" in cell for cell in piece["cells"]):
+        return None
+    return piece | {"cells": [cell | {"answer_loss": cell["alone_loss"]} for cell in piece["cells"]]}
 
 
 def between(cells: list[Cell], low: float, high: float) -> list[Cell]:
@@ -276,32 +289,45 @@ def between(cells: list[Cell], low: float, high: float) -> list[Cell]:
 PLACES = {"all depths": (0.0, 1.0), "middle": MIDDLE, "last eighth": LAST}
 
 
-def told(cells: list[Cell]) -> dict[str, Any]:
-    """What the answers at one length come to."""
+def told(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one model's answers at one length come to."""
+    cells, alone_cells = pooled(pieces), pooled([found for one in pieces if (found := alone(one))])
     asked = sum(cell.samples for cell in cells)
     found = {"accuracy": sum(cell.value * cell.samples for cell in cells) / asked, "questions": asked}
     found |= {"interval": interval(cells), "answer loss": mean_loss(cells)}
+    found["loss of the number alone"] = mean_loss(alone_cells)
+    found["of documents"] = sum(cell.samples for cell in alone_cells) // len(EIGHTHS)
     found["middle"] = mean_loss(between(cells, *MIDDLE))
     return found | {"loss by depth": {str(cell.depth): mean_loss([cell]) for cell in cells}}
 
 
-def differences(found: dict[Row, list[Cell]], length: int) -> Iterator[dict[str, Any]]:
-    """CREAM against the other rows of a scaling, on the seeds and documents that both have."""
+def paired(blocks: list[Any], bounds: tuple[float, float]) -> list[tuple[Cell, ...]]:
+    """Their cells and ours, of depths within bounds, from (our piece, their piece) for each block."""
+    ours, theirs = ([pair[side] for pair in blocks] for side in (0, 1))
+    return list(zip(*(between(pooled(pieces), *bounds) for pieces in (theirs, ours)), strict=True))
+
+
+def differences(pieces: list[dict[str, Any]], length: int) -> Iterator[dict[str, Any]]:
+    """CREAM against the other rows of a scaling, on the seeds and blocks of documents that both have."""
+    found = by_row(pieces, length)
     for other in dict.fromkeys((row.scaling, row.strategy) for row in found if row.strategy != "cream"):
+        # The untuned base has no seeds: it stands against each of CREAM's.
+        partners = [
+            (ours, row) for row in found for ours in found
+            if (row.scaling, row.strategy) == other and (ours.scaling, ours.strategy) == (row.scaling, "cream")
+            and (ours.seed == row.seed or row.strategy == "untuned")
+        ]  # fmt: skip
         for place, bounds in PLACES.items():
-            pairs, seeds = [], []
-            for row, cells in found.items():
-                # The untuned base has no seeds: it stands against each of CREAM's.
-                ours = [
-                    theirs for theirs in found if (theirs.scaling, theirs.strategy) == (row.scaling, "cream")
-                    and (theirs.seed == row.seed or row.strategy == "untuned")
-                ]  # fmt: skip
-                for one in ours if (row.scaling, row.strategy) == other else ():
-                    pairs += zip(between(cells, *bounds), between(found[one], *bounds), strict=True)
-                    seeds.append(one.seed)
+            pairs, pairs_alone = [], []
+            for ours, row in partners:
+                blocks = sorted(found[ours].keys() & found[row].keys())
+                both = [(found[ours][block], found[row][block]) for block in blocks]
+                pairs += paired(both, bounds)
+                pairs_alone += paired([known for one in both if all(known := [*map(alone, one)])], bounds)
             if result := compare_cells(pairs):
-                where = {"scaling": other[0], "against": other[1], "length": length, "depths": place, "seeds": seeds}
-                yield where | result
+                where = {"scaling": other[0], "against": other[1], "length": length, "depths": place}
+                of_alone = (compare_cells(pairs_alone) or {}).get("answer_loss")
+                yield where | {"seeds": [ours.seed for ours, _ in partners]} | result | {"alone_loss": of_alone}
 
 
 def summarise(pieces: list[dict[str, Any]]) -> dict[str, Any]:
@@ -309,16 +335,15 @@ def summarise(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     lines: dict[Row, dict[str, Any]] = defaultdict(dict)
     compared = []
     for what in dict.fromkeys(piece["what"] for piece in pieces):
-        found = merged(pieces, what)
-        for row, cells in found.items():
-            key = str(what)
-            if isinstance(what, int):
-                lines[row][key] = told(cells)
+        for row, blocks in by_row(pieces, what).items():
+            if isinstance(what, int) or what == "passkey":
+                lines[row][str(what)] = told(list(blocks.values()))
             else:
-                lines[row][key] = told(cells) if what == "passkey" else {str(cell.length): cell.value for cell in cells}
+                lines[row][str(what)] = {str(cell.length): cell.value for cell in pooled(list(blocks.values()))}
         if isinstance(what, int):
-            compared += differences(found, what)
-    rows = [asdict(row) | {"name": row.name} | measured for row, measured in lines.items()]
+            compared += differences(pieces, what)
+    order = [row for some, _, _ in BUDGETS["cpu"].rounds for row in some]
+    rows = [asdict(row) | {"name": row.name} | lines[row] for row in sorted(lines, key=order.index)]
     for row in rows:
         summaries = [
             piece["trained"] for piece in pieces if Row(**piece["row"]).name == row["name"] and piece["trained"]
@@ -332,30 +357,36 @@ def lengths_of(summary: dict[str, Any]) -> list[int]:
 
 
 def table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: a row a model, a column a length: accuracy, questions, loss of the right answer."""
+    """Markdown: a row a model, a column a length: accuracy, questions, losses of the right number."""
     lengths = lengths_of(summary)
     lines = [f"| RoPE scaling, positions | {' | '.join(f'{length:,}' for length in lengths)} |"]
     lines.append("|---" * (len(lengths) + 1) + "|")
     for row in summary["rows"]:
-        told = (row.get(str(length)) for length in lengths)
-        columns = [
-            f"{one['accuracy']:.2f} of {one['questions']}, {one['answer loss']:.2f}" if one else "" for one in told
-        ]
+        columns = []
+        for one in (row.get(str(length)) for length in lengths):
+            columns.append(f"{one['accuracy']:.2f} of {one['questions']}, " if one else "")
+            if one:
+                losses = (one["loss of the number alone"], one["answer loss"])
+                columns[-1] += " / ".join("-" if loss is None else f"{loss:.2f}" for loss in losses)
         if any(columns):
             lines.append(f"| {row['name']} | {' | '.join(columns)} |")
     return lines
 
 
+def in_words(loss: dict[str, Any] | None) -> str:
+    """A difference of losses, its interval over documents, and how many these are."""
+    return f"{difference_in_words(loss)}, {loss['documents']}" if loss else ""
+
+
 def differences_table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: CREAM against each other row at each length: accuracy and loss on the same questions."""
-    lines = ["| CREAM minus | tokens | accuracy | p | loss | documents |", "|---" * 6 + "|"]
+    """Markdown: CREAM against each other row at each length: accuracy and losses on the same questions."""
+    lines = ["| CREAM minus | tokens | accuracy | p | number alone | likelier form |", "|---" * 6 + "|"]
     for one in summary["cream minus"]:
         if one["depths"] == "all depths":
-            loss = one["answer_loss"]
-            bounds = " ({:+.2f} to {:+.2f})".format(*loss["interval"]) if loss["interval"] else ""
+            losses = " | ".join(in_words(one[key]) for key in ("alone_loss", "answer_loss"))
             lines.append(
                 f"| {one['scaling']} {one['against']} | {one['length']:,} | {one['difference']:+.2f} | "
-                f"{one['p_value']:.3f} | {loss['difference']:+.2f}{bounds} | {loss['documents']} |"
+                f"{one['p_value']:.3f} | {losses} |"
             )
     return lines
 
@@ -383,7 +414,8 @@ def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
     for strategy, name in names.items():
         row = Row(scaling, strategy)
         mine = [piece for piece in pieces if Row(**piece["row"]) == row and isinstance(piece["what"], int)]
-        cells = [cell for what in sorted({piece["what"] for piece in mine}) for cell in merged(mine, what)[row]]
+        lengths = sorted({piece["what"] for piece in mine})
+        cells = [cell for what in lengths for cell in pooled([piece for piece in mine if piece["what"] == what])]
         if cells:
             label = "untouched base" if (scaling, strategy) == ("none", "untuned") else name
             settings = Settings(label=label, pretrained_window=8192)
@@ -415,10 +447,7 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
     tables = {"skill": table(summary), "differences": differences_table(summary), "price": price_table(summary)}
-    for name, lines in tables.items():
-        head, mark, rest = text.partition(f"<!-- table: {name} -->\n")
-        text = head + mark + "".join(f"{line}\n" for line in lines) + re.sub(r"\A(\|.*\n)*", "", rest)
-    page.write_text(text, encoding="utf-8")
+    page.write_text(with_tables(text, tables), encoding="utf-8")
 
 
 def main() -> int:
@@ -447,8 +476,8 @@ def main() -> int:
     paths = [output / "pieces.jsonl"] + ([] if options.again else [RESULTS / "pieces.jsonl"])
     try:
         for row, what, block in () if options.publish else planned(budget, options.first, options.only):
-            wanted = identity(row, budget, what, block)
-            if row.name in failed or any(wanted.items() <= piece.items() for piece in read_pieces(*paths)):
+            wanted = identity(row, budget, output, what, block)
+            if row.name in failed or any(wanted.items() <= piece.items() for piece in read_lines(*paths)):
                 continue
             try:
                 piece = measure(row, budget, output, deadline, what, block)
@@ -461,7 +490,7 @@ def main() -> int:
         state = f"not done, these rows failed: {', '.join(failed)}" if failed else "done"
     except TimeIsUp:
         state = "not done: the same command resumes"
-    pieces = unique(read_pieces(*reversed(paths)))
+    pieces = unique(read_lines(*reversed(paths)))
     if pieces:
         summary = summarise(pieces)
         (output / "skill.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
