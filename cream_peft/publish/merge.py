@@ -187,7 +187,7 @@ def _changed(name: str, change: Change, base: Weights, given: Weights) -> torch.
 
 
 def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: str, dtype: str) -> None:
-    """Write everything but the weights; config.json last, because nothing loads without it."""
+    """Write everything but the weights."""
     target, window = adapter.record.target_length, adapter.record.pretrained_window
     adapter.tokenizer().save_pretrained(folder)
     make_tokenizer_readable(folder, target)
@@ -201,9 +201,9 @@ def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: s
         write_json(folder / GENERATION, generation)
     record = replace(adapter.record, merged=True, dtype=dtype, adapter_sha256=adapter_sha256(adapter.folder))
     record.write(folder)
-    write_card(folder, record)
     own = {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", rope.published_config(adapter.scaled_config) | own)
+    write_card(folder, record)
 
 
 def _peak_memory() -> float | None:
