@@ -10,6 +10,9 @@ _EXPORTS = {
     "cream": "cream_peft.positions",
     "load_adapter": "cream_peft.model.adapter",
     "pose": "cream_peft.positions",
+    "register_scaling": "cream_peft.scalings",
+    "register_strategy": "cream_peft.positions",
+    "register_task": "cream_peft.evals.tasks",
 }
 __all__ = sorted(_EXPORTS)
 
@@ -20,6 +23,9 @@ def __getattr__(name: str):
         import logging
         from importlib import import_module
 
+        from .plugins import load_plugins
+
+        load_plugins()
         # On a CPU it speaks of a faster kernel when it is imported; what is installed does.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         return getattr(import_module(_EXPORTS[name]), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from ..rope import DEFAULT_FACTOR, ROPE_SCALING_TYPES
 Kind = TypeVar("Kind", bound=type[Any])
 SHORT_DOCUMENTS = ("shrink", "skip", "join")
 MEMORY_SETTINGS = ("default", "low")
+STRATEGY_KEYS = {"sigma": "cream", "chunks": "pose", "segment_length": "segments"}
+"""Options that have a key of their own, and the strategy that they are of."""
 SHORT_RUN = 10
 """Steps below which a run has no warm-up unless it is asked for one."""
 
@@ -92,6 +95,9 @@ class CREAMConfig(SFTConfig):
     )
     chunks: int | None = option(None, "Chunks with a skip before each but the first (pose only). None: 2.")
     segment_length: int | None = option(None, "Mean tokens of a segment (segments only). None: 32.")
+    position_strategy_kwargs: dict | str | None = option(
+        None, "Options of a position strategy that a package of your own registers, see recipes/add-your-own.md."
+    )
     contiguous_share: float = option(0.0, "Share of the examples that get plain positions, whatever the strategy.")
     contiguous_text: bool = option(
         False, "Feed the first tokens of each document, whatever tokens the strategy would pick."
@@ -187,16 +193,25 @@ class CREAMConfig(SFTConfig):
 
     def strategy_options(self) -> dict[str, Any]:
         """The options of the position strategy that are set."""
-        values = {name: getattr(self, name) for name in options_of(self.position_strategy)}
+        own = [name for name in STRATEGY_KEYS if name in options_of(self.position_strategy)]
+        values = {name: getattr(self, name) for name in own} | dict(self.position_strategy_kwargs or {})
         return {name: value for name, value in values.items() if value is not None}
 
     def _check_strategy(self) -> None:
-        for strategy in POSITION_STRATEGIES:
-            for name in set(options_of(strategy)) - set(options_of(self.position_strategy)):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(
-                        f"{name}={value} goes with position_strategy={strategy}, got {self.position_strategy}"
-                    )
+        known = options_of(self.position_strategy)
+        for name, strategy in STRATEGY_KEYS.items():
+            if name not in known and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={value} goes with position_strategy={strategy}, got {self.position_strategy}")
+        if isinstance(self.position_strategy_kwargs, str):
+            self.position_strategy_kwargs = json.loads(self.position_strategy_kwargs)
+        for name in self.position_strategy_kwargs or {}:
+            if name not in known or name in STRATEGY_KEYS:
+                others = ", ".join(set(known) - set(STRATEGY_KEYS)) or "none"
+                key = f": write {name}: {self.position_strategy_kwargs[name]}" if name in known else ""
+                raise ValueError(
+                    f"position_strategy_kwargs has {name}, and position_strategy={self.position_strategy} takes "
+                    f"{others}{key}"
+                )
         # The strategy itself says which values it takes.
         POSITION_STRATEGIES[self.position_strategy](1, 1, 1, generator(0, 0, 0), **self.strategy_options())
         for name in ("contiguous_share", "target_growth"):

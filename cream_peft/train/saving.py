@@ -35,8 +35,10 @@ from ..model.record import (
     write_json,
 )
 from ..model.secrets import without_secrets
-from ..positions import options_of
+from ..plugins import package_of
+from ..positions import POSITION_STRATEGIES, options_of
 from ..publish.card import CARD, write_card
+from ..scalings import ROPE_SCALING_TYPES
 from ..tiny import TINY_ID, TINY_LICENSE
 from .collator import MIXED, ROW_COLUMN
 from .config import Lengths
@@ -117,6 +119,10 @@ class SavingTrainer(PublishingTrainer):
         is_full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         factor = collator.target_length / collator.context_length
         options = options_of(collator.position_strategy) | collator.strategy_options
+        packages = {
+            "position_strategy": package_of(POSITION_STRATEGIES[collator.position_strategy]),
+            "rope_scaling_type": package_of(ROPE_SCALING_TYPES.get(str(args.rope_scaling_type))),
+        }
         positions = Positions(
             strategy=collator.position_strategy,
             context_length=collator.context_length,
@@ -148,6 +154,7 @@ class SavingTrainer(PublishingTrainer):
             machine=machine(),
             seed=args.seed,
             versions=versions(),
+            packages={key: name for key, name in packages.items() if name},
             recipe=self.recipe,
             run_id=self.run_id,
             data=self.data_identity,
