@@ -54,7 +54,7 @@ def add(registry: dict[str, Any], kind: str, name: str, entry: Any, function: An
 
 
 def package_of(entry: Any) -> str | None:
-    """The package that registered `entry`, with its version where it is installed; None for what comes with this one."""
+    """The package that registered `entry`, with its version where it is installed; None for what is of this one."""
     top = _home(entry).split(".")[0]
     if top in ("cream_peft", "__main__"):
         return "a script or notebook" if top == "__main__" else None

@@ -170,5 +170,7 @@ def register_task(name: str, task: Task | Measurement) -> None:
         raise PluginError(f"task {name!r} is {task!r}, and must be a Task or a Measurement of cream_peft.evals.tasks")
     known = {option for one in TASKS.values() for option in one.options}
     if unknown := sorted(set(task.options) - known):
-        raise PluginError(f"task {name!r} has the options {', '.join(unknown)}: evaluate has {', '.join(sorted(known))}")
+        raise PluginError(
+            f"task {name!r} has the options {', '.join(unknown)}: evaluate has {', '.join(sorted(known))}"
+        )
     add(TASKS, "task", name, task, task.prompt if isinstance(task, Task) else task.measure)

@@ -95,8 +95,8 @@ class CREAMConfig(SFTConfig):
     )
     chunks: int | None = option(None, "Chunks with a skip before each but the first (pose only). None: 2.")
     segment_length: int | None = option(None, "Mean tokens of a segment (segments only). None: 32.")
-    position_strategy_kwargs: dict | str | None = option(
-        None, "Options of a position strategy that a package of your own registers, see recipes/add-your-own.md."
+    position_strategy_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of a strategy of your own, see recipes/add-your-own.md. None: none."}
     )
     contiguous_share: float = option(0.0, "Share of the examples that get plain positions, whatever the strategy.")
     contiguous_text: bool = option(
@@ -204,6 +204,8 @@ class CREAMConfig(SFTConfig):
                 raise ValueError(f"{name}={value} goes with position_strategy={strategy}, got {self.position_strategy}")
         if isinstance(self.position_strategy_kwargs, str):
             self.position_strategy_kwargs = json.loads(self.position_strategy_kwargs)
+        if not isinstance(self.position_strategy_kwargs, dict | None):
+            raise ValueError(f"position_strategy_kwargs={self.position_strategy_kwargs} must be a mapping")
         for name in self.position_strategy_kwargs or {}:
             if name not in known or name in STRATEGY_KEYS:
                 others = ", ".join(set(known) - set(STRATEGY_KEYS)) or "none"
@@ -213,7 +215,10 @@ class CREAMConfig(SFTConfig):
                     f"{others}{key}"
                 )
         # The strategy itself says which values it takes.
-        POSITION_STRATEGIES[self.position_strategy](1, 1, 1, generator(0, 0, 0), **self.strategy_options())
+        try:
+            POSITION_STRATEGIES[self.position_strategy](1, 1, 1, generator(0, 0, 0), **self.strategy_options())
+        except TypeError as error:
+            raise ValueError(f"position_strategy_kwargs={self.position_strategy_kwargs}: {error}") from error
         for name in ("contiguous_share", "target_growth"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} must be from 0 to 1")
