@@ -194,7 +194,8 @@ class CREAMConfig(SFTConfig):
     def strategy_options(self) -> dict[str, Any]:
         """The options of the position strategy that are set."""
         own = [name for name in STRATEGY_KEYS if name in options_of(self.position_strategy)]
-        values = {name: getattr(self, name) for name in own} | dict(self.position_strategy_kwargs or {})
+        kwargs = self.position_strategy_kwargs if isinstance(self.position_strategy_kwargs, dict) else {}
+        values = {name: getattr(self, name) for name in own} | kwargs
         return {name: value for name, value in values.items() if value is not None}
 
     def _check_strategy(self) -> None:
@@ -204,12 +205,13 @@ class CREAMConfig(SFTConfig):
                 raise ValueError(f"{name}={value} goes with position_strategy={strategy}, got {self.position_strategy}")
         if isinstance(self.position_strategy_kwargs, str):
             self.position_strategy_kwargs = json.loads(self.position_strategy_kwargs)
-        if not isinstance(self.position_strategy_kwargs, dict | None):
-            raise ValueError(f"position_strategy_kwargs={self.position_strategy_kwargs} must be a mapping")
-        for name in self.position_strategy_kwargs or {}:
+        kwargs: Any = self.position_strategy_kwargs or {}
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"position_strategy_kwargs={kwargs} must be a mapping")
+        for name in kwargs:
             if name not in known or name in STRATEGY_KEYS:
                 others = ", ".join(set(known) - set(STRATEGY_KEYS)) or "none"
-                key = f": write {name}: {self.position_strategy_kwargs[name]}" if name in known else ""
+                key = f": write {name}: {kwargs[name]}" if name in known else ""
                 raise ValueError(
                     f"position_strategy_kwargs has {name}, and position_strategy={self.position_strategy} takes "
                     f"{others}{key}"
