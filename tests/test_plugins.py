@@ -197,7 +197,7 @@ def test_a_name_that_is_taken_is_refused_and_a_module_may_replace_its_own():
         (register_task, "needle", Measurement(jumps)),
         (register_task, "new_skill", Measurement(jumps)),
     ):
-        with pytest.raises(PluginError, match=f"'{name}' is registered already, by "):
+        with pytest.raises(PluginError, match=f"'{name}' is registered already, by cream_peft"):
             register(name, entry)
     with pytest.raises(PluginError, match="a name has letters"):
         register_strategy("cream 2", jumps)
