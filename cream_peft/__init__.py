@@ -14,6 +14,9 @@ _EXPORTS = {
     "evaluate": "cream_peft.evals.rows",
     "load_adapter": "cream_peft.model.adapter",
     "pose": "cream_peft.positions",
+    "register_scaling": "cream_peft.scalings",
+    "register_strategy": "cream_peft.positions",
+    "register_task": "cream_peft.evals.tasks",
 }
 __all__ = sorted(_EXPORTS)
 
@@ -24,6 +27,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 def __getattr__(name: str):
     # Imported on first use: torch, transformers and TRL take seconds, and `cream-peft --help` needs none of them.
     if name in _EXPORTS:
+        from .plugins import load_plugins
+
+        load_plugins()
         return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'cream_peft' has no attribute {name!r}")
 

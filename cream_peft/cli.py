@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from .commands import COMMANDS
+from .plugins import load_plugins
 from .terminal import UserError, close_progress_bars, quiet_libraries
 
 logger = logging.getLogger("cream_peft")
@@ -86,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown command {arguments[0]!r}: use one of {', '.join(COMMANDS)}")
         with _stopped_by_signals():
+            load_plugins()
             COMMANDS[arguments[0]](arguments[1:])
     except (KeyboardInterrupt, Stopped) as stopped:
         close_progress_bars()

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .plugins import PluginError, add
+
 Draw = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 GRID_POINTS = 1000
@@ -163,6 +165,43 @@ POSITION_STRATEGIES: dict[str, Callable[..., Draw]] = {
     "segments": segments,
     "contiguous": contiguous,
 }
+"""Name -> strategy; `register_strategy` adds to it."""
+
+CHECKED_LENGTHS = ((1, 1, 1), (64, 64, 64), (3, 64, 640), (200, 64, 640), (2000, 64, 640))
+"""num_tokens, context_length and target_length at which a strategy is tried when it is registered."""
+
+
+def register_strategy(name: str, strategy: Callable[..., Draw]) -> None:
+    """Make `position_strategy: name` draw with a function of your own.
+
+    Its options are its arguments with a default; `position_strategy_kwargs` sets them.
+
+    Raises:
+        PluginError: a name that is taken, or draws that are not what the head of this module says.
+    """
+    add(POSITION_STRATEGIES, "position strategy", name, strategy, strategy)
+    try:
+        for row, lengths in enumerate(CHECKED_LENGTHS):
+            draws = [strategy(*lengths, generator(0, 0, row)) for _ in range(2)]
+            if wrong := _wrong_with(*draws, *lengths):
+                raise PluginError(f"position strategy {name!r} called with {lengths}: {wrong}")
+    except Exception:
+        del POSITION_STRATEGIES[name]
+        raise
+
+
+def _wrong_with(draw: Draw, again: Draw, num_tokens: int, context_length: int, target_length: int) -> str | None:
+    """What is wrong with two draws of one generator; None if nothing is."""
+    size = min(num_tokens, context_length)
+    for what, numbers, end in zip(("token indices", "position ids"), draw, (num_tokens, target_length), strict=True):
+        found = np.asarray(numbers)
+        if found.shape != (size,) or not np.issubdtype(found.dtype, np.integer):
+            return f"{what} are {found.dtype} of shape {found.shape}, and must be integers of shape {(size,)}"
+        if found[0] < 0 or found[-1] >= end or (np.diff(found) < 1).any():
+            return f"{what} must rise strictly within 0..{end - 1}, and are {found[0]}..{found[-1]}"
+    if not all(np.array_equal(one, other) for one, other in zip(draw, again, strict=True)):
+        return "two draws of one generator differ: take all random numbers from rng"
+    return None
 
 
 def options_of(strategy: str) -> dict[str, Any]:

@@ -24,9 +24,7 @@ from .families import (
     slowest_exponent,
     with_far_parameters,
 )
-
-ROPE_SCALING_TYPES = ("linear", "ntk", "yarn")
-"""The values of rope_scaling_type; None leaves the base's RoPE as it is."""
+from .scalings import ROPE_SCALING_TYPES, holds_numbers, own_parameters
 
 DEFAULT_FACTOR = 8
 """Target length over the pretrained window, where none is given."""
@@ -73,6 +71,7 @@ def scaled_config(config: PreTrainedConfig, target_length: int, rope_scaling_typ
       plain larger rope_theta, which every runtime reads.
     - yarn: arXiv 2309.00071, with cosines and sines times 0.1 ln s + 1. That factor is every runtime's default and is
       not written out: llama.cpp takes its own 0.1 ln s + 1, whatever is written.
+    - a name that register_scaling was given: the numbers of that function, see scalings.py.
     - None: rope_parameters untouched.
 
     Where a family has a RoPE for each kind of layer, that of the full-attention layers is scaled and that of the
@@ -90,7 +89,7 @@ def scaled_config(config: PreTrainedConfig, target_length: int, rope_scaling_typ
         raise RopeError(f"rope_scaling_type is {rope_scaling_type!r}: choose one of {allowed}, or leave it unset")
     parameters, window = _far_parameters(config, target_length), pretrained_window(config)
     found = parameters.get("rope_type", "default")
-    if found not in BASE_ROPE_TYPES:
+    if found not in BASE_ROPE_TYPES and not holds_numbers(parameters):
         allowed = ", ".join(BASE_ROPE_TYPES)
         raise RopeError(f"the base has rope_type {found!r}: use a base whose rope_type is one of {allowed}")
     if rope_scaling_type is not None and target_length < window:
@@ -132,6 +131,8 @@ def _scaled_parameters(
             f"the base's yarn reaches {trained:.0f} tokens but its max_position_embeddings is {window}: set it to "
             "what was trained"
         )
+    if ROPE_SCALING_TYPES[rope_scaling_type]:
+        return own_parameters(config, parameters, window, target_length, rope_scaling_type)
     if rope_scaling_type == "ntk":
         if family_of(config.model_type).has_one_theta:
             raise RopeError(
@@ -148,7 +149,7 @@ def _scaled_parameters(
         scaled = {key: value for key, value in parameters.items() if key != "attention_factor"}
         return scaled | {"factor": earlier * factor}
     if found != "default":
-        own = {"llama3": "", "proportional": "'linear' or "}.get(found, f"{found!r} or ")
+        own = {"llama3": "", "longrope": "", "proportional": "'linear' or "}.get(found, f"{found!r} or ")
         raise RopeError(
             f"{rope_scaling_type!r} needs an unscaled base, and this one has rope_type {found!r}: use {own}'ntk'"
         )
@@ -195,6 +196,8 @@ def apply_scaling(model: Any, config: PreTrainedConfig) -> None:
     model.config.rope_parameters = copy.deepcopy(config.rope_parameters)
     model.config.max_position_embeddings = config.max_position_embeddings
     for name, module in modules.items():
+        # transformers keeps longrope's frequencies beyond the window there once they were needed.
+        vars(module).pop("long_inv_freq", None)
         # In place, not by replacing the module: accelerate's device hooks live on it.
         for attribute, value in vars(fresh[name]).items():
             if attribute in ("rope_type", "max_seq_len_cached", "original_max_seq_len") or _is_factor(attribute):

@@ -139,7 +139,10 @@ MISTAKES = {
         ["train", "--lr_scheduler_type", "linear", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'],
         ["lr_scheduler_kwargs={'min_lr_rate': 0.1}", "lr_scheduler_type=linear", "min_lr_rate"],
     ),
-    "a reporter that is not installed": (["train", "--report_to", "wandb"], ["report_to=wandb", "pip install wandb"]),
+    **{
+        f"{name} without its package": (["train", "--report_to", name], [f"report_to={name}", f"pip install {name}"])
+        for name in ("tensorboard", "trackio", "wandb")
+    },
     "an unknown reporter": (["train", "--report_to", "wandbb"], ["wandbb"]),
     "an evaluation of nothing": (
         ["train", "--eval_strategy", "steps", "--eval_steps", "1"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..plugins import PluginError, add
 from .answers import CHUNK_LENGTH, scored_answers
 from .frequency import common_words_prompt, frequent_words_prompt
 from .kv_retrieval import kv_depths, kv_prompt
@@ -183,4 +184,20 @@ TASKS: dict[str, Task | Measurement] = {
     "recall": Measurement(recall, embedded=True),
     "new_skill": Measurement(partial(recall, marked=True), embedded=True),
 }
-"""Name -> task."""
+"""Name -> task; `register_task` adds to it."""
+
+
+def register_task(name: str, task: Task | Measurement) -> None:
+    """Make `cream-peft evaluate --tasks name` ask a task of your own.
+
+    Raises:
+        PluginError: a name that is taken, no task, or an option that the command line does not have.
+    """
+    if not isinstance(task, Task | Measurement):
+        raise PluginError(f"task {name!r} is {task!r}, and must be a Task or a Measurement of cream_peft.evals.tasks")
+    known = {option for one in TASKS.values() for option in one.options}
+    if unknown := sorted(set(task.options) - known):
+        raise PluginError(
+            f"task {name!r} has the options {', '.join(unknown)}: evaluate has {', '.join(sorted(known))}"
+        )
+    add(TASKS, "task", name, task, task.prompt if isinstance(task, Task) else task.measure)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .. import __version__
-from ..rope import ROPE_SCALING_TYPES
+from ..scalings import ROPE_SCALING_TYPES
 from .fields import known_fields, shown, too_deep
 from .secrets import without_secrets
 
@@ -98,6 +98,8 @@ class Record:
     machine: str | None = None
     seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
+    """position_strategy, rope_scaling_type: where those that are not of cream-peft come from."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The keys that the recipe and the command line set."""
     merged: bool = False
@@ -146,6 +148,13 @@ class Record:
             if "best" in known:
                 known["best"] = Best(**known_fields(Best, known["best"], "best."))
             known["format"] = FORMAT
+            package, scaling = known.get("packages", {}).get("rope_scaling_type"), known.get("rope_scaling_type")
+            # A merged model holds the numbers, and is loaded as it is.
+            if package and scaling not in ROPE_SCALING_TYPES and not is_merged:
+                raise AdapterError(
+                    f"{name} was trained with the RoPE scaling {shown(scaling)} of {shown(package)}, which is not "
+                    "installed here (or was not imported): install that if you trust it"
+                )
             return cls(**known)
         except AdapterError:
             raise
@@ -156,7 +165,8 @@ class Record:
         for key in ("pretrained_window", "target_length"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}, and must be at least 1 token")
-        if self.rope_scaling_type not in (None, *ROPE_SCALING_TYPES):
+        is_of_package = self.merged and "rope_scaling_type" in self.packages
+        if self.rope_scaling_type not in (None, *ROPE_SCALING_TYPES) and not is_of_package:
             wrong, allowed = shown(self.rope_scaling_type), ", ".join(ROPE_SCALING_TYPES)
             raise ValueError(f"rope_scaling_type is {wrong}, and must be null or one of {allowed}")
 

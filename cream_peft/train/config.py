@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from ..rope import DEFAULT_FACTOR, ROPE_SCALING_TYPES
 Kind = TypeVar("Kind", bound=type[Any])
 SHORT_DOCUMENTS = ("shrink", "skip", "join")
 MEMORY_SETTINGS = ("default", "low")
+STRATEGY_KEYS = {"sigma": "cream", "chunks": "pose", "segment_length": "segments"}
+"""Options that have a key of their own, and the strategy that they are of."""
 SHORT_RUN = 10
 """Steps below which a run has no warm-up unless it is asked for one."""
 
@@ -92,6 +95,9 @@ class CREAMConfig(SFTConfig):
     )
     chunks: int | None = option(None, "Chunks with a skip before each but the first (pose only). None: 2.")
     segment_length: int | None = option(None, "Mean tokens of a segment (segments only). None: 32.")
+    position_strategy_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of a strategy of your own, see recipes/add-your-own.md. None: none."}
+    )
     contiguous_share: float = option(0.0, "Share of the examples that get plain positions, whatever the strategy.")
     contiguous_text: bool = option(
         False, "Feed the first tokens of each document, whatever tokens the strategy would pick."
@@ -187,18 +193,34 @@ class CREAMConfig(SFTConfig):
 
     def strategy_options(self) -> dict[str, Any]:
         """The options of the position strategy that are set."""
-        values = {name: getattr(self, name) for name in options_of(self.position_strategy)}
+        own = [name for name in STRATEGY_KEYS if name in options_of(self.position_strategy)]
+        kwargs = self.position_strategy_kwargs if isinstance(self.position_strategy_kwargs, dict) else {}
+        values = {name: getattr(self, name) for name in own} | kwargs
         return {name: value for name, value in values.items() if value is not None}
 
     def _check_strategy(self) -> None:
-        for strategy in POSITION_STRATEGIES:
-            for name in set(options_of(strategy)) - set(options_of(self.position_strategy)):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(
-                        f"{name}={value} goes with position_strategy={strategy}, got {self.position_strategy}"
-                    )
+        known = options_of(self.position_strategy)
+        for name, strategy in STRATEGY_KEYS.items():
+            if name not in known and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={value} goes with position_strategy={strategy}, got {self.position_strategy}")
+        if isinstance(self.position_strategy_kwargs, str):
+            self.position_strategy_kwargs = json.loads(self.position_strategy_kwargs)
+        kwargs: Any = self.position_strategy_kwargs or {}
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"position_strategy_kwargs={kwargs} must be a mapping")
+        for name in kwargs:
+            if name not in known or name in STRATEGY_KEYS:
+                others = ", ".join(set(known) - set(STRATEGY_KEYS)) or "none"
+                key = f": write {name}: {kwargs[name]}" if name in known else ""
+                raise ValueError(
+                    f"position_strategy_kwargs has {name}, and position_strategy={self.position_strategy} takes "
+                    f"{others}{key}"
+                )
         # The strategy itself says which values it takes.
-        POSITION_STRATEGIES[self.position_strategy](1, 1, 1, generator(0, 0, 0), **self.strategy_options())
+        try:
+            POSITION_STRATEGIES[self.position_strategy](1, 1, 1, generator(0, 0, 0), **self.strategy_options())
+        except TypeError as error:
+            raise ValueError(f"position_strategy_kwargs={self.position_strategy_kwargs}: {error}") from error
         for name in ("contiguous_share", "target_growth"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} must be from 0 to 1")

@@ -39,9 +39,11 @@ from ..model.record import (
     write_json,
 )
 from ..model.secrets import public_name, without_secrets
-from ..positions import options_of
+from ..plugins import package_of
+from ..positions import POSITION_STRATEGIES, options_of
 from ..publish import push as hub
 from ..publish.card import CARD, write_card
+from ..scalings import ROPE_SCALING_TYPES
 from ..tiny import TINY_ID, TINY_LICENSE, base_folder
 from .collator import MIXED, ROW_COLUMN
 from .config import CREAMConfig, Lengths
@@ -135,6 +137,10 @@ class SavingTrainer(SFTTrainer):
         is_full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         factor = collator.target_length / collator.context_length
         options = options_of(collator.position_strategy) | collator.strategy_options
+        packages = {
+            "position_strategy": package_of(POSITION_STRATEGIES[collator.position_strategy]),
+            "rope_scaling_type": package_of(ROPE_SCALING_TYPES.get(str(args.rope_scaling_type))),
+        }
         positions = Positions(
             strategy=collator.position_strategy,
             context_length=collator.context_length,
@@ -166,6 +172,7 @@ class SavingTrainer(SFTTrainer):
             machine=machine(),
             seed=args.seed,
             versions=versions(),
+            packages={key: name for key, name in packages.items() if name},
             recipe=self.recipe,
             run_id=self.run_id,
             data=self.data_identity,
