@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .. import rope
+from ..model.attention import use_repeating_sdpa
 from ..model.base import (
     check_module_names,
     keep_4bit_trainable_on_cpu,
@@ -183,6 +184,7 @@ class CREAMTrainer(ResumingTrainer):
             options.setdefault("trust_remote_code", args.trust_remote_code)
             model = load_base(model, load_in_4bit=False, **options)
             args.model_init_kwargs = None
+        use_repeating_sdpa()
         unscaled: Any = getattr(model, "unscaled_config", None) or rope.unscaled_config(model.config)
         self.earlier: Record | None = getattr(model, "trained_record", None)
         if self.earlier and self.earlier.rope_scaling_type != args.rope_scaling_type:
