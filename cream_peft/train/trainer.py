@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -160,6 +160,9 @@ class CREAMTrainer(ResumingTrainer):
         self.add_callback(self._set_epoch)
         self.add_callback(StopIfNotFinite(self.accelerator.mixed_precision))
         keep_4bit_trainable_on_cpu(self.model)
+        if not isinstance(self.model, PeftModel):
+            # Else autocast keeps its 16-bit copies of all weights until a forward pass ends, and uses each but once.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         # DeepSpeed keeps fp32 copies of its own, and gathers parameters of one dtype only.
         if isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:
             check_module_names(self.model)
