@@ -247,10 +247,10 @@ class Validation(Loading):
         each, (queries, keys) = self._weight_bytes(), attention_widths(config)
         activations = 2 * (3 * hidden + max(hidden + 3 * inner, *widths))
         if each == 4:
-            # The first three in fp32. RoPE makes three of the queries or keys there, beside queries, keys and values in
-            # 16 bits; or the feed-forward a copy of its input, and its three products.
+            # The first three in fp32, beside queries, keys and values in 16 bits, of which RoPE makes three in fp32; or
+            # these and the residual, the feed-forward's input in 16 bits, and its three products.
             rotated = 4 * max(3 * queries, queries + 3 * keys) + 2 * (queries + 2 * keys)
-            activations = 3 * 4 * hidden + max(rotated, 2 * hidden + 2 * 3 * inner)
+            activations = max(3 * 4 * hidden + rotated, (4 * 4 + 2) * hidden + 2 * 3 * inner)
         return self._gib(
             config,
             (("activations", "quantization"), ("logits",)),
