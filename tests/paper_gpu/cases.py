@@ -95,7 +95,7 @@ def table_of(whole: dict[str, Any], two_layers: dict[str, Any]) -> list[str]:
         base, two = whole.get(name), two_layers.get(name)
         held_out = base.get("held_out") if base else None
         cells = [name, case.get("card", "ampere"), *_sizes(base), *_sizes(held_out)[:2], *_sizes(two)]
-        cells.append(", ".join((base or two or {"kernels": []})["kernels"]))
+        cells.append(", ".join((base or two or {}).get("kernels", [])))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
