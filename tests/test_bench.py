@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -170,6 +171,29 @@ def test_a_16_bit_base_has_memory_of_its_own_for_every_weight(architecture):
     recipe.run.resolve(WINDOW)
     storages = {parameter.untyped_storage().data_ptr() for parameter in bench.load_random(recipe, config).parameters()}
     assert len(storages) == 9 * LAYERS + 3
+
+
+def test_a_tied_head_is_the_embeddings_and_is_loaded_once(tmp_path):
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=WINDOW, tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    recipe = parse_recipe(["--model_name_or_path", str(tmp_path), *SIZES])
+    config = base_config(recipe)
+    recipe.run.resolve(WINDOW)
+    names = list(bench.random_weights(config, torch.float32, load_in_4bit=False))
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    loaded = bench.load_random(recipe, config)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_every_weight_is_trained_where_a_recipe_says_so(architecture, monkeypatch):
+    trained = []
+    monkeypatch.setattr(bench, "time_steps", lambda trainer, *_: trained.append(trainer.model) or sys.exit())
+    recipe = bench.parse_bench([*architecture, "--use_peft", "false", "--load_in_4bit", "false"], steps=2)
+    with pytest.raises(SystemExit):
+        bench.bench_recipe(recipe)
+    assert all(parameter.requires_grad for parameter in trained[0].parameters())
 
 
 def test_utilisation_is_known_for_the_cards_that_plan_knows(monkeypatch):

@@ -314,6 +314,15 @@ def test_the_optimizer_keeps_what_a_real_step_of_it_keeps(optimizer_class, optim
     assert bytes_of(estimate(config, context_length=64, optim=optim), "optimizer") == pytest.approx(measured, rel=0.01)
 
 
+def test_the_embeddings_if_they_are_trained_keep_their_optimizer_state_in_fp32():
+    config, settings = small(), {"context_length": 64, "use_peft": False, "load_in_4bit": False}
+    embeddings = config.vocab_size * config.hidden_size
+    low = estimate(config, optim="paged_adamw_8bit", **settings)
+    rest = parameter_count(config) - embeddings
+    assert bytes_of(low, "optimizer") == pytest.approx(8 * embeddings + (2 + 8 / 256) * rest)
+    assert bytes_of(estimate(config, **settings), "optimizer") == 8 * parameter_count(config)
+
+
 def test_an_optimizer_that_is_not_known_counts_as_adam_in_fp32():
     config, settings = embedded_config(LLAMA2), {"context_length": 4096}
     full = estimate(config, optim="adamw_torch", **settings)["optimizer"]
@@ -531,6 +540,21 @@ def test_the_peak_of_a_held_out_document_is_within_a_tenth(tmp_path, cuda_autoca
     assert bytes_of(terms, "activations", "quantization") == pytest.approx(live.peak, rel=0.08)
     assert terms == estimate_validation(config, eval_length=tokens // 4, per_device_eval_batch_size=4, **asked)
     assert "gradients" not in terms and "checkpoints" not in terms
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"intermediate_size": 2048}])
+def test_the_peak_of_a_held_out_document_is_within_a_tenth_where_every_weight_is_trained(changes):
+    config, tokens = small(**changes), 2048
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.get_base_model = lambda: model
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad(), LiveBytes() as live:
+            backbone(model, tokens)
+    finally:
+        torch.set_autocast_cache_enabled(True)
+    terms = estimate_validation(config, eval_length=tokens, use_peft=False, load_in_4bit=False)
+    assert bytes_of(terms, "activations") == pytest.approx(live.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -34,6 +34,7 @@ from .. import rope
 from ..errors import about
 from ..families import decoder_config, family_of, key_mapping
 from ..tiny import TINY_ID, base_folder
+from .attention import use_repeating_sdpa
 
 GIB = 2**30
 EMBEDDED_CONFIGS = json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
@@ -226,6 +227,7 @@ def load_base(
     model.config._commit_hash = commit
     model.unscaled_config = unscaled
     keep_4bit_trainable_on_cpu(model)
+    use_repeating_sdpa()
     rope.check_scaling(model, scaled)
     return model
 

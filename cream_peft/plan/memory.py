@@ -49,6 +49,9 @@ HQQ_WORK_BYTES = 8 + 6 + 16
 # And while a piece is unpacked beside the layer's keys and values: 8 as above, three 16-bit tensors.
 HQQ_UNPACK_BYTES = 8 + 6
 
+ADAM_BYTES = 8
+"""Adam's two moments of a parameter in fp32."""
+
 Terms = dict[str, float]
 """GiB by term, the peak of all of them under "total"."""
 Phases = tuple[tuple[str, ...], ...]
@@ -79,7 +82,7 @@ def _tile(tokens: int) -> int:
 def _optimizer_bytes(optim: str) -> float:
     """State per trained parameter: Adam's two moments, in fp32 or in 8 bits with an fp32 maximum per block of 256.
     An optimizer not known here counts as Adam in fp32."""
-    return 0 if optim == "sgd" else 2 + 8 / 256 if "8bit" in optim else 8
+    return 0 if optim == "sgd" else 2 + 8 / 256 if "8bit" in optim else ADAM_BYTES
 
 
 def _halved(name: str, tokens: int) -> list[dict[str, Any]]:
@@ -103,6 +106,13 @@ class Loading:
         if not self.use_peft:
             return parameter_count(config)
         return self.lora_r * target_widths(config, self.target_modules)
+
+    def _state_bytes(self, config: PreTrainedConfig, optim: str) -> float:
+        """Bytes of the optimizer's state. Of the embeddings, if they are trained, transformers has bitsandbytes keep it
+        in fp32 (Trainer.create_optimizer)."""
+        each, trained = _optimizer_bytes(optim), self.trained_parameters(config)
+        embeddings = 0 if self.use_peft or "8bit" not in optim else config.vocab_size * config.hidden_size
+        return each * (trained - embeddings) + ADAM_BYTES * embeddings
 
     def _weight_bytes(self) -> int:
         """Bytes of a weight that is not quantized."""
@@ -207,7 +217,7 @@ class Training(Loading):
             config,
             self.phases,
             gradients=gradient_bytes * self.trained_parameters(config),
-            optimizer=_optimizer_bytes(self.optim) * self.trained_parameters(config),
+            optimizer=self._state_bytes(config, self.optim),
             # Autocast's 16-bit copies of fp32 weights, and the gradient of the largest.
             weight_copies=2 * (in_hand * sum(sizes) + max(sizes)) if each == 4 else 0,
             checkpoints=inputs_kept * each * tokens * hidden if self.gradient_checkpointing else layers * kept,
@@ -237,12 +247,19 @@ class Validation(Loading):
         # base the linear's input in fp32.
         copied, targets = 0 if self.load_in_4bit else 2, target_linears(config, self.target_modules)
         widths = [3 * outs + beside[name] + copied * ins for name, (ins, outs) in targets.items()]
+        each, (queries, keys) = self._weight_bytes(), attention_widths(config)
+        activations = 2 * (3 * hidden + max(hidden + running_width(config), *widths))
+        if each == 4:
+            # The first three in fp32, beside queries, keys and values in 16 bits, of which RoPE makes three in fp32; or
+            # these and the residual, the feed-forward's input in 16 bits, and its three products.
+            rotated = 4 * max(3 * queries, queries + 3 * keys) + 2 * (queries + 2 * keys)
+            activations = max(3 * 4 * hidden + rotated, (4 * 4 + 2) * hidden + 2 * running_width(config))
         return self._gib(
             config,
             (("activations", "quantization"), ("logits",)),
-            optimizer=_optimizer_bytes(self.optim) * self.trained_parameters(config),
-            activations=2 * tokens * (3 * hidden + max(hidden + running_width(config), *widths)),
-            logits=_tile(tokens) + 2 * tokens * 3 * hidden,
+            optimizer=self._state_bytes(config, self.optim),
+            activations=tokens * activations,
+            logits=_tile(tokens) + each * tokens * 3 * hidden,
         )
 
 

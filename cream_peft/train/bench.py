@@ -72,12 +72,14 @@ def random_weights(config: PreTrainedConfig, dtype: torch.dtype, load_in_4bit: b
     more than that beside the 4-bit weights.
     """
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
-    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    # A tied head is the embeddings, and loaded with them.
+    empty = {name: weight for name, weight in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        weight = torch.empty(shape, dtype=dtype, device=generator.device)
-        return weight.normal_(0, config.initializer_range, generator=generator)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, config.initializer_range)
 
     quantized = {name for name, weight in empty.items() if load_in_4bit and weight.dim() == 2 and ".layers." in name}
     shared = draw(max((empty[name].numel() for name in quantized), default=0))
@@ -241,7 +243,7 @@ def _run_steps(recipe: Recipe, config: PreTrainedConfig) -> tuple[float | None, 
             args=run,
             train_dataset=random_documents(config, length, examples * run.max_steps),
             processing_class=load_tokenizer(TINY_ID),
-            peft_config=lora_config(recipe.model),
+            peft_config=lora_config(recipe.model) if recipe.model.use_peft else None,
         )
         return loading, time_steps(trainer, run.max_steps, examples * length)
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .. import rope
+from ..model.attention import use_repeating_sdpa
 from ..model.base import (
     check_module_names,
     keep_4bit_trainable_on_cpu,
@@ -151,6 +152,9 @@ class CREAMTrainer(ResumingTrainer):
         self.add_callback(_SetEpoch(self.data_collator))
         self.add_callback(StopIfNotFinite(self.accelerator.mixed_precision))
         keep_4bit_trainable_on_cpu(self.model)
+        if not isinstance(self.model, PeftModel):
+            # Else autocast keeps its 16-bit copies of all weights until a forward pass ends, and uses each but once.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         # DeepSpeed keeps fp32 copies of its own, and gathers parameters of one dtype only.
         if isinstance(self.model, PeftModel) and not self.is_deepspeed_enabled:
             check_module_names(self.model)
@@ -175,6 +179,7 @@ class CREAMTrainer(ResumingTrainer):
             options.setdefault("trust_remote_code", args.trust_remote_code)
             model = load_base(model, load_in_4bit=False, **options)
             args.model_init_kwargs = None
+        use_repeating_sdpa()
         unscaled: Any = getattr(model, "unscaled_config", None) or rope.unscaled_config(model.config)
         self.earlier: Record | None = getattr(model, "trained_record", None)
         if self.earlier and self.earlier.rope_scaling_type != args.rope_scaling_type:

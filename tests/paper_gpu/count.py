@@ -21,66 +21,22 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Fake tensors are not for several threads at once.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import device  # noqa: E402 before torch
-import torch  # noqa: E402
+from cases import cases, problems  # noqa: E402
 from fake import PaperGPU, choose_attention, swap_fake_tensors  # noqa: E402
 
 GIB, LENGTH, STEPS = 2**30, 32_768, 2
-BASE = "llama-2-7b/cream-4k-32k-qlora"
-
-
-def cases() -> dict[str, dict[str, Any]]:
-    """Name -> recipe, further arguments, card, and for reading the KV cache."""
-    recipes = sorted(str(path.relative_to(ROOT / "recipes"))[:-5] for path in ROOT.glob("recipes/*/cream-*.yaml"))
-    found: dict[str, dict[str, Any]] = {recipe: {"recipe": recipe} for recipe in recipes}
-
-    def add(name: str, *arguments: str, recipe: str = BASE, **more: str) -> None:
-        found[name] = {"recipe": recipe, "arguments": list(arguments)} | more
-
-    thirteen = ("--model_name_or_path", "meta-llama/Llama-2-13b-hf")
-    add("7B, memory: low", "--memory", "low")
-    add("13B", *thirteen)
-    add("13B, memory: low", *thirteen, "--memory", "low")
-    add("7B, fp16 on Turing", card="turing")
-    add("Mistral-7B, fp16 on Turing", recipe="mistral-7b-v0.3/cream-32k-128k-qlora", card="turing")
-    add("7B on Hopper", card="hopper")
-    add("7B, 16-bit base", "--load_in_4bit", "false")
-    add("7B, all linears", "--lora_target_modules", "all-linear")
-    add("7B, dropout", "--lora_dropout", "0.05")
-    add("7B, batch 2", "--per_device_train_batch_size", "2")
-    add("7B, without checkpoints", "--gradient_checkpointing", "false")
-    add("7B, every weight", "--use_peft", "false", "--load_in_4bit", "false")
-    for name, recipe in (("7B", BASE), ("Mistral-7B", "mistral-7b-v0.3/cream-32k-128k-qlora")):
-        for cache, bits in (("default", 16), ("quantized", 4)):
-            add(f"{name} reads 32K, {bits}-bit cache", recipe=recipe, cache=cache)
-    return found
-
-
-def empty_weights(config: Any, dtype: torch.dtype, load_in_4bit: bool) -> dict[str, torch.Tensor]:
-    """bench.random_weights without the numbers, for which CUDA has a generator."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config).state_dict()
-    quantized = {name for name, weight in shapes.items() if load_in_4bit and weight.dim() == 2 and ".layers." in name}
-    largest = max((shapes[name].numel() for name in quantized), default=0)
-    shared = torch.empty(largest, dtype=dtype, device="cuda")
-    return {
-        name: shared[: weight.numel()].view(weight.shape)
-        if name in quantized
-        else torch.empty(weight.shape, dtype=dtype, device="cuda")
-        for name, weight in shapes.items()
-    }
 
 
 def counted(gpu: PaperGPU, terms: dict[str, float]) -> dict[str, Any]:
     """What was counted since the last reset, beside the plan; and the count starts anew."""
     peak, planned = gpu.peak / GIB, terms["total"] - terms["cuda_context"]
-    found = {"peak_gib": round(peak, 4), "planned_gib": round(planned, 4), "off": round(peak / planned - 1, 4)}
-    found |= {"attention": dict(gpu.attention), "waits": dict(gpu.waits)}
+    found = {"peak_gib": round(peak, 4), "planned_gib": round(planned, 4), "kernels": sorted(gpu.kernels_of_sdpa)}
     gpu.reset()
     return found
 
@@ -108,21 +64,23 @@ def train_case(gpu: PaperGPU, recipe: Any, config: Any) -> dict[str, Any]:
             processing_class=load_tokenizer(TINY_ID),
             peft_config=lora_config(recipe.model) if recipe.model.use_peft else None,
         )
-        step, phases = trainer.training_step, {"step": {}, "between": {}}
+        step, before, within = trainer.training_step, [], []
 
         def training_step(*args, **kwargs):
-            phases["between"] = dict(gpu.waits)
-            gpu.waits.clear()
+            if not before:
+                # Without those of the check of positions, which runs before autocast is set up.
+                gpu.kernels_of_sdpa.clear()
+            before.append(gpu.take_host_syncs())
             loss = step(*args, **kwargs)
-            phases["step"] = dict(gpu.waits)
-            gpu.waits.clear()
+            within.append(gpu.take_host_syncs())
             return loss
 
         trainer.training_step = training_step
         gpu.reset()
         trainer.train()
-        result = counted(gpu, training.terms(config)) | {"dtype": "float16" if run.fp16 else "bfloat16"}
-        result |= {"waits": phases["step"], "waits_between": phases["between"]}
+        # Before the first micro-batch of the second step comes the optimizer's.
+        syncs = {"host_syncs": within[-1], "optimizer_host_syncs": before[run.gradient_accumulation_steps]}
+        result = counted(gpu, training.terms(config)) | syncs
         trainer.evaluate()
         return result | {"held_out": counted(gpu, held_out.terms(config))}
 
@@ -171,14 +129,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="so many layers only (default: the base's own)")
-    parser.add_argument("--only", nargs="+", default=[""], help="only cases whose name contains one of these")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=cases(), help="only these cases")
     options = parser.parse_args()
     import datasets
     import libraries
     import transformers
 
     from cream_peft.model.record import versions
-    from cream_peft.train import bench
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -186,25 +143,25 @@ def main() -> None:
     libraries.install(gpu)
     choose_attention(gpu)
     swap_fake_tensors()
-    bench.random_weights = empty_weights
     # What the libraries hold is not looked through again and again.
     gc.freeze()
-    command = "python tests/paper_gpu/count.py --output FILE" + (f" --layers {options.layers}" * bool(options.layers))
+    path, layers = options.output, options.layers
+    command = f"python tests/paper_gpu/count.py --output FILE{f' --layers {layers}' if layers else ''}"
     results = {"command": command, "versions": versions(), "machine": "no GPU: counted on the CUDA code path"}
-    results["cases"] = json.loads(options.output.read_text())["cases"] if options.output.is_file() else {}
+    results["cases"] = json.loads(path.read_text())["cases"] if path.is_file() else {}
     for name, case in cases().items():
-        if not any(part in name for part in options.only) or "peak_gib" in results["cases"].get(name, {}):
+        if name not in (options.only or cases()) or "peak_gib" in results["cases"].get(name, {}):
             continue
         try:
-            found = run_case(gpu, case, options.layers)
-            said = f"{found['peak_gib']:.2f} GiB, planned {found['planned_gib']:.2f}, {found['seconds']} s"
+            found = run_case(gpu, case, layers)
         except Exception as error:
             traceback.print_exc()
-            found = {"error": (said := f"{type(error).__name__}: {error}")}
+            found = {"error": f"{type(error).__name__}: {error}"}
         results["cases"][name] = found
-        print(f"{name}: {said}", flush=True)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        said = "; ".join(problems(case, found)) or f"{found['peak_gib']:.2f} GiB, planned {found['planned_gib']:.2f}"
+        print(f"{name}: {said}, {found.get('seconds')} s", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

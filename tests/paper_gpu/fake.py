@@ -1,4 +1,4 @@
-"""Runs what touches the GPU on fake tensors, and counts: bytes alive, kernels of attention, waits for the GPU."""
+"""Runs what touches the GPU on fake tensors, and counts: bytes alive, kernels of attention, host syncs."""
 
 import gc
 import sys
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-aten = torch.ops.aten
+aten, COMPOSITE = torch.ops.aten, torch._C.DispatchKey.CompositeImplicitAutograd
 GRANULARITY = 512
 """Bytes that CUDA's allocator rounds up to."""
 OWN_CODE = ("/torch/", "/paper_gpu/", "<")
@@ -27,8 +27,9 @@ class _FakeTensors(FakeTensorMode):
 class PaperGPU(TorchDispatchMode):
     """Operators on "cuda" run on fake tensors, others for real.
 
-    `now` and `peak` are bytes of the storages alive. `waits` counts, by the line that asked, how often Python waited
-    for the GPU; `attention` counts kernels. `kernels` holds the Python of operators that are extensions in C.
+    `now` and `peak` are bytes of the storages alive. `host_syncs` counts, by the function that asked, how often Python
+    waited for the GPU; `kernels_of_sdpa` counts calls by kernel. `kernels` holds the Python of operators that are
+    extensions in C.
     """
 
     def __init__(self):
@@ -36,21 +37,27 @@ class PaperGPU(TorchDispatchMode):
         self.fake = _FakeTensors(allow_non_fake_inputs=True)
         self.alive: dict[int, int] = {}
         self.now = self.peak = 0
-        self.waits, self.attention = Counter(), Counter()
+        self.host_syncs, self.kernels_of_sdpa = Counter(), Counter()
         self.kernels = {}
         self.answered = 0
 
     def reset(self) -> None:
-        """Count peak, waits and kernels anew."""
+        """Count peak, host syncs and kernels anew."""
         gc.collect()
         self.peak = self.now
-        self.waits.clear()
-        self.attention.clear()
+        self.host_syncs.clear()
+        self.kernels_of_sdpa.clear()
 
     def forget(self) -> None:
         """Count from an empty GPU on: libraries still hold parts of the model before."""
         self.alive.clear()
         self.now = 0
+
+    def take_host_syncs(self) -> dict[str, int]:
+        """Those since the last time, by function."""
+        found = dict(self.host_syncs)
+        self.host_syncs.clear()
+        return found
 
     def _free(self, key: int) -> None:
         self.now -= self.alive.pop(key, 0)
@@ -66,12 +73,12 @@ class PaperGPU(TorchDispatchMode):
             self.now += size
             self.peak = max(self.peak, self.now)
 
-    def _wait(self) -> None:
-        """Note the innermost line that is not of torch."""
+    def _sync(self) -> None:
+        """Note the innermost function that is not of torch."""
         frame = sys._getframe(2)
         while any(part in frame.f_code.co_filename for part in OWN_CODE):
             frame = frame.f_back
-        self.waits[f"{Path(frame.f_code.co_filename).name} {frame.f_code.co_name}"] += 1
+        self.host_syncs[f"{Path(frame.f_code.co_filename).name} {frame.f_code.co_name}"] += 1
 
     def _answer(self, tensor) -> bool | int | float:
         """What .item() says: true, a count, or a number that is never the same twice."""
@@ -86,22 +93,30 @@ class PaperGPU(TorchDispatchMode):
         fakes = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, FakeTensor)]
         if func.overloadpacket in (aten.pin_memory, aten._pin_memory):
             return args[0].clone()
+        if (
+            torch.is_inference_mode_enabled()
+            and func.namespace == "aten"
+            and func.has_kernel_for_dispatch_key(COMPOSITE)
+        ):
+            # Such as .to() and .item(), which torch takes apart before they come here, but not in HQQ's inference mode.
+            with self:
+                return func.decompose(*args, **kwargs)
         if not fakes and target != "cuda":
             return func(*args, **kwargs)
         if target == "cpu":
             kwargs.pop("pin_memory", None)
         if func is aten._local_scalar_dense.default:
-            self._wait()
+            self._sync()
             return self._answer(args[0])
         if func in (aten.equal.default, aten.allclose.default):
-            self._wait()
+            self._sync()
             # RoPE's frequencies are those of the config; equal is asked of positions, and of activations that changed.
             return func is aten.allclose.default or not args[0].is_floating_point()
         if func is aten._to_copy.default and target == "cpu" and not kwargs.get("non_blocking"):
-            self._wait()
+            self._sync()
         if func is aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
             # How many are true is asked of the GPU; taken as all.
-            self._wait()
+            self._sync()
             chosen = args[1][0]
             with self.fake:
                 args = args[0].flatten(0, chosen.dim() - 1), [torch.arange(chosen.numel(), device="cuda")]
@@ -140,7 +155,7 @@ def choose_attention(gpu: PaperGPU) -> None:
         if torch.is_autocast_enabled("cuda"):
             query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
         kernel = attention_kernel(query, key, attn_mask, enable_gqa)
-        gpu.attention[f"{kernel} {str(query.dtype).removeprefix('torch.')}"] += 1
+        gpu.kernels_of_sdpa[f"{kernel} {str(query.dtype).removeprefix('torch.')}"] += 1
         if kernel == "flash":
             options = (dropout_p, is_causal, False)
             return aten._scaled_dot_product_flash_attention(query, key, value, *options, scale=scale)[0]
