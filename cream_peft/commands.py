@@ -6,14 +6,11 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .terminal import CommandParser, UserError, is_first_process, table, typed_lines, write_json
 
-MOST_TEXTS = 1000
-"""Rows of a data set whose perplexity is measured."""
 GPU = "its name, such as 'RTX 4090', or its memory; 8GB is the 7.6 GiB that an 8 GB GPU reports, 8GiB is 8 GiB"
 
 
@@ -49,17 +46,10 @@ def train_command(arguments: list[str]) -> None:
 def _texts(name: str, config: str | None, split: str) -> list[str] | None:
     """The texts of a data set's first rows; None where `name` is a text file or folder, which evals reads itself."""
     from .evals.prompts import TEXT_SUFFIXES
-    from .train.files import load_documents
+    from .train.files import first_texts
 
     path = Path(name)
-    if path.is_dir() or path.suffix in TEXT_SUFFIXES:
-        return None
-    settings = {"streaming": True} | ({"name": config} if config else {})
-    rows = load_documents(name, "train" if path.is_file() else split, **settings)
-    texts = [row["text"] for row in islice(rows, MOST_TEXTS) if "text" in row]
-    if not texts:
-        raise UserError(f"--text {name} has no column text: give a data set that has one, or text files")
-    return texts
+    return None if path.is_dir() or path.suffix in TEXT_SUFFIXES else first_texts(name, config, split)
 
 
 def evaluate_parser() -> argparse.ArgumentParser:

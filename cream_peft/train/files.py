@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..errors import about
 from ..tiny import TINY_ID
 from .rows import DataError
 
+MOST_TEXTS = 1000
+"""Rows of a data set whose perplexity is measured."""
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -35,6 +38,20 @@ def load_documents(name: str, split: str = "train", /, **kwargs: Any) -> Dataset
         return _embedded_documents(name, kwargs.get("name"))
     with about(f"data set {name}"):
         return _load(name, split, kwargs)
+
+
+def first_texts(name: str, config: str | None, split: str) -> list[str]:
+    """The column text of a data set's first MOST_TEXTS rows.
+
+    Raises:
+        DataError: as `load_documents`; no such column.
+    """
+    settings = {"streaming": True} | ({"name": config} if config else {})
+    rows = load_documents(name, "train" if Path(name).is_file() else split, **settings)
+    texts = [row["text"] for row in islice(rows, MOST_TEXTS) if "text" in row]
+    if not texts:
+        raise DataError(f"--text {name} has no column text: give a data set that has one, or text files")
+    return texts
 
 
 def _load(name: str, split: str, kwargs: dict[str, Any]) -> Dataset | IterableDataset:
