@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..tiny.documents import MARK
 from .answers import CHUNK_LENGTH, scored_answers
 from .kv_retrieval import kv_depths, kv_prompt
 from .longchat_lines import lines_prompt
@@ -154,6 +155,6 @@ TASKS: dict[str, Task | Measurement] = {
     "passkey": Task(passkey_prompt, first_integer, FIFTHS, 10, OF_PROMPTS, sentence_tokens=35),
     "perplexity": Measurement(perplexity, ("text", "stride", "max_tokens", "chunk_length")),
     "recall": Measurement(recall, embedded=True),
-    "new_skill": Measurement(partial(recall, marked=True), embedded=True),
+    "new_skill": Measurement(partial(recall, mark=MARK), embedded=True),
 }
 """Name -> task."""
