@@ -19,7 +19,6 @@ import reproduce  # noqa: E402
 import reproduce_distances  # noqa: E402
 import reproduce_report  # noqa: E402
 
-NTK = ("ntk", 256, 2048)
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 FIGURES = json.loads((FOLDER / "results/reproduce.json").read_text())
 
@@ -29,18 +28,6 @@ def committed(tmp_path):
     return reproduce.read_runs(tmp_path)[0]
 
 
-def search(accuracy):
-    """The search of ntk with accuracy(rate) at the window; at the target the highest rate is the best."""
-    return [
-        run | {"by_length": {"256": accuracy(run["rate"]), "2048": run["rate"]}} for run in reproduce.search_runs(NTK)
-    ]
-
-
-def rates_of_grid(done):
-    runs = reproduce.new_skill_runs(done)
-    return {run["rate"] for run in runs if reproduce.place(run) == NTK and run["seed"] == 0}
-
-
 def test_a_new_machine_does_not_do_again_what_is_committed(tmp_path, committed, monkeypatch):
     done = {reproduce.key(run) for run in committed}
     assert len(done) == len(committed) >= 192
@@ -48,11 +35,11 @@ def test_a_new_machine_does_not_do_again_what_is_committed(tmp_path, committed, 
     # Without the committed file each of them would be missing.
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
     everything, _ = reproduce.read_runs(tmp_path)
-    assert everything == [] and len(reproduce.missing([], [])) == len(reproduce.planned([]))
+    assert everything == [] and len(reproduce.missing([], [])) == len(reproduce.planned())
 
 
 def test_every_committed_run_is_a_planned_run_with_figures_seconds_and_versions(tmp_path, committed):
-    assert {reproduce.key(run) for run in committed} <= {reproduce.key(run) for run in reproduce.planned(committed)}
+    assert {reproduce.key(run) for run in committed} <= {reproduce.key(run) for run in reproduce.planned()}
     environments = reproduce.read_runs(tmp_path)[1]
     for run in committed:
         assert list(map(int, run["by_length"])) == reproduce.lengths(run) or run["context_length"] == 2048
@@ -71,7 +58,7 @@ def test_runs_resume_after_a_kill_and_none_begins_after_the_minutes(tmp_path, mo
     monkeypatch.setattr(reproduce, "HERE", tmp_path / "nothing committed")
     monkeypatch.setattr(reproduce, "finish", finish)
     monkeypatch.setattr(reproduce, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
-    only = ["new_skill", "ntk", "seed=100"]
+    only = ["filler_mark", "ntk", "seed=100"]
     reproduce.work(tmp_path, 1, 0, only)
     assert asked == []
     with pytest.raises(KeyboardInterrupt):
@@ -85,16 +72,8 @@ def test_runs_resume_after_a_kill_and_none_begins_after_the_minutes(tmp_path, mo
     assert reproduce.missing(reproduce.read_runs(tmp_path)[0], only) == []
 
 
-def test_the_rate_is_the_best_at_the_window_whatever_the_target_says_and_of_equals_the_lowest():
-    low, high = reproduce.SEARCHED[NTK]
-    assert rates_of_grid(search(lambda rate: rate == high)) == {high}
-    assert rates_of_grid(search(lambda rate: 1.0)) == {low}
-    # One run short, no rate is chosen: the grid waits.
-    assert rates_of_grid(search(lambda rate: 1.0)[:-1]) == {None}
-
-
 def test_another_strategy_with_options_is_a_run_of_its_own():
-    plain = reproduce.new_skill_runs([])[-1] | {"strategy": "pose"}
+    plain = reproduce.new_skill_runs()[-1] | {"strategy": "pose"}
     assert reproduce.label(plain | {"options": {"chunks": 4}}) == "pose chunks=4"
     assert reproduce.key(plain) != reproduce.key(plain | {"options": {"chunks": 4}})
 
@@ -141,7 +120,7 @@ def test_plain_positions_train_distances_within_the_window_and_cream_trains_thos
 
 
 def test_the_figures_are_those_of_the_committed_runs(committed):
-    assert FIGURES["finished_runs"] == len(committed) and FIGURES["planned_runs"] == len(reproduce.planned(committed))
+    assert FIGURES["finished_runs"] == len(committed) and FIGURES["planned_runs"] == len(reproduce.planned())
     again = json.loads(json.dumps(reproduce_report.summarise(committed)))
     assert {name: FIGURES[name] for name in again} == again
 
@@ -177,7 +156,7 @@ def test_the_answer_about_distances_says_what_its_json_says():
 
 def test_what_the_page_says_of_recall_holds_in_its_json():
     gaps = {(g["task"], g["scaling"], g["strategy"]): g for g in FIGURES["cream_minus"] if g["documents"] == "window"}
-    pose = {scaling: gaps["recall", scaling, "pose"] for scaling in reproduce.RECALL_RATE}
+    pose = {scaling: gaps["recall", scaling, "pose"] for scaling in reproduce.SCALINGS}
     for gap in pose.values():
         assert min(gap["target"]["by_base"].values()) > 0 and gap["target"]["half_width_95"] > gap["target"]["mean"]
     last = pose["linear"]["last tenth"]

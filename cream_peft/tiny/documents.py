@@ -4,8 +4,8 @@ A document is made of cells of 4 tokens. A cell is filler only, or holds `key va
 states a new key, or asks again a uniformly chosen earlier one; only the value of a re-asked key can be predicted, so
 only that carries a label. The first cell is `<s>` and three fillers.
 
-The embedded base knows how to do that. The new skill is to answer a question in another form, which it never saw: with a
-`mark`, a key is asked again as `key MARK value`. MARK is a filler.
+The embedded base knows how to do that. The new skill is to answer a question in another form, which it never saw: with
+a `mark`, a key is asked again as `key MARK value`. MARK is a filler.
 
 Vocabulary (385 tokens): `<s>`, 64 fillers, 256 keys, 64 values, in this order.
 """
