@@ -169,6 +169,18 @@ def test_what_the_page_says_of_recall_holds_in_its_json():
     assert (best["scaling"], best["strategy"]) == ("yarn", "cream sigma=3")
 
 
+def test_what_the_page_says_of_a_filler_as_mark_holds_in_its_json():
+    text = " ".join(PAGE.split("### The demo's form is not learned")[1].split("\n## ")[0].split())
+    attention = FIGURES["attention_to_the_key_at_a_mark"].values()
+    low, high = (f"{of(one['value'] for one in attention):.2f}".removeprefix("0") for of in (min, max))
+    assert f"(attention {low} to {high})" in text
+    assert f"({max(one['filler'] for one in attention):.2f} at most)".replace("0.", ".") in text
+    trained = [row for row in FIGURES["filler_mark"] if row["strategy"] != "untuned"]
+    untuned = [row for row in FIGURES["filler_mark"] if row["strategy"] == "untuned"]
+    assert max(row["window"]["2"] for row in trained) <= untuned[0]["window"]["2"]
+    assert min(row["window"]["0"] for row in trained) > 0.99
+
+
 def test_the_front_page_counts_the_runs_of_recall(committed):
     readme = (FOLDER.parent.parent / "README.md").read_text(encoding="utf-8")
     runs = sum(run["task"] == "recall" for run in committed)

@@ -24,6 +24,7 @@ from reproduce import (
     TRIED_RATES,
     Run,
     base_of,
+    documents_of,
     label,
     lengths,
     missing,
@@ -95,6 +96,27 @@ def with_filler(runs: list[Run]) -> list[dict[str, Any]]:
         if run["task"] == "filler_mark":
             found[run["strategy"], run["rate"]][str(run["base"])] = run["by_length"][str(EXTENSION[0])]
     return [{"strategy": name, "rate": rate, "window": of_base} for (name, rate), of_base in found.items()]
+
+
+def attention_to_the_key(base: int, documents: int = 16) -> dict[str, float]:
+    """Attention from a mark, a filler or a value, to the key before it: the best head of the base's first layer."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cream_peft.tiny.documents import evaluation_document
+
+    model, found = AutoModelForCausalLM.from_pretrained(base_of(base), attn_implementation="eager"), {}
+    for name, task in (("filler", "filler_mark"), ("value", "new_skill")):
+        rng, mark = np.random.default_rng(0), documents_of(task)["mark"]
+        drawn = [evaluation_document(rng, EXTENSION[0], mark) for _ in range(documents)]
+        ids, asked = (torch.from_numpy(np.stack(column)) for column in list(zip(*drawn, strict=True))[:2])
+        with torch.inference_mode():
+            first = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_attentions=True).attentions[0]
+        # [documents, questions, heads]: from each mark to the token before it.
+        heads = first[torch.arange(documents)[:, None], :, asked, asked - 1].mean((0, 1))
+        found[name] = float(heads.max())
+    return found
 
 
 def share(value: float) -> str:
@@ -269,6 +291,7 @@ def report(output: Path, page_folder: Path | None) -> None:
         "hours": sum(run["train_seconds"] + run["evaluation_seconds"] for run in runs) / 3600,
         "seconds_per_run": seconds,
     }
+    content |= {"attention_to_the_key_at_a_mark": {base: attention_to_the_key(base) for base in BASES}}
     content |= summarise(runs)
     (target / "reproduce.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(runs, "new_skill", target / "reproduce.png")
