@@ -1,4 +1,4 @@
-"""The reproduction on the tiny model: which runs are done, how rates are chosen, its statistics, and its page."""
+"""The reproduction on the tiny model: which runs are done, its statistics, and its page."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cream_peft.tiny import documents
 from cream_peft.train.watch import TrainingError
 
 FOLDER = Path(__file__).parent.parent / "recipes/cream-peft-tiny"
@@ -36,6 +37,22 @@ def test_a_new_machine_does_not_do_again_what_is_committed(tmp_path, committed, 
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
     everything, _ = reproduce.read_runs(tmp_path)
     assert everything == [] and len(reproduce.missing([], [])) == len(reproduce.planned())
+
+
+def test_no_run_is_planned_twice():
+    keys = [reproduce.key(run) for run in reproduce.planned()]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_new_skill_is_asked_with_a_value_as_mark_and_the_demos_form_with_a_filler():
+    marks = {task: reproduce.documents_of(task).get("mark") for task in reproduce.TRAINING}
+    assert marks == {"recall": None, "new_skill": documents.VOCABULARY_SIZE - 1, "filler_mark": documents.MARK}
+    options = reproduce.documents_of("new_skill")
+    (ids,), (labels,) = documents.training_rows(1, 256, seed=0, **options).values()
+    asked = np.flatnonzero(labels != documents.IGNORED)
+    assert asked.size and (ids[asked - 1] == marks["new_skill"]).all() and (ids[asked] >= documents.FIRST_VALUE).all()
+    drawn = documents.evaluation_document(np.random.default_rng(0), 256, options["mark"])
+    assert (drawn[0][drawn[1]] == marks["new_skill"]).all() and (drawn[0][drawn[1] + 1] == drawn[2]).all()
 
 
 def test_every_committed_run_is_a_planned_run_with_figures_seconds_and_versions(tmp_path, committed):
