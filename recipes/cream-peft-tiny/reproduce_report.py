@@ -218,15 +218,19 @@ def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def draw(runs: list[Run], task: str, path: Path) -> None:
-    """Accuracy by length (above) and by depth at the target (below), a column for each place."""
+    """Accuracy by length (above) and by depth at the target (below), a column for each place with trained runs."""
     from matplotlib import pyplot as plt
 
     styles = {
         "untuned": ("#aaaaaa", "o", ":"), "contiguous": ("#e08214", "s", "--"), "randpos": ("#8073ac", "v", "--"),
         "pose": ("#2166ac", "^", "-."), "cream": ("#b2182b", "D", "-"), "full length": ("black", "", "-"),
     }  # fmt: skip
-    places = [where for where in PLACES if task == "new_skill" or where[1:] == EXTENSION]
-    figure, axes = plt.subplots(2, len(places), figsize=(2.75 * len(places), 5.6), sharey=True, layout="constrained")
+    done = {(run["task"], *place(run)) for run in runs if run["strategy"] != "untuned"}
+    places = PLACES if task == "new_skill" else [(scaling, *EXTENSION) for scaling in SCALINGS]
+    places = [where for where in places if (task, *where) in done]
+    figure, axes = plt.subplots(
+        2, len(places), figsize=(2.75 * len(places), 5.6), sharey=True, squeeze=False, layout="constrained"
+    )
     for column, where in enumerate(places):
         lines = defaultdict(list)
         for run in runs:
