@@ -186,6 +186,24 @@ def test_what_the_page_says_of_recall_holds_in_its_json():
     assert (best["scaling"], best["strategy"]) == ("yarn", "cream sigma=3")
 
 
+def test_what_the_page_says_of_the_new_skill_holds_in_its_json():
+    def of(kind, strategy):
+        (found,) = (one for one in FIGURES[kind] if (one["task"], one["strategy"]) == ("new_skill", strategy)
+                    and one["scaling"] == "ntk")  # fmt: skip
+        return found
+
+    plain, pose = of("cream_minus", "contiguous"), of("cream_minus", "pose")
+    assert min(plain["target"]["by_base"].values()) > 0 and plain["target"]["mean"] > plain["target"]["half_width_95"]
+    assert min(pose["target"]["by_base"].values()) > 0 and pose["target"]["mean"] < pose["target"]["half_width_95"]
+    assert max(pose["last tenth"]["by_base"].values()) < 0 and len(pose["target"]["by_base"]) == 3
+    rng = np.random.default_rng(reproduce.EVALUATION_SEED)
+    drawn = [documents.evaluation_document(rng, 2048, documents.MARK) for _ in range(reproduce.QUESTIONS // 16)]
+    asked = sum(int((depths >= 0.9).sum()) for *_, depths in drawn)
+    assert f"in {asked} questions a base" in " ".join(PAGE.split())
+    lowest = min(of("rows", "contiguous")["256"]["by_base"].values())
+    assert f"it answers {lowest:.2f}".replace("0.", ".") + " or more at 256 tokens" in " ".join(PAGE.split())
+
+
 def test_what_the_page_says_of_a_filler_as_mark_holds_in_its_json():
     text = " ".join(PAGE.split("### The demo's form is not learned")[1].split("\n## ")[0].split())
     attention = FIGURES["attention_to_the_key_at_a_mark"].values()
