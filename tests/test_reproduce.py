@@ -196,6 +196,11 @@ def test_what_the_page_says_of_the_new_skill_holds_in_its_json():
     assert min(plain["target"]["by_base"].values()) > 0 and plain["target"]["mean"] > plain["target"]["half_width_95"]
     assert min(pose["target"]["by_base"].values()) > 0 and pose["target"]["mean"] < pose["target"]["half_width_95"]
     assert max(pose["last tenth"]["by_base"].values()) < 0 and len(pose["target"]["by_base"]) == 3
+    ahead = {name: sum(value < 0 for value in of("cream_minus", name)["target"]["by_base"].values())
+             for name in ("cream sigma=inf", "pose chunks=4", "segments")}  # fmt: skip
+    assert ahead == {"cream sigma=inf": 2, "pose chunks=4": 1, "segments": 0}
+    segments = of("cream_minus", "segments")["target"]
+    assert segments["mean"] > segments["half_width_95"] and len(segments["by_base"]) == 3
     rng = np.random.default_rng(reproduce.EVALUATION_SEED)
     drawn = [documents.evaluation_document(rng, 2048, documents.MARK) for _ in range(reproduce.QUESTIONS // 16)]
     asked = sum(int((depths >= 0.9).sum()) for *_, depths in drawn)

@@ -140,11 +140,11 @@ def _gap(row: dict[str, Any] | None, part: str) -> str:
 
 
 def lowest(rows: dict[tuple, dict[str, Any]], where: tuple[str, int, int]) -> str:
-    """The lowest accuracy of a base at the window, over the strategies that were trained in a place."""
+    """The lowest accuracy of a base at the window, over plain positions, PoSE and CREAM in a place."""
     found = [
         min(row[str(EXTENSION[0])]["by_base"].values())
         for kind, row in rows.items()
-        if kind[:4] == ("new_skill", *where) and kind[-1] != "untuned"
+        if kind[:4] == ("new_skill", *where) and kind[-1] in ("contiguous", "pose", ours(*where[1:]))
     ]
     return share(min(found)) if found else OPEN
 
@@ -182,11 +182,12 @@ def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
     for name in ("untuned", "contiguous", "pose", cream):
         cases = [("new_skill", *where, "window", name) for where in places]
         skill.append([NAMES.get(name, name), *(cell("target", *case) for case in cases)])
-    skill.append(["lowest at 256, trained", *(lowest(rows, where) for where in places)])
-    beside = [["beside CREAM", "accuracy", "CREAM minus it, all depths", *(f"{part}" for part in PARTS[1:])]]
-    for name in ("pose", *(label({"strategy": name, "options": options}) for name, options in BESIDE)):
+    skill.append(["lowest at 256: plain, PoSE, CREAM", *(lowest(rows, where) for where in places)])
+    beside = [["positions", "256 tokens", "2,048 tokens", "CREAM minus it, all depths", *PARTS[1:]]]
+    for name in (cream, "pose", *(label({"strategy": name, "options": options}) for name, options in BESIDE)):
         kind = ("new_skill", "ntk", *EXTENSION, "window", name)
-        beside.append([NAMES.get(name, name), cell("target", *kind), *(_gap(gaps.get(kind), part) for part in PARTS)])
+        found = [cell("256", *kind), cell("target", *kind), *(_gap(gaps.get(kind), part) for part in PARTS)]
+        beside.append([NAMES.get(name, name), *found])
     parts = [str(length) for length in (64, 128, 256)] + ["first tenth", "middle", "last tenth"]
     inside = [["positions", *(f"{part} tokens" if part.isdigit() else part for part in parts)]]
     for name in ("untuned", "contiguous", "randpos", "pose", ours(*IN_WINDOW)):
