@@ -22,7 +22,7 @@ from cream_peft.model.base import load_base
 from cream_peft.plan.advice import training_flops
 from cream_peft.plan.memory import Training
 from cream_peft.tiny import base_folder
-from cream_peft.tiny.documents import evaluate_recall
+from cream_peft.tiny.documents import MARK, evaluate_recall
 from cream_peft.train.distillation import as_base, cosine_distance, last_hidden_states
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.run import run_recipe
@@ -294,7 +294,7 @@ def test_what_the_base_recalled_is_kept_while_a_new_skill_is_learned(tmp_path):
         options = ["--output_dir", str(folder), "--distillation_weight", str(weight), "--save_strategy", "no"]
         run_recipe(parse_recipe([*options, "--load_in_4bit", "false"]))
         model, _ = load_adapter(folder, load_in_4bit=False)
-        return [evaluate_recall(model, 256, 16, 7, marked=marked)["correct"].mean() for marked in (False, True)]
+        return [evaluate_recall(model, 256, 16, 7, mark=mark)["correct"].mean() for mark in (None, MARK)]
 
     (forgotten, skill), (kept, skill_kept) = trained(0), trained(1)
     assert skill > 0.9 and skill_kept > 0.9

@@ -1,4 +1,4 @@
-"""The reproduction on the tiny model: which runs are done, how rates are chosen, its statistics, and its page."""
+"""The reproduction on the tiny model: which runs are done, its statistics, and its page."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cream_peft.tiny import documents
 from cream_peft.train.watch import TrainingError
 
 FOLDER = Path(__file__).parent.parent / "recipes/cream-peft-tiny"
@@ -19,7 +20,6 @@ import reproduce  # noqa: E402
 import reproduce_distances  # noqa: E402
 import reproduce_report  # noqa: E402
 
-NTK = ("ntk", 256, 2048)
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 FIGURES = json.loads((FOLDER / "results/reproduce.json").read_text())
 
@@ -29,18 +29,6 @@ def committed(tmp_path):
     return reproduce.read_runs(tmp_path)[0]
 
 
-def search(accuracy):
-    """The search of ntk with accuracy(rate) at the window; at the target the highest rate is the best."""
-    return [
-        run | {"by_length": {"256": accuracy(run["rate"]), "2048": run["rate"]}} for run in reproduce.search_runs(NTK)
-    ]
-
-
-def rates_of_grid(done):
-    runs = reproduce.new_skill_runs(done)
-    return {run["rate"] for run in runs if reproduce.place(run) == NTK and run["seed"] == 0}
-
-
 def test_a_new_machine_does_not_do_again_what_is_committed(tmp_path, committed, monkeypatch):
     done = {reproduce.key(run) for run in committed}
     assert len(done) == len(committed) >= 192
@@ -48,11 +36,27 @@ def test_a_new_machine_does_not_do_again_what_is_committed(tmp_path, committed, 
     # Without the committed file each of them would be missing.
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
     everything, _ = reproduce.read_runs(tmp_path)
-    assert everything == [] and len(reproduce.missing([], [])) == len(reproduce.planned([]))
+    assert everything == [] and len(reproduce.missing([], [])) == len(reproduce.planned())
+
+
+def test_no_run_is_planned_twice():
+    keys = [reproduce.key(run) for run in reproduce.planned()]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_new_skill_is_asked_with_a_value_as_mark_and_the_demos_form_with_a_filler():
+    marks = {task: reproduce.documents_of(task).get("mark") for task in reproduce.TRAINING}
+    assert marks == {"recall": None, "new_skill": documents.VOCABULARY_SIZE - 1, "filler_mark": documents.MARK}
+    options = reproduce.documents_of("new_skill")
+    (ids,), (labels,) = documents.training_rows(1, 256, seed=0, **options).values()
+    asked = np.flatnonzero(labels != documents.IGNORED)
+    assert asked.size and (ids[asked - 1] == marks["new_skill"]).all() and (ids[asked] >= documents.FIRST_VALUE).all()
+    drawn = documents.evaluation_document(np.random.default_rng(0), 256, options["mark"])
+    assert (drawn[0][drawn[1]] == marks["new_skill"]).all() and (drawn[0][drawn[1] + 1] == drawn[2]).all()
 
 
 def test_every_committed_run_is_a_planned_run_with_figures_seconds_and_versions(tmp_path, committed):
-    assert {reproduce.key(run) for run in committed} <= {reproduce.key(run) for run in reproduce.planned(committed)}
+    assert {reproduce.key(run) for run in committed} <= {reproduce.key(run) for run in reproduce.planned()}
     environments = reproduce.read_runs(tmp_path)[1]
     for run in committed:
         assert list(map(int, run["by_length"])) == reproduce.lengths(run) or run["context_length"] == 2048
@@ -71,7 +75,7 @@ def test_runs_resume_after_a_kill_and_none_begins_after_the_minutes(tmp_path, mo
     monkeypatch.setattr(reproduce, "HERE", tmp_path / "nothing committed")
     monkeypatch.setattr(reproduce, "finish", finish)
     monkeypatch.setattr(reproduce, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
-    only = ["new_skill", "ntk", "seed=100"]
+    only = ["filler_mark", "ntk", "seed=100"]
     reproduce.work(tmp_path, 1, 0, only)
     assert asked == []
     with pytest.raises(KeyboardInterrupt):
@@ -85,16 +89,8 @@ def test_runs_resume_after_a_kill_and_none_begins_after_the_minutes(tmp_path, mo
     assert reproduce.missing(reproduce.read_runs(tmp_path)[0], only) == []
 
 
-def test_the_rate_is_the_best_at_the_window_whatever_the_target_says_and_of_equals_the_lowest():
-    low, high = reproduce.SEARCHED[NTK]
-    assert rates_of_grid(search(lambda rate: rate == high)) == {high}
-    assert rates_of_grid(search(lambda rate: 1.0)) == {low}
-    # One run short, no rate is chosen: the grid waits.
-    assert rates_of_grid(search(lambda rate: 1.0)[:-1]) == {None}
-
-
 def test_another_strategy_with_options_is_a_run_of_its_own():
-    plain = reproduce.new_skill_runs([])[-1] | {"strategy": "pose"}
+    plain = reproduce.new_skill_runs()[-1] | {"strategy": "pose"}
     assert reproduce.label(plain | {"options": {"chunks": 4}}) == "pose chunks=4"
     assert reproduce.key(plain) != reproduce.key(plain | {"options": {"chunks": 4}})
 
@@ -141,7 +137,7 @@ def test_plain_positions_train_distances_within_the_window_and_cream_trains_thos
 
 
 def test_the_figures_are_those_of_the_committed_runs(committed):
-    assert FIGURES["finished_runs"] == len(committed) and FIGURES["planned_runs"] == len(reproduce.planned(committed))
+    assert FIGURES["finished_runs"] == len(committed) and FIGURES["planned_runs"] == len(reproduce.planned())
     again = json.loads(json.dumps(reproduce_report.summarise(committed)))
     assert {name: FIGURES[name] for name in again} == again
 
@@ -177,7 +173,7 @@ def test_the_answer_about_distances_says_what_its_json_says():
 
 def test_what_the_page_says_of_recall_holds_in_its_json():
     gaps = {(g["task"], g["scaling"], g["strategy"]): g for g in FIGURES["cream_minus"] if g["documents"] == "window"}
-    pose = {scaling: gaps["recall", scaling, "pose"] for scaling in reproduce.RECALL_RATE}
+    pose = {scaling: gaps["recall", scaling, "pose"] for scaling in reproduce.SCALINGS}
     for gap in pose.values():
         assert min(gap["target"]["by_base"].values()) > 0 and gap["target"]["half_width_95"] > gap["target"]["mean"]
     last = pose["linear"]["last tenth"]
@@ -188,6 +184,41 @@ def test_what_the_page_says_of_recall_holds_in_its_json():
     assert all(plain[base] < untuned[base] for base in plain)
     best = max(rows.values(), key=lambda row: row["target"]["mean"])
     assert (best["scaling"], best["strategy"]) == ("yarn", "cream sigma=3")
+
+
+def test_what_the_page_says_of_the_new_skill_holds_in_its_json():
+    def of(kind, strategy):
+        (found,) = (one for one in FIGURES[kind] if (one["task"], one["strategy"]) == ("new_skill", strategy)
+                    and one["scaling"] == "ntk")  # fmt: skip
+        return found
+
+    plain, pose = of("cream_minus", "contiguous"), of("cream_minus", "pose")
+    assert min(plain["target"]["by_base"].values()) > 0 and plain["target"]["mean"] > plain["target"]["half_width_95"]
+    assert min(pose["target"]["by_base"].values()) > 0 and pose["target"]["mean"] < pose["target"]["half_width_95"]
+    assert max(pose["last tenth"]["by_base"].values()) < 0 and len(pose["target"]["by_base"]) == 3
+    ahead = {name: sum(value < 0 for value in of("cream_minus", name)["target"]["by_base"].values())
+             for name in ("cream sigma=inf", "pose chunks=4", "segments")}  # fmt: skip
+    assert ahead == {"cream sigma=inf": 2, "pose chunks=4": 1, "segments": 0}
+    segments = of("cream_minus", "segments")["target"]
+    assert segments["mean"] > segments["half_width_95"] and len(segments["by_base"]) == 3
+    rng = np.random.default_rng(reproduce.EVALUATION_SEED)
+    drawn = [documents.evaluation_document(rng, 2048, documents.MARK) for _ in range(reproduce.QUESTIONS // 16)]
+    asked = sum(int((depths >= 0.9).sum()) for *_, depths in drawn)
+    assert f"in {asked} questions a base" in " ".join(PAGE.split())
+    lowest = min(of("rows", "contiguous")["256"]["by_base"].values())
+    assert f"it answers {lowest:.2f}".replace("0.", ".") + " or more at 256 tokens" in " ".join(PAGE.split())
+
+
+def test_what_the_page_says_of_a_filler_as_mark_holds_in_its_json():
+    text = " ".join(PAGE.split("### The demo's form is not learned")[1].split("\n## ")[0].split())
+    attention = FIGURES["attention_to_the_key_at_a_mark"].values()
+    low, high = (f"{of(one['value'] for one in attention):.2f}".removeprefix("0") for of in (min, max))
+    assert f"(attention {low} to {high})" in text
+    assert f"({max(one['filler'] for one in attention):.2f} at most)".replace("0.", ".") in text
+    trained = [row for row in FIGURES["filler_mark"] if row["strategy"] != "untuned"]
+    untuned = [row for row in FIGURES["filler_mark"] if row["strategy"] == "untuned"]
+    assert max(row["window"]["2"] for row in trained) <= untuned[0]["window"]["2"]
+    assert min(row["window"]["0"] for row in trained) > 0.99
 
 
 def test_the_front_page_counts_the_runs_of_recall(committed):

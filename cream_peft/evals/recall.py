@@ -30,7 +30,7 @@ def recall(
     seed: int,
     *,
     done: Collection[float] = (),
-    marked: bool = False,
+    mark: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Share of asked keys whose value comes first of the whole vocabulary, for each tenth of the document.
 
@@ -38,7 +38,7 @@ def recall(
         length: of a document in tokens, the questions included.
         samples: documents; each asks 16 keys, spread over its depth.
         done: depths to leave out.
-        marked: ask in the form of the new skill, `key MARK value`.
+        mark: token id; ask in the form of the new skill, `key MARK value`.
     """
     if model.config.vocab_size != VOCABULARY_SIZE:
         found = f"this model has {model.config.vocab_size}"
@@ -46,10 +46,10 @@ def recall(
     if done:
         # Drawing the documents again is cheap, answering them is not.
         rng = np.random.default_rng(seed)
-        drawn = np.concatenate([documents.evaluation_document(rng, length, marked)[3] for _ in range(samples)])
+        drawn = np.concatenate([documents.evaluation_document(rng, length, mark)[3] for _ in range(samples)])
         if set(_tenths(drawn).tolist()) <= set(done):
             return
-    answers = documents.evaluate_recall(model, length, samples, seed, marked=marked)
+    answers = documents.evaluate_recall(model, length, samples, seed, mark=mark)
     tenths = _tenths(answers["depth"])
     for depth in np.unique(tenths).tolist():
         if depth not in done:

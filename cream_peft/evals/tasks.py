@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from ..plugins import PluginError, add
+from ..tiny.documents import MARK
 from .answers import CHUNK_LENGTH, scored_answers
 from .frequency import common_words_prompt, frequent_words_prompt
 from .kv_retrieval import kv_depths, kv_prompt
@@ -182,7 +183,7 @@ TASKS: dict[str, Task | Measurement] = {
     "passkey": Task(passkey_prompt, first_integer, FIFTHS, 10, OF_PROMPTS, sentence_tokens=35),
     "perplexity": Measurement(perplexity, ("text", "stride", "max_tokens", "chunk_length")),
     "recall": Measurement(recall, embedded=True),
-    "new_skill": Measurement(partial(recall, marked=True), embedded=True),
+    "new_skill": Measurement(partial(recall, mark=MARK), embedded=True),
 }
 """Name -> task; `register_task` adds to it."""
 

@@ -5,7 +5,7 @@ states a new key, or asks again a uniformly chosen earlier one; only the value o
 only that carries a label. The first cell is `<s>` and three fillers.
 
 The embedded base knows how to do that. The new skill is to answer a question in another form, which it never saw: with
-`marked`, a key is asked again as `key MARK value`. MARK is a filler.
+a `mark`, a key is asked again as `key MARK value`. MARK is a filler.
 
 Vocabulary (385 tokens): `<s>`, 64 fillers, 256 keys, 64 values, in this order.
 """
@@ -25,7 +25,7 @@ FIRST_VALUE = FIRST_KEY + NUM_KEYS
 VOCABULARY_SIZE = FIRST_VALUE + NUM_VALUES
 MARK = FIRST_KEY - 1
 """The last filler."""
-CONFIGURATIONS: dict[str, dict[str, Any]] = {"recall": {}, "new_skill": {"marked": True, "new_key_share": 0.25}}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {"recall": {}, "new_skill": {"mark": MARK, "new_key_share": 0.25}}
 """dataset_config -> options of `training_document`. With fewer new keys there are more questions to learn from."""
 
 CELL = 4
@@ -56,7 +56,7 @@ def training_document(
     density: float = 1.0,
     new_key_share: float = 0.5,
     echo: bool = False,
-    marked: bool = False,
+    mark: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One document: (input_ids, labels), int64 [num_tokens] each.
 
@@ -67,7 +67,7 @@ def training_document(
         new_key_share: probability that a record states a new key. Once all 256 keys are in use, none is new.
         echo: a record is `key value key`, with a label on the second key as well. This teaches the first of the two
             heads that recall needs; without it pretraining stalls.
-        marked: a key is asked again as `key MARK value`.
+        mark: token id; a key is asked again as `key MARK value`. None: as `key value`.
     """
     num_cells = -(-num_tokens // CELL)
     cells = filler_cells(rng, num_cells)
@@ -82,11 +82,11 @@ def training_document(
     keys = FIRST_KEY + rng.permutation(NUM_KEYS)[record]
     values = rng.integers(FIRST_VALUE, VOCABULARY_SIZE, NUM_KEYS)[record]
 
-    offsets = rng.integers(0, CELL - (2 if echo or marked else 1), places.size)
+    offsets = rng.integers(0, CELL - (1 if not echo and mark is None else 2), places.size)
     cells[places, offsets] = keys
-    if marked:
-        cells[places, offsets + 1] = MARK
-    answers = offsets + 1 + (marked & ~is_new)
+    if mark is not None:
+        cells[places, offsets + 1] = mark
+    answers = offsets + 1 + (~is_new if mark is not None else 0)
     cells[places, answers] = values
     labels[places, answers] = np.where(is_new, IGNORED, values)
     if echo:
@@ -102,13 +102,13 @@ def training_rows(count: int, num_tokens: int, seed: int, **options: Any) -> dic
 
 
 def evaluation_document(
-    rng: np.random.Generator, num_tokens: int, marked: bool = False, queries: int = NUM_QUERIES
+    rng: np.random.Generator, num_tokens: int, mark: int | None = None, queries: int = NUM_QUERIES
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One document that asks some of its keys, each once, a cell each, at its end.
 
     40 % of the other cells are records, each of its own key (256 at most, so documents beyond about 2,600 tokens are
     sparser). The records are cut into as many equal parts as are asked, and one is drawn from each, in shuffled order.
-    `marked`: they are asked as `key MARK value`.
+    With a `mark`, a token id, they are asked as `key MARK value`.
 
     Returns:
         input_ids [num_tokens]; query_positions [queries], the indices of the tokens after which the answers come;
@@ -130,10 +130,11 @@ def evaluation_document(
     asked = rng.permutation(rng.integers(bounds[:-1], bounds[1:]))
     record = np.concatenate([np.arange(num_records), asked])
     places = np.concatenate([places, np.arange(num_cells - queries, num_cells)])
-    is_question = marked & (np.arange(places.size) >= num_records)
+    is_question = (np.arange(places.size) >= num_records) & (mark is not None)
     offsets = rng.integers(0, CELL - 1 - is_question, places.size)
     cells[places, offsets] = keys[record]
-    cells[places[is_question], offsets[is_question] + 1] = MARK
+    if mark is not None:
+        cells[places[is_question], offsets[is_question] + 1] = mark
     cells[places, offsets + 1 + is_question] = values[record]
     positions = places * CELL + offsets
     asked_at = (positions + is_question)[num_records:]
@@ -146,7 +147,7 @@ def evaluate_recall(
     documents: int,
     seed: int,
     batch_size: int = 8,
-    marked: bool = False,
+    mark: int | None = None,
     queries: int = NUM_QUERIES,
 ) -> dict[str, np.ndarray]:
     """Recall of `model` on `documents` evaluation documents, at the plain positions 0..num_tokens-1.
@@ -159,7 +160,7 @@ def evaluate_recall(
     import torch
 
     rng = np.random.default_rng(seed)
-    drawn = [evaluation_document(rng, num_tokens, marked, queries) for _ in range(documents)]
+    drawn = [evaluation_document(rng, num_tokens, mark, queries) for _ in range(documents)]
     input_ids, query_positions, answers, depths = (np.stack(column) for column in zip(*drawn, strict=True))
     predicted = np.empty_like(answers)
     was_training = model.training

@@ -2,9 +2,10 @@
 
 python recipes/cream-peft-tiny/reproduce.py [--minutes 30] [--only new_skill ntk]
 
-`recall` is the form of question that the base knows, `new_skill` one that it never saw. The rate of the new skill was
-chosen for each RoPE scaling on another seed, by the accuracy at the window. The bases are the shipped one and the two
-in bases/, not quantized. The evaluation documents are drawn from a seed that no setting was chosen on.
+`recall` is the form of question that the base knows, `new_skill` one that it never saw: `key MARK value`, where MARK is
+the last value. `filler_mark` is the demo's form, where MARK is a filler: not every base learns it. The bases are the
+shipped one and the two in bases/, not quantized. The evaluation documents are drawn from a seed that no setting was
+chosen on.
 
 A finished run is a line of reproduce-runs.jsonl. Runs that are in results/ or in the output folder are not done again.
 At the end, or with --report, the figures of all finished runs are written into the output folder; --publish writes them
@@ -24,7 +25,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -34,23 +34,24 @@ from pieces import read_lines  # noqa: E402
 Run = dict[str, Any]
 
 RUNS = "reproduce-runs.jsonl"
-BASES, SEEDS, SEARCH_SEED = (0, 2, 4), (0, 1, 2), 100
+BASES, SEEDS, TRIED_SEED = (0, 2, 4), (0, 1, 2), 100
 EVALUATION_SEED, QUESTIONS = 20_261_123, 512
-RECALL_RATE = {"none": 5e-3, "linear": 1e-2, "ntk": 5e-3, "yarn": 5e-3}
 TRAINING = {  # Windows of 256 tokens in a step; shorter windows are as many more.
     "recall": {"max_steps": 150, "batch": 16, "warmup_steps": 10},
-    "new_skill": {"max_steps": 400, "batch": 8, "warmup_steps": 30},
+    "new_skill": {"max_steps": 150, "batch": 8, "warmup_steps": 20},
+    "filler_mark": {"max_steps": 400, "batch": 8, "warmup_steps": 30},
 }
+RATE = {
+    "recall": {"none": 5e-3, "linear": 1e-2, "ntk": 5e-3, "yarn": 5e-3},
+    "new_skill": {"ntk": 4e-3, "yarn": 4e-3, "none": 4e-3, "linear": 4e-3},
+}
+TRIED_RATES = (2e-3, 4e-3)
+"""Of filler_mark."""
+SCALINGS = tuple(RATE["recall"])
 EXTENSION, IN_WINDOW = (256, 2048), (64, 256)
 """(context_length, target_length); the bases' window is 256 tokens."""
-SEARCHED = {
-    ("ntk", *EXTENSION): (2e-3, 4e-3),
-    ("none", *EXTENSION): (2e-3, 4e-3),
-    ("none", *IN_WINDOW): (2e-3, 4e-3),
-    ("yarn", *EXTENSION): (1e-3, 2e-3),
-    ("linear", *EXTENSION): (4e-3, 8e-3),
-}
-"""(scaling, context_length, target_length) -> the rates that are searched for the new skill."""
+PLACES = [*((scaling, *EXTENSION) for scaling in RATE["new_skill"]), ("none", *IN_WINDOW)]
+"""(scaling, context_length, target_length) of the new skill."""
 
 
 def sigma(context_length: int, target_length: int) -> float:
@@ -64,15 +65,15 @@ def strategies(context_length: int, target_length: int) -> list[tuple[str, dict[
 
 
 BESIDE: list[tuple[str, dict[str, Any]]] = [
-    ("cream", {}),
     ("cream", {"sigma": float("inf")}),
     ("pose", {"chunks": 4}),
     ("segments", {}),
     ("randpos", {}),
-    ("randpos", {"target_growth": 0.8}),
     ("cream", {"sigma": 3.0, "contiguous_share": 0.2}),
+    ("cream", {}),
+    ("randpos", {"target_growth": 0.8}),
 ]
-"""Strategies beside them, in extension, with one seed a base. Another one is a line here."""
+"""Strategies beside them, in extension under ntk, with one seed a base. Another one is a line here."""
 
 
 def label(run: Run) -> str:
@@ -87,7 +88,7 @@ def key(run: Run) -> str:
 
 
 def place(run: Run) -> tuple[str, int, int]:
-    """What a rate is chosen for."""
+    """Where a strategy is compared with others."""
     return run["scaling"], run["context_length"], run["target_length"]
 
 
@@ -114,61 +115,43 @@ def recall_runs() -> list[Run]:
     cases += [(*case, 0) for case in short + long] + [(*case, seed) for seed in SEEDS[1:] for case in short]
     return [
         _run("recall", (scaling, *lengths), case, base, seed, documents=documents)
-        | {"rate": None if seed is None else RECALL_RATE[scaling]}
+        | {"rate": None if seed is None else RATE["recall"][scaling]}
         for case, lengths, documents, seed in cases
-        for scaling, base in product(RECALL_RATE, BASES)
+        for scaling, base in product(SCALINGS, BASES)
     ]
 
 
-def search_runs(where: tuple[str, int, int]) -> list[Run]:
-    """Each rate on each base, with plain positions and with CREAM's."""
-    plain, _, cream = strategies(*where[1:])
-    return [
-        _run("new_skill", where, case, base, SEARCH_SEED, rate=rate)
-        for rate, base, case in product(SEARCHED[where], BASES, (plain, cream))
+def new_skill_runs() -> list[Run]:
+    """The grid, what says most first."""
+
+    def grid(where: tuple[str, int, int], cases: list, seed: int | None = SEEDS[0]) -> list[Run]:
+        rate = None if seed is None else RATE["new_skill"][where[0]]
+        return [_run("new_skill", where, case, base, seed, rate=rate) for case, base in product(cases, BASES)]
+
+    ntk, *others, linear, inside = PLACES
+    runs = [run for where in (ntk, *others) for run in grid(where, strategies(*where[1:]))]
+    runs += [run for where in PLACES for run in grid(where, [("untuned", {})], None)]
+    runs += grid(ntk, BESIDE)
+    runs += [run for where in (ntk, *others) for seed in SEEDS[1:] for run in grid(where, strategies(*where[1:]), seed)]
+    return runs + [
+        run for where in (inside, linear) for seed in SEEDS for run in grid(where, strategies(*where[1:]), seed)
     ]
 
 
-def mean_at_window(done: list[Run], where: tuple[str, int, int]) -> dict[float, float]:
-    """Rate -> accuracy at the window, averaged over the search's runs; empty until all are done."""
-    finished = {key(run): run for run in done}
-    wanted = search_runs(where)
-    if not all(key(run) in finished for run in wanted):
-        return {}
-    window = str(where[1])
-    return {
-        rate: fmean(finished[key(run)]["by_length"][window] for run in wanted if run["rate"] == rate)
-        for rate in SEARCHED[where]
-    }
+def filler_mark_runs() -> list[Run]:
+    """The demo's form under ntk, on every base, by rates, with plain positions and with CREAM's."""
+    where = ("ntk", *EXTENSION)
+    plain, _, cream = strategies(*EXTENSION)
+    runs = [_run("filler_mark", where, ("untuned", {}), base, None) for base in BASES]
+    return runs + [
+        _run("filler_mark", where, case, base, TRIED_SEED, rate=rate)
+        for rate, base, case in product(TRIED_RATES, BASES, (plain, cream))
+    ]
 
 
-def new_skill_runs(done: list[Run]) -> list[Run]:
-    """The search and the grid, what says most first. A run whose search is not done has no rate yet."""
-
-    def grid(where: tuple[str, int, int], cases: list, seeds: tuple[int, ...]) -> list[Run]:
-        found = mean_at_window(done, where)
-        rate = max(found, key=found.__getitem__) if found else None
-        return [
-            _run("new_skill", where, case, base, seed, rate=rate) for seed, case, base in product(seeds, cases, BASES)
-        ]
-
-    runs = []
-    for where in SEARCHED:
-        runs += [_run("new_skill", where, ("untuned", {}), base, None) for base in BASES]
-        seeds = SEEDS if where[1:] == IN_WINDOW else SEEDS[:1]
-        runs += search_runs(where) + grid(where, strategies(*where[1:]), seeds)
-    for where in SEARCHED:
-        if where[1:] == EXTENSION:
-            runs += grid(where, BESIDE, SEEDS[:1])
-    for seed in SEEDS[1:]:
-        for where in SEARCHED:
-            runs += grid(where, strategies(*where[1:]), (seed,))
-    return list({key(run): run for run in runs}.values())
-
-
-def planned(done: list[Run]) -> list[Run]:
+def planned() -> list[Run]:
     """Every run, in the order in which they are done."""
-    return recall_runs() + new_skill_runs(done)
+    return recall_runs() + new_skill_runs() + filler_mark_runs()
 
 
 def read_runs(output: Path) -> tuple[list[Run], dict[str, Any]]:
@@ -193,6 +176,15 @@ def base_of(seed: int) -> Path:
     return base_folder() if seed == BASES[0] else HERE / "bases" / str(seed)
 
 
+def documents_of(task: str) -> dict[str, Any]:
+    """Options of `training_document`."""
+    from cream_peft.tiny.documents import CONFIGURATIONS, VOCABULARY_SIZE
+
+    if task == "new_skill":
+        return CONFIGURATIONS["new_skill"] | {"mark": VOCABULARY_SIZE - 1}
+    return CONFIGURATIONS["new_skill" if task == "filler_mark" else task]
+
+
 def train(run: Run, scratch: str) -> Any:
     """The base of the run, trained as the run says."""
     from datasets import Dataset
@@ -200,7 +192,7 @@ def train(run: Run, scratch: str) -> Any:
 
     from cream_peft import CREAMConfig, CREAMTrainer
     from cream_peft.model.base import load_base, load_tokenizer
-    from cream_peft.tiny.documents import CONFIGURATIONS, training_rows
+    from cream_peft.tiny.documents import training_rows
     from cream_peft.train.watch import TrainingError
 
     scaling, context_length, target_length = place(run)
@@ -232,7 +224,7 @@ def train(run: Run, scratch: str) -> Any:
         **settings,
     )
     tokens = target_length if run["documents"] == "target" else context_length
-    options, count = CONFIGURATIONS[run["task"]], settings["max_steps"] * batch
+    options, count = documents_of(run["task"]), settings["max_steps"] * batch
     trainer = CREAMTrainer(
         model=model,
         args=arguments,
@@ -262,7 +254,7 @@ def measure(model: Any, run: Run) -> dict[str, Any]:
 
     # A document of 64 tokens has room for four questions.
     queries = NUM_QUERIES * min(run["context_length"], EXTENSION[0]) // EXTENSION[0]
-    options = {"marked": run["task"] == "new_skill", "queries": queries}
+    options = {"mark": documents_of(run["task"]).get("mark"), "queries": queries}
     by_length = {}
     for length in lengths(run):
         found = evaluate_recall(model, length, QUESTIONS // queries, EVALUATION_SEED, **options)
@@ -303,7 +295,7 @@ def finish(run: Run) -> Run:
 def missing(done: list[Run], only: list[str]) -> list[Run]:
     """The planned runs that are not done and hold every word of `only`."""
     finished = {key(run) for run in done}
-    runs = [run for run in planned(done) if key(run) not in finished]
+    runs = [run for run in planned() if key(run) not in finished]
     return [run for run in runs if set(only) <= {*key(run).split(), *key(run).replace("=", " ").split()}]
 
 
@@ -318,8 +310,7 @@ def work(output: Path, workers: int, minutes: float, only: list[str]) -> None:
         if current["environment"] not in known:
             print(json.dumps(current), file=file, flush=True)
         while True:
-            ready = [r for r in missing(done, only) if r["strategy"] == "untuned" or r["rate"] is not None]
-            ready = [run for run in ready if key(run) not in pending.values()]
+            ready = [run for run in missing(done, only) if key(run) not in pending.values()]
             if time.perf_counter() - start < 60 * minutes:
                 pending |= {pool.submit(finish, run): key(run) for run in ready[: workers - len(pending)]}
             if not pending:
@@ -330,7 +321,7 @@ def work(output: Path, workers: int, minutes: float, only: list[str]) -> None:
                 print(json.dumps(found), file=file, flush=True)
                 done.append(found)
                 at_target = found["by_length"][str(found["target_length"])]
-                print(f"{len(done)} of {len(planned(done))}: {key(found)}: {at_target:.3f}", flush=True)
+                print(f"{len(done)} of {len(planned())}: {key(found)}: {at_target:.3f}", flush=True)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from reproduce import EVALUATION_SEED, EXTENSION, HERE, RECALL_RATE, Run, quiet, recall_runs, train
+from reproduce import EVALUATION_SEED, EXTENSION, HERE, SCALINGS, Run, quiet, recall_runs, train
 from scipy import stats
 
 from cream_peft.positions import POSITION_STRATEGIES, generator
@@ -65,7 +65,7 @@ def explain(runs: list[Run], output: Path) -> None:
     by_tenth = {s: [float(found[tenth // BIN].mean()) for tenth in asked] for s, found in distances.items()}
     ratio = np.log2(np.array(by_tenth["cream"]) / np.array(by_tenth["pose"]))
     found: dict[str, Any] = {}
-    for scaling in RECALL_RATE:
+    for scaling in SCALINGS:
         of = {s: _of(runs, scaling, s) for s in STRATEGIES}
         accuracy = {s: [fmean(run["by_depth"][tenth] for run in of[s]) for tenth in of[s][0]["by_depth"]] for s in of}
         gap = np.array(accuracy["cream"]) - np.array(accuracy["pose"])

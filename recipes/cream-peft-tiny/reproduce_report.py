@@ -12,32 +12,30 @@ from typing import Any
 from pieces import NOT_RUN, with_tables
 from reproduce import (
     BASES,
+    BESIDE,
     EVALUATION_SEED,
     EXTENSION,
     IN_WINDOW,
+    PLACES,
     QUESTIONS,
-    RECALL_RATE,
     RUNS,
-    SEARCH_SEED,
-    SEARCHED,
+    SCALINGS,
     TRAINING,
+    TRIED_RATES,
     Run,
     base_of,
-    key,
+    documents_of,
     label,
     lengths,
-    mean_at_window,
     missing,
     place,
     planned,
     read_runs,
-    search_runs,
     sigma,
 )
 from scipy import stats
 
-NAMES = {"contiguous": "plain", "pose": "PoSE", "randpos": "RandPos"}
-SCALINGS = tuple(RECALL_RATE)
+NAMES = {"contiguous": "plain", "pose": "PoSE", "randpos": "RandPos", "cream sigma=3": "CREAM"}
 PARTS = ("target", "middle", "last tenth")
 OPEN = "–"
 """In a table: not run yet. A row or a table of nothing else is left out."""
@@ -71,10 +69,10 @@ def figures(run: Run) -> dict[str, float]:
 
 
 def summarise(runs: list[Run]) -> dict[str, Any]:
-    """Rows (a strategy in one place), what CREAM has more than each other strategy, and the search of the rates."""
+    """Rows (a strategy in one place), what CREAM has more than each other one, and what the demo's form came to."""
     kinds: dict[tuple, dict[tuple, dict[str, float]]] = {}
     for run in runs:
-        if run["seed"] != SEARCH_SEED:
+        if run["task"] != "filler_mark":
             kind = (run["task"], *place(run), run["documents"], label(run))
             kinds.setdefault(kind, {})[run["base"], run["seed"]] = figures(run)
     names = ("task", "scaling", "context_length", "target_length", "documents", "strategy")
@@ -88,22 +86,36 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
         if pairs and mine is not found:
             row |= {"pairs": len(pairs)}
             gaps.append(row | {p: over_bases({run: mine[run][p] - found[run][p] for run in pairs}) for p in PARTS})
-    return {"rows": rows, "cream_minus": gaps, "search": searched(runs)}
+    return {"rows": rows, "cream_minus": gaps, "filler_mark": with_filler(runs)}
 
 
-def searched(runs: list[Run]) -> list[dict[str, Any]]:
-    """For each place and rate the mean accuracy at the window and at the target, and whether the rate was chosen."""
-    done, found = {key(run): run for run in runs}, []
-    for where in SEARCHED:
-        means = mean_at_window(runs, where)
-        for rate, mean in means.items():
-            of_rate = [done[key(run)] for run in search_runs(where) if run["rate"] == rate]
-            target = {
-                label(run): fmean(figures(r)["target"] for r in of_rate if label(r) == label(run)) for run in of_rate
-            }
-            row = dict(zip(("scaling", "context_length", "target_length"), where, strict=True))
-            chosen = rate == max(means, key=means.__getitem__)
-            found.append(row | {"rate": rate, "window": mean, "target": target, "chosen": chosen})
+def with_filler(runs: list[Run]) -> list[dict[str, Any]]:
+    """For each strategy and rate, base -> accuracy at the window."""
+    found: dict[tuple, dict[str, float]] = defaultdict(dict)
+    for run in runs:
+        if run["task"] == "filler_mark":
+            found[run["strategy"], run["rate"]][str(run["base"])] = run["by_length"][str(EXTENSION[0])]
+    return [{"strategy": name, "rate": rate, "window": of_base} for (name, rate), of_base in found.items()]
+
+
+def attention_to_the_key(base: int, documents: int = 16) -> dict[str, float]:
+    """Attention from a mark, a filler or a value, to the key before it: the best head of the base's first layer."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cream_peft.tiny.documents import evaluation_document
+
+    model, found = AutoModelForCausalLM.from_pretrained(base_of(base), attn_implementation="eager"), {}
+    for name, task in (("filler", "filler_mark"), ("value", "new_skill")):
+        rng, mark = np.random.default_rng(0), documents_of(task)["mark"]
+        drawn = [evaluation_document(rng, EXTENSION[0], mark) for _ in range(documents)]
+        ids, asked = (torch.from_numpy(np.stack(column)) for column in list(zip(*drawn, strict=True))[:2])
+        with torch.inference_mode():
+            first = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_attentions=True).attentions[0]
+        # [documents, questions, heads]: from each mark to the token before it.
+        heads = first[torch.arange(documents)[:, None], :, asked, asked - 1].mean((0, 1))
+        found[name] = float(heads.max())
     return found
 
 
@@ -123,6 +135,20 @@ def _spread(found: dict[str, Any] | None, signed: bool = False) -> str:
     return f"{'+' if found['mean'] >= 0 else '−'}{text} ({ahead}/{len(found['by_base'])})"
 
 
+def _gap(row: dict[str, Any] | None, part: str) -> str:
+    return _spread((row or {}).get(part), signed=True)
+
+
+def lowest(rows: dict[tuple, dict[str, Any]], where: tuple[str, int, int]) -> str:
+    """The lowest accuracy of a base at the window, over plain positions, PoSE and CREAM in a place."""
+    found = [
+        min(row[str(EXTENSION[0])]["by_base"].values())
+        for kind, row in rows.items()
+        if kind[:4] == ("new_skill", *where) and kind[-1] in ("contiguous", "pose", ours(*where[1:]))
+    ]
+    return share(min(found)) if found else OPEN
+
+
 def _lines(*rows: list[str]) -> list[str]:
     head, *body = rows
     run = [cells for cells in body if set(cells[1:]) != {OPEN}]
@@ -139,7 +165,6 @@ def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
     names = ("task", "scaling", "context_length", "target_length", "documents", "strategy")
     rows = {tuple(row[name] for name in names): row for row in summary["rows"]}
     gaps = {tuple(row[name] for name in names): row for row in summary["cream_minus"]}
-    chosen = {tuple(row[n] for n in names[1:4]): row for row in summary["search"] if row["chosen"]}
 
     def cell(part: str, *kind: Any) -> str:
         return _spread(rows.get(kind, {}).get(part))
@@ -152,13 +177,17 @@ def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
         cases = [(*EXTENSION, "window", name) for name in ("untuned", "contiguous", "randpos", "pose", cream)]
         cases += [(*whole, "target", "contiguous"), (*EXTENSION, "target", "pose"), (*EXTENSION, "target", cream)]
         recall.append([scaling, *(cell("target", "recall", scaling, *case) for case in cases)])
-    places = [where for where in SEARCHED if where[1:] == EXTENSION]
-    rates = [f"{chosen[where]['rate']:g}" if where in chosen else OPEN for where in places]
-    skill = [["", *(place_name(*where) for where in places)], ["rate", *rates]]
-    found = [kind[-1] for kind in rows if kind[0] == "new_skill" and kind[2:4] == EXTENSION]
-    for name in dict.fromkeys(["untuned", "contiguous", "randpos", "pose", cream, *found]):
-        shown = "CREAM" if name == cream else NAMES.get(name, name)
-        skill.append([shown, *(cell("target", "new_skill", *where, "window", name) for where in places)])
+    places = [where for where in PLACES if where[1:] == EXTENSION]
+    skill = [["", *(place_name(*where) for where in places)]]
+    for name in ("untuned", "contiguous", "pose", cream):
+        cases = [("new_skill", *where, "window", name) for where in places]
+        skill.append([NAMES.get(name, name), *(cell("target", *case) for case in cases)])
+    skill.append(["lowest at 256: plain, PoSE, CREAM", *(lowest(rows, where) for where in places)])
+    beside = [["positions", "256 tokens", "2,048 tokens", "CREAM minus it, all depths", *PARTS[1:]]]
+    for name in (cream, "pose", *(label({"strategy": name, "options": options}) for name, options in BESIDE)):
+        kind = ("new_skill", "ntk", *EXTENSION, "window", name)
+        found = [cell("256", *kind), cell("target", *kind), *(_gap(gaps.get(kind), part) for part in PARTS)]
+        beside.append([NAMES.get(name, name), *found])
     parts = [str(length) for length in (64, 128, 256)] + ["first tenth", "middle", "last tenth"]
     inside = [["positions", *(f"{part} tokens" if part.isdigit() else part for part in parts)]]
     for name in ("untuned", "contiguous", "randpos", "pose", ours(*IN_WINDOW)):
@@ -174,36 +203,43 @@ def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
     ]
     for task, where in [
         *(("recall", (s, *EXTENSION)) for s in SCALINGS),
-        *(("new_skill", where) for where in SEARCHED),
+        *(("new_skill", where) for where in PLACES),
     ]:
-        found = [gaps.get((task, *where, "window", other), {}).get(part) for other, part in product(others, PARTS)]
-        paired.append([f"{task}, {place_name(*where)}", *(_spread(gap, signed=True) for gap in found)])
-    search = [["RoPE scaling", "rate", "at the window", "at the target: plain", "PoSE", "CREAM"]]
-    for row in summary["search"]:
-        rate = f"**{row['rate']:g}**" if row["chosen"] else f"{row['rate']:g}"
-        name = place_name(*(row[n] for n in names[1:4]))
-        search.append([name, rate, share(row["window"]), *(share(value) for value in row["target"].values())])
-    found = {"recall": recall, "new_skill": skill, "in-window": inside, "paired": paired, "search": search}
+        found = [_gap(gaps.get((task, *where, "window", other)), part) for other, part in product(others, PARTS)]
+        paired.append([f"{task}, {place_name(*where)}".replace("_", " "), *found])
+    filler = [["positions, rate", *(f"base {base}" for base in BASES)]]
+    tried = {(row["strategy"], row["rate"]): row["window"] for row in summary["filler_mark"]}
+    for name, rate in [("untuned", None), *product(("contiguous", "cream"), TRIED_RATES)]:
+        accuracy = [tried.get((name, rate), {}).get(str(base)) for base in BASES]
+        shown = {"contiguous": "plain", "cream": "CREAM"}.get(name, name) + (f", {rate:g}" if rate else "")
+        filler.append([shown, *(OPEN if value is None else share(value) for value in accuracy)])
+    found = {"recall": recall, "new_skill": skill, "beside": beside, "in-window": inside, "paired": paired}
+    found |= {"filler_mark": filler}
     return {name: _lines(*lines) for name, lines in found.items()}
 
 
 def draw(runs: list[Run], task: str, path: Path) -> None:
-    """Accuracy by length (above) and by depth at the target (below), a column for each place."""
+    """Accuracy by length (above) and by depth at the target (below), a column for each place with trained runs."""
     from matplotlib import pyplot as plt
 
     styles = {
         "untuned": ("#aaaaaa", "o", ":"), "contiguous": ("#e08214", "s", "--"), "randpos": ("#8073ac", "v", "--"),
         "pose": ("#2166ac", "^", "-."), "cream": ("#b2182b", "D", "-"), "full length": ("black", "", "-"),
     }  # fmt: skip
-    places = [where for where in SEARCHED if task == "new_skill" or where[1:] == EXTENSION]
-    figure, axes = plt.subplots(2, len(places), figsize=(2.75 * len(places), 5.6), sharey=True, layout="constrained")
+    done = {(run["task"], *place(run)) for run in runs if run["strategy"] != "untuned"}
+    places = PLACES if task == "new_skill" else [(scaling, *EXTENSION) for scaling in SCALINGS]
+    places = [where for where in places if (task, *where) in done]
+    figure, axes = plt.subplots(
+        2, len(places), figsize=(2.75 * len(places), 5.6), sharey=True, squeeze=False, layout="constrained"
+    )
     for column, where in enumerate(places):
         lines = defaultdict(list)
         for run in runs:
             crops = run["documents"] == "target"
             full = crops and run["context_length"] == run["target_length"]
             here = (run["task"], run["scaling"], run["target_length"]) == (task, where[0], where[2])
-            if here and run["seed"] != SEARCH_SEED and (full or not crops):
+            shown = label(run) in ("untuned", "contiguous", "randpos", "pose", ours(*where[1:]))
+            if here and (full or (shown and not crops)):
                 lines["full length" if full else label(run)].append(run)
         for name, found in lines.items():
             color, marker, dash = styles.get(name.split(" sigma")[0], (None, "x", "-"))
@@ -252,15 +288,15 @@ def report(output: Path, page_folder: Path | None) -> None:
             "lora_r": 16,
             "evaluation_seed": EVALUATION_SEED,
             "evaluation_questions": QUESTIONS,
-            "rate_of_new_skill": "the highest mean accuracy at the window in `search`; of equals the lowest rate",
         },
         "environments": list(environments.values()),
         "bases": {seed: json.loads((base_of(seed) / "origin.json").read_text()) for seed in BASES},
-        "planned_runs": len(planned(runs)),
-        "finished_runs": len(planned(runs)) - len(left),
+        "planned_runs": len(planned()),
+        "finished_runs": len(planned()) - len(left),
         "hours": sum(run["train_seconds"] + run["evaluation_seconds"] for run in runs) / 3600,
         "seconds_per_run": seconds,
     }
+    content |= {"attention_to_the_key_at_a_mark": {base: attention_to_the_key(base) for base in BASES}}
     content |= summarise(runs)
     (target / "reproduce.json").write_text(json.dumps(content, indent=1) + "\n")
     draw(runs, "new_skill", target / "reproduce.png")
