@@ -199,8 +199,10 @@ def test_what_the_page_says_of_the_new_skill_holds_in_its_json():
     ahead = {name: sum(value < 0 for value in of("cream_minus", name)["target"]["by_base"].values())
              for name in ("cream sigma=inf", "pose chunks=4", "segments")}  # fmt: skip
     assert ahead == {"cream sigma=inf": 2, "pose chunks=4": 1, "segments": 0}
-    segments = of("cream_minus", "segments")["target"]
-    assert segments["mean"] > segments["half_width_95"] and len(segments["by_base"]) == 3
+    for name in ("segments", "randpos"):
+        gap = of("cream_minus", name)["target"]
+        assert gap["mean"] > gap["half_width_95"] and min(gap["by_base"].values()) > 0 and len(gap["by_base"]) == 3
+    assert all(max(of("cream_minus", name)["last tenth"]["by_base"].values()) <= 0 for name in (*ahead, "pose"))
     rng = np.random.default_rng(reproduce.EVALUATION_SEED)
     drawn = [documents.evaluation_document(rng, 2048, documents.MARK) for _ in range(reproduce.QUESTIONS // 16)]
     asked = sum(int((depths >= 0.9).sum()) for *_, depths in drawn)
