@@ -20,6 +20,7 @@ import reproduce  # noqa: E402
 import reproduce_distances  # noqa: E402
 import reproduce_report  # noqa: E402
 
+SHARE = "cream sigma=3 contiguous_share=0.2"
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
 FIGURES = json.loads((FOLDER / "results/reproduce.json").read_text())
 
@@ -197,10 +198,16 @@ def test_what_the_page_says_of_the_new_skill_holds_in_its_json():
     assert min(pose["target"]["by_base"].values()) > 0 and pose["target"]["mean"] < pose["target"]["half_width_95"]
     assert max(pose["last tenth"]["by_base"].values()) < 0 and len(pose["target"]["by_base"]) == 3
     ahead = {name: sum(value < 0 for value in of("cream_minus", name)["target"]["by_base"].values())
-             for name in ("cream sigma=inf", "pose chunks=4", "segments")}  # fmt: skip
-    assert ahead == {"cream sigma=inf": 2, "pose chunks=4": 1, "segments": 0}
-    segments = of("cream_minus", "segments")["target"]
-    assert segments["mean"] > segments["half_width_95"] and len(segments["by_base"]) == 3
+             for name in ("cream sigma=inf", "pose chunks=4", SHARE, "segments")}  # fmt: skip
+    assert ahead == {"cream sigma=inf": 2, "pose chunks=4": 1, SHARE: 1, "segments": 0}
+    for name in ("segments", "randpos"):
+        gap = of("cream_minus", name)["target"]
+        assert gap["mean"] > gap["half_width_95"] and min(gap["by_base"].values()) > 0 and len(gap["by_base"]) == 3
+    assert all(
+        max(of("cream_minus", name)["last tenth"]["by_base"].values()) <= 0
+        for name in (*ahead, "pose")
+        if name != SHARE
+    )
     rng = np.random.default_rng(reproduce.EVALUATION_SEED)
     drawn = [documents.evaluation_document(rng, 2048, documents.MARK) for _ in range(reproduce.QUESTIONS // 16)]
     asked = sum(int((depths >= 0.9).sum()) for *_, depths in drawn)

@@ -264,7 +264,9 @@ def draw(runs: list[Run], task: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("accuracy")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(places), frameon=False
+    )
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
