@@ -298,7 +298,7 @@ def test_a_list_is_right_if_nothing_of_it_is_missing(monkeypatch, tokenizer, tas
         def reply(model, tokenizer, prompts, one_line, **settings):
             assert not one_line  # an item a line is a list too
             for prompt in prompts:
-                yield joined.join(sorted(solved(task, prompt.text))[lacking:]), 0.5
+                yield joined.join(sorted(solved(task, prompt.text))[lacking:]), [0.5]
 
         monkeypatch.setattr(tasks, "scored_answers", reply)
         return list(SPREAD[task](None, tokenizer, 3000, 3, 0))
