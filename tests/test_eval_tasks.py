@@ -35,6 +35,7 @@ from cream_peft.evals.prompts import (
     first_integer,
     prompt_rng,
 )
+from cream_peft.evals.rows import evaluate
 from cream_peft.evals.tasks import TASKS as ALL_TASKS
 from cream_peft.evals.tasks import Task
 from cream_peft.model.base import load_base
@@ -545,6 +546,12 @@ def test_the_loss_of_the_right_answer_is_that_of_a_plain_forward(llama, task, te
             alone = cell["alone_loss"][index] if template else loss
             assert alone == pytest.approx(losses[-1], abs=1e-3) and ("alone_loss" in cell) == bool(template)
     assert len({loss for cell in cells for loss in cell["answer_loss"]}) == 4  # control: it is each question's own
+
+
+def test_rows_for_pandas_hold_a_number_or_a_word_in_every_column(llama):
+    rows = evaluate(llama(), bytes_tokenizer(CHAT), ["needle"], [1200], samples=2, depths=[0.1, 0.9])
+    assert len(rows) == 2 and all(row["alone_loss"] >= row["answer_loss"] > 0 for row in rows)
+    assert all(isinstance(value, int | float | str) for row in rows for value in row.values())
 
 
 def test_a_penalty_that_a_checkpoint_brings_is_not_applied(llama, tokenizer):

@@ -36,7 +36,8 @@ def evaluate(
 
     Returns:
         a row a task, length and depth: task, length, depth, metric, value, samples, seconds, and of prompts their mean
-        number of tokens, correct (0 or 1 for each sample) and answer_loss (of the right answers, mean, nats per token).
+        number of tokens, correct (0 or 1 for each sample), answer_loss and alone_loss (means, nats per token; see
+        `results.Cell`).
 
     Raises:
         ValueError: an unknown task or option, one that no task takes, or a task that the model cannot read.
@@ -72,5 +73,5 @@ def evaluate(
     rows = []
     for cell in results.cells:
         row = {key: value for key, value in asdict(cell).items() if value is not None}
-        rows.append(row | ({"answer_loss": fmean(row["answer_loss"])} if "answer_loss" in row else {}))
+        rows.append(row | {key: fmean(row[key]) for key in ("answer_loss", "alone_loss") if key in row})
     return rows
