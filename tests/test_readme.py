@@ -145,7 +145,9 @@ def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces
         assert "\n".join(lines) in text
     rows = {row["name"]: row for row in summary["rows"]}
     losses = [rows[f"yarn {name}"]["16384"]["loss of the number alone"] for name in ("untuned", "contiguous", "cream")]
-    told = "alone at 16,384 tokens is {:.2f} untuned, {:.2f} after a plain fine-tune and {:.2f} after CREAM".format(*losses)
+    told = "alone at 16,384 tokens is {:.2f} untuned, {:.2f} after a plain fine-tune and {:.2f} after CREAM".format(
+        *losses
+    )
     assert all(told in " ".join(one.split()) for one in (text, README))
     # Rows that were not run are named.
     planned = {row.name for row, _, _ in compare.planned(compare.BUDGETS["cpu"], False, None)}

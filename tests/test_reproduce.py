@@ -188,15 +188,22 @@ def test_what_the_page_says_of_recall_holds_in_its_json():
 
 
 def test_what_the_page_says_of_the_new_skill_holds_in_its_json():
-    def of(kind, strategy):
+    def of(kind, strategy, scaling="ntk"):
         (found,) = (one for one in FIGURES[kind] if (one["task"], one["strategy"]) == ("new_skill", strategy)
-                    and one["scaling"] == "ntk")  # fmt: skip
+                    and one["scaling"] == scaling and one["context_length"] == 256)  # fmt: skip
         return found
 
-    plain, pose = of("cream_minus", "contiguous"), of("cream_minus", "pose")
-    assert min(plain["target"]["by_base"].values()) > 0 and plain["target"]["mean"] > plain["target"]["half_width_95"]
-    assert min(pose["target"]["by_base"].values()) > 0 and pose["target"]["mean"] < pose["target"]["half_width_95"]
-    assert max(pose["last tenth"]["by_base"].values()) < 0 and len(pose["target"]["by_base"]) == 3
+    settled = {"contiguous": {"ntk", "yarn", "linear"}, "pose": {"none"}}
+    for strategy, left_out in settled.items():
+        gaps = {
+            scaling: of("cream_minus", strategy, scaling)["target"] for scaling in ("ntk", "yarn", "none", "linear")
+        }
+        assert all(min(gap["by_base"].values()) > 0 and len(gap["by_base"]) == 3 for gap in gaps.values())
+        assert {scaling for scaling, gap in gaps.items() if gap["mean"] > gap["half_width_95"]} == left_out
+    led = {name: max(of("cream_minus", "pose", name)["last tenth"]["by_base"].values()) < 0 for name in gaps}
+    assert led == {"ntk": True, "yarn": False, "none": True, "linear": False}
+    default = of("cream_minus", "cream")["target"]
+    assert abs(default["mean"]) < 0.01 and len(default["by_base"]) == 3
     ahead = {name: sum(value < 0 for value in of("cream_minus", name)["target"]["by_base"].values())
              for name in ("cream sigma=inf", "pose chunks=4", SHARE, "segments")}  # fmt: skip
     assert ahead == {"cream sigma=inf": 2, "pose chunks=4": 1, SHARE: 1, "segments": 0}
