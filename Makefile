@@ -24,6 +24,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## teach the embedded tiny model a skill on this CPU, and see how far it holds (3 minutes)
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
 	@echo "A model with a window of 256 tokens learns a new skill on documents of 256 tokens: to answer a question in another form."
+	@echo "(If other work runs on this machine, OMP_NUM_THREADS=1 make demo is several times faster.)"
 	@echo "1/2  Teach it twice, for 2,048 tokens: a plain fine-tune, then CREAM's positions"
 	@$(BIN)/cream-peft train --position_strategy contiguous --output_dir $(DEMO)/contiguous > $(DEMO)/train.log
 	@$(BIN)/cream-peft train --output_dir $(DEMO)/cream >> $(DEMO)/train.log

@@ -277,7 +277,7 @@ def merge_command(arguments: list[str]) -> None:
         options = {name: given[name] for name in ("base_model", "revision")}
         written = write_gguf_lora(given["adapter"], file, **options)
         write_json(json_file, asdict(written))
-        print(f"{written.layers:,} layers are adapted by {file}. On the base's own GGUF, in any quantization:\n")
+        print(f"{written.layers:,} linear layers are adapted by {file}. On the base's own GGUF, in any quantization:\n")
         print(written.command)
         return
     from .publish.merge import merge_adapter

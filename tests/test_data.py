@@ -290,15 +290,19 @@ def test_a_column_of_another_type_is_refused_by_name(column, values, found, byte
         prepare_columns(Dataset.from_dict(columns), "d", byte_tokenizer)
 
 
-def test_text_for_a_tokenizer_that_cannot_read_it_is_refused(tiny_tokenizer, make_model, make_config, lora):
+def test_text_for_a_tokenizer_that_cannot_read_it_is_refused(
+    tiny_tokenizer, byte_tokenizer, make_model, make_config, lora
+):
     texts = Dataset.from_dict({"text": ["Once upon a time"]})
-    with pytest.raises(DataError, match=r"no end token.*eos_token"):
+    # First what no setting mends.
+    with pytest.raises(DataError, match=r"the tokenizer cannot read.*give token ids in input_ids"):
         CREAMTrainer(
             model=make_model(), args=make_config(), train_dataset=texts, processing_class=tiny_tokenizer,
             peft_config=lora(),
         )  # fmt: skip
-    with pytest.raises(DataError, match=r"the tokenizer cannot read.*give token ids in input_ids"):
-        prepare_columns(texts, "d", tiny_tokenizer, eos_token="v00")
+    byte_tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"no end token.*eos_token"):
+        prepare_columns(texts, "d", byte_tokenizer)
 
 
 def test_what_stands_beside_the_turns_is_kept(byte_tokenizer):

@@ -344,8 +344,10 @@ def test_python_gets_the_commands_measurement_as_rows(tiny_tokenizer, tmp_path, 
         assert row.get("answer_loss", 0.0) == pytest.approx(np.mean(cell.answer_loss or [0.0]))
     table = pandas.DataFrame(rows).pivot_table("value", "task", "length")
     assert table.loc["recall", 256] > 0.9 and set(table.columns) == {256, 512}
-    with pytest.raises(ValueError, match=r"unknown option keyss: use one of chunk_length, depths, .*keys, "):
+    with pytest.raises(ValueError, match=r"unknown option keyss: use one of chunk_length, depths, .*keys, .*samples"):
         cream_peft.evaluate(model, tiny_tokenizer, "needle", [256], keyss=3)
+    (row,) = cream_peft.evaluate(model, tiny_tokenizer, "kv_retrieval", 256, samples=1, depths=[0.0])
+    assert row["length"] == 256
     with pytest.raises(ValueError, match="reads no text, which passkey is"):
         cream_peft.evaluate(model, tiny_tokenizer, ["passkey"], [256])
 

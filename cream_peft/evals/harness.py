@@ -67,7 +67,7 @@ def _load_tasks(manager: Any, names: list[str], seed: int | None) -> list[Any]:
         # RULER draws its data now, before lm-eval sets its seeds: they would differ from model to model.
         random.seed(seed or 0)
         np.random.seed(1234 if seed is None else seed)
-        with about(f"the data set of task {name}"):
+        with about(f"the data set of task {name} (of the Hub, unless --data_dir has it)"):
             found = manager.load(name)
         loaded += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
     return loaded

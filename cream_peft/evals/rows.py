@@ -19,7 +19,7 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     tasks: Iterable[str],
-    lengths: Iterable[int],
+    lengths: Iterable[int] | int,
     *,
     samples: int = 32,
     seed: int = 1000,
@@ -30,7 +30,7 @@ def evaluate(
 
     Args:
         tasks: of `TASKS`, such as kv_retrieval and needle.
-        lengths: tokens of a prompt and its answer.
+        lengths: tokens of a prompt and its answer; a number is one length.
         samples, seed, kv_cache: as those of `cream-peft evaluate`.
         options: of single tasks, as there: depths, keys, style, haystack, ... `text` may be a list of documents too.
 
@@ -42,10 +42,12 @@ def evaluate(
     Raises:
         ValueError: an unknown task or option, one that no task takes, or a task that the model cannot read.
     """
-    known = sorted({name for task in TASKS.values() for name in task.options})
+    known = sorted({"samples", "seed", "kv_cache", *(name for task in TASKS.values() for name in task.options)})
     for name in options:
         if name not in known:
             raise ValueError(f"unknown option {name}: use one of {', '.join(known)}")
+    if isinstance(lengths, int):
+        lengths = [lengths]
     text, documents = options.pop("text", None), None
     if text is not None and not isinstance(text, str | Path):
         documents, text = list(text), "documents"

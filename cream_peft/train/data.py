@@ -185,17 +185,17 @@ def _check_types(features: Features, name: str, text_field: str) -> None:
 
 def _check_reading(tokenizer: PreTrainedTokenizerBase, text: str, name: str, eos_token: str | None) -> None:
     """Refuse text for a tokenizer that reads none, or has no token to end it with."""
-    if not (tokenizer.eos_token or eos_token):
-        raise DataError(
-            f"{name} holds text and the tokenizer has no end token to close it with: set eos_token to one of its "
-            "tokens, or give token ids in an input_ids column"
-        )
     try:
         tokenizer(text[:1000])
     except Exception as error:
         raise DataError(
             f"{name} holds text that the tokenizer cannot read ({error}): give token ids in input_ids"
         ) from error
+    if not (tokenizer.eos_token or eos_token):
+        raise DataError(
+            f"{name} holds text and the tokenizer has no end token to close it with: set eos_token to one of its "
+            "tokens, or give token ids in an input_ids column"
+        )
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
