@@ -34,7 +34,7 @@ Every command takes --help, and --debug for the whole traceback of an error. Wit
 take the recipe of the embedded tiny model.
 """
 RESUMES = {
-    "train": ": --resume_from_checkpoint true resumes from the newest checkpoint, if one was saved",
+    "train": ", --resume_from_checkpoint true resumes from the newest checkpoint, if one was saved",
     "evaluate": ", what was measured stays: the same command resumes",
     "lm-eval": ", the tasks that were measured stay: the same command resumes with the next",
     "push": ": the same command resumes, and does not send again what has arrived",

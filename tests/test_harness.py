@@ -248,7 +248,7 @@ def test_what_lm_eval_cannot_do_is_one_line(ask, monkeypatch):
     )
     settings = {"task": "far", "test_split": "test", "dataset_path": "owner/far", "doc_to_text": "{{text}}", **ANSWER}
     (ask.folder / "far.yaml").write_text(yaml.safe_dump(settings))
-    assert line("far").startswith("the data set of task far is not in the cache")
+    assert line("far").startswith("the data set of task far (of the Hub, unless --data_dir has it) is not in")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     found = line(f"choice_{WINDOW}")
     assert found.startswith("lm-eval is missing") and found.endswith("pip install 'lm-eval[longbench,ruler]<0.5'")
