@@ -137,7 +137,7 @@ def _scaled_parameters(
         if family_of(config.model_type).has_one_theta:
             raise RopeError(
                 "'ntk' needs a theta for the full-attention layers alone, and transformers 4 and vLLM read one theta "
-                "for all layers of model_type {config.model_type!r}: use 'yarn'"
+                f"for all layers of model_type {config.model_type!r}: use 'yarn'"
             )
         return copy.deepcopy(parameters) | {"rope_theta": theta * factor ** (1 / slowest_exponent(config, parameters))}
     if rope_scaling_type == found or (rope_scaling_type, found) == ("linear", "proportional"):

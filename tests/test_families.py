@@ -113,6 +113,11 @@ def test_yarn_on_a_yarn_base_is_the_yarn_of_the_whole_factor(family):
     assert max(factors) == pytest.approx(0.1 * math.log(4 * FACTOR) + 1)
 
 
+def test_ntk_is_refused_by_name_where_all_layers_share_one_theta():
+    with pytest.raises(RopeError, match="one theta for all layers of model_type 'olmo3': use 'yarn'"):
+        scaled_config(tiny("olmo3"), TARGET, "ntk")
+
+
 def in_transformers_4(family):
     return family_of(tiny(family).model_type).in_transformers_4
 
