@@ -10,7 +10,6 @@ import copy
 import difflib
 import json
 import math
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,7 +21,7 @@ import numpy as np
 from .. import rope
 from ..errors import about
 from ..locks import locked
-from ..model.record import machine, versions, write_json
+from ..model.record import machine, versions
 from ..model.secrets import without_secrets
 from ..terminal import table
 from .models import open_models
@@ -38,7 +37,7 @@ from .presets import (
     longbench_cut,
     preset_means,
 )
-from .results import file_name
+from .results import file_name, write_whole
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 LEFT_OUT = ("pretty_env_info", "git_hash", "upper_git_hash")
@@ -205,9 +204,7 @@ def run_harness(
         kept = {key: value for key, value in results.items() if key not in LEFT_OUT}
         found = _with(found, _plain(kept, handle_non_serializable), task)
         if path:
-            scratch = path.with_name(f".{path.name}.part")
-            write_json(scratch, found)
-            os.replace(scratch, path)
+            write_whole(path, json.dumps(found, indent=2) + "\n")
     return found
 
 

@@ -21,6 +21,13 @@ NEEDED_OF_CELL = ("task", "metric", "length", "depth", "value", "samples")
 SIGNIFICANT = 0.05
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replace the file whole, so that a kill leaves the old one or the new one, never half of one."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One task at one length and depth."""
@@ -122,10 +129,8 @@ class Results:
         return without_secrets(asdict(replace(self, cells=[])) | {"cells": cells})
 
     def write(self, path: Path) -> None:
-        """Replace the file whole, so that a kill leaves the old one or the new one, never half of one."""
-        scratch = path.with_name(f".{path.name}.part")
-        scratch.write_text(json.dumps(self.asdict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        """Write the file, whole."""
+        write_whole(path, json.dumps(self.asdict(), indent=1) + "\n")
 
     def of_task(self, task: str) -> list[Cell]:
         """The cells of one task."""
