@@ -9,7 +9,7 @@ from typing import Any
 from ..model.kv_cache import KV_CACHES, refuse_unusable
 from ..terminal import CommandParser
 from .prompts import STYLES, TEXT_SUFFIXES
-from .tasks import TASKS
+from .tasks import TASKS, option_names
 
 COMPARED = "adapter folder or Hub id, or a base; BASE+ntk (linear, yarn) scales its RoPE; LABEL=MODEL names it"
 
@@ -61,7 +61,7 @@ class EvaluateOptions:
             is_path = name == "haystack" or Path(str(path)).suffix in TEXT_SUFFIXES
             if path is not None and is_path and not Path(path).exists():
                 raise ValueError(f"--{name} {path}: no such file or folder")
-        for name in dict.fromkeys(name for task in TASKS.values() for name in task.options):
+        for name in option_names():
             takers = [task for task in TASKS if name in TASKS[task].options]
             if getattr(self, name) is not None and not set(takers) & set(self.tasks):
                 raise ValueError(f"--{name} is for {', '.join(takers)}, and --tasks has {', '.join(self.tasks)}")

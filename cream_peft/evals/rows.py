@@ -12,7 +12,7 @@ from .models import ModelSpec, OpenedModel
 from .options import EvaluateOptions
 from .results import Settings
 from .run import measure, refuse_other_vocabulary
-from .tasks import TASKS
+from .tasks import option_names
 
 
 def evaluate(
@@ -42,7 +42,7 @@ def evaluate(
     Raises:
         ValueError: an unknown task or option, one that no task takes, or a task that the model cannot read.
     """
-    known = sorted({"samples", "seed", "kv_cache", *(name for task in TASKS.values() for name in task.options)})
+    known = sorted({"samples", "seed", "kv_cache", *option_names()})
     for name in options:
         if name not in known:
             raise ValueError(f"unknown option {name}: use one of {', '.join(known)}")

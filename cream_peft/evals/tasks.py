@@ -188,6 +188,11 @@ TASKS: dict[str, Task | Measurement] = {
 """Name -> task; `register_task` adds to it."""
 
 
+def option_names() -> list[str]:
+    """The options of all tasks, each once."""
+    return list(dict.fromkeys(name for task in TASKS.values() for name in task.options))
+
+
 def register_task(name: str, task: Task | Measurement) -> None:
     """Make `cream-peft evaluate --tasks name` ask a task of your own.
 
@@ -196,9 +201,7 @@ def register_task(name: str, task: Task | Measurement) -> None:
     """
     if not isinstance(task, Task | Measurement):
         raise PluginError(f"task {name!r} is {task!r}, and must be a Task or a Measurement of cream_peft.evals.tasks")
-    known = {option for one in TASKS.values() for option in one.options}
-    if unknown := sorted(set(task.options) - known):
-        raise PluginError(
-            f"task {name!r} has the options {', '.join(unknown)}: evaluate has {', '.join(sorted(known))}"
-        )
+    known = sorted(option_names())
+    if unknown := sorted(set(task.options) - set(known)):
+        raise PluginError(f"task {name!r} has the options {', '.join(unknown)}: evaluate has {', '.join(known)}")
     add(TASKS, "task", name, task, task.prompt if isinstance(task, Task) else task.measure)
