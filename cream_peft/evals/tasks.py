@@ -52,6 +52,8 @@ class Task:
     """The options of the command line that it takes."""
     sentence_tokens: int | None = None
     """In place of answer_tokens where the answer is a sentence: in every style but plain."""
+    one_line: bool = True
+    """In the style plain the answer ends with its line; a list may have a line an item."""
     shared_document: bool = False
     """The document is the same at every depth: it is read once, and the cells of a length come together, at its end."""
     embedded: Task | None = None
@@ -99,17 +101,19 @@ class Task:
         if haystack is not None:
             options["sentences"] = split_sentences(haystack)
         writer = Writer(tokenizer, style)
-        # A list may have a line an item.
-        one_line = writer.style == "plain" and task.grade is not contains_all
-        room = answer_tokens or (
-            task.answer_tokens if writer.style == "plain" else task.sentence_tokens or task.answer_tokens
-        )
+        is_plain = writer.style == "plain"
+        room = answer_tokens or (task.answer_tokens if is_plain else task.sentence_tokens or task.answer_tokens)
         pending = [depth for depth in places if depth not in done]
         cases = [Case(length, depth, index, seed, room, places) for depth in pending for index in range(samples)]
         # Those of a group share a document.
         count = min(samples if task.shared_document else len(cases), len(cases))
         groups = [cases[index::count] for index in range(count)]
-        settings = {"answer_tokens": room, "one_line": one_line, "chunk_length": chunk_length, "kv_cache": kv_cache}
+        settings = {
+            "answer_tokens": room,
+            "one_line": is_plain and task.one_line,
+            "chunk_length": chunk_length,
+            "kv_cache": kv_cache,
+        }
         asked = defaultdict(list)
         for group in groups:
             prompts = [task.prompt(writer, case, **options) for case in group]
@@ -147,7 +151,12 @@ class Measurement:
         return self.measure(*place, **options)
 
 
-OF_LISTS = ("chunk_length", "style")
+def _listing(prompt: Callable[..., Prompt], tokens: int, *options: str, sentence_tokens: int | None = None) -> Task:
+    """A task whose answer is a list, spread over the document."""
+    taken = ("chunk_length", "style", *options)
+    return Task(prompt, contains_all, THROUGHOUT, tokens, taken, sentence_tokens, one_line=False)
+
+
 OF_PROMPTS = ("chunk_length", "depths", "style")
 TASKS: dict[str, Task | Measurement] = {
     # Graded as the original's scripts/evaluate_kv_responses.py does.
@@ -174,11 +183,11 @@ TASKS: dict[str, Task | Measurement] = {
         embedded=Task(embedded_needle_prompt, contains, TENTHS, 1),
     ),
     # RULER gives part marks to a part of the list, and so do the presets of lm-eval.
-    "multi_value": Task(multi_value_prompt, contains_all, THROUGHOUT, 128, (*OF_LISTS, "haystack")),
-    "multi_query": Task(multi_query_prompt, contains_all, THROUGHOUT, 128, (*OF_LISTS, "haystack")),
-    "variable_tracking": Task(variable_tracking_prompt, contains_all, THROUGHOUT, 30, OF_LISTS, sentence_tokens=60),
-    "common_words": Task(common_words_prompt, contains_all, THROUGHOUT, 120, OF_LISTS),
-    "frequent_words": Task(frequent_words_prompt, contains_all, THROUGHOUT, 50, OF_LISTS),
+    "multi_value": _listing(multi_value_prompt, 128, "haystack"),
+    "multi_query": _listing(multi_query_prompt, 128, "haystack"),
+    "variable_tracking": _listing(variable_tracking_prompt, 30, sentence_tokens=60),
+    "common_words": _listing(common_words_prompt, 120),
+    "frequent_words": _listing(frequent_words_prompt, 50),
     # The original's 10 tokens are for the bare number.
     "passkey": Task(passkey_prompt, first_integer, FIFTHS, 10, OF_PROMPTS, sentence_tokens=35),
     "perplexity": Measurement(perplexity, ("text", "stride", "max_tokens", "chunk_length")),
