@@ -356,18 +356,22 @@ def lengths_of(summary: dict[str, Any]) -> list[int]:
     return sorted({int(key) for row in summary["rows"] for key in row if key.isdecimal()})
 
 
+def shown(measured: dict[str, Any] | None) -> str:
+    """A cell of the table: accuracy, questions, losses of the right number; empty of what was not run."""
+    if measured is None:
+        return ""
+    losses = (measured["loss of the number alone"], measured["answer loss"])
+    told = " / ".join("-" if loss is None else f"{loss:.2f}" for loss in losses)
+    return f"{measured['accuracy']:.2f} of {measured['questions']}, {told}"
+
+
 def table(summary: dict[str, Any]) -> list[str]:
     """Markdown: a row a model, a column a length: accuracy, questions, losses of the right number."""
     lengths = lengths_of(summary)
     lines = [f"| RoPE scaling, positions | {' | '.join(f'{length:,}' for length in lengths)} |"]
     lines.append("|---" * (len(lengths) + 1) + "|")
     for row in summary["rows"]:
-        columns = []
-        for one in (row.get(str(length)) for length in lengths):
-            columns.append(f"{one['accuracy']:.2f} of {one['questions']}, " if one else "")
-            if one:
-                losses = (one["loss of the number alone"], one["answer loss"])
-                columns[-1] += " / ".join("-" if loss is None else f"{loss:.2f}" for loss in losses)
+        columns = [shown(row.get(str(length))) for length in lengths]
         if any(columns):
             lines.append(f"| {row['name']} | {' | '.join(columns)} |")
     return lines
