@@ -210,7 +210,7 @@ class CREAMConfig(SFTConfig):
             raise ValueError(f"position_strategy_kwargs={kwargs} must be a mapping")
         for name in kwargs:
             if name not in known or name in STRATEGY_KEYS:
-                others = ", ".join(set(known) - set(STRATEGY_KEYS)) or "none"
+                others = ", ".join(sorted(set(known) - set(STRATEGY_KEYS))) or "none"
                 key = f": write {name}: {kwargs[name]}" if name in known else ""
                 raise ValueError(
                     f"position_strategy_kwargs has {name}, and position_strategy={self.position_strategy} takes "
