@@ -106,6 +106,13 @@ def test_a_strategy_and_a_scaling_of_a_package_are_trained_and_named_in_cream_js
     assert content["packages"] == dict.fromkeys(("position_strategy", "rope_scaling_type"), "my-positions 0.1")
 
 
+@pytest.mark.parametrize("folder", ["run", "merged"])
+def test_the_card_offers_no_server_that_was_not_tried_with_a_scaling_of_a_package(page, folder):
+    card = (page.folder / folder / "README.md").read_text()
+    assert card.count("vLLM and llama.cpp were not tried with a RoPE scaling of one's own.") == (folder == "merged")
+    assert not re.search("vllm serve|llama-server|convert_hf_to_gguf", card)
+
+
 def test_the_numbers_of_a_scaling_are_what_the_model_runs_with_and_what_transformers_reads_without_the_package(page):
     inv_freq = 10000.0 ** -(np.arange(0, 32, 2) / 32)
     wanted = np.where(256 * inv_freq >= 2 * np.pi, inv_freq, inv_freq / 8)

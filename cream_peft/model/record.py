@@ -165,10 +165,15 @@ class Record:
         for key in ("pretrained_window", "target_length"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}, and must be at least 1 token")
-        is_of_package = self.merged and "rope_scaling_type" in self.packages
-        if self.rope_scaling_type not in (None, *ROPE_SCALING_TYPES) and not is_of_package:
+        is_known = self.rope_scaling_type in (None, *ROPE_SCALING_TYPES)
+        if not is_known and not (self.merged and self.has_own_scaling):
             wrong, allowed = shown(self.rope_scaling_type), ", ".join(ROPE_SCALING_TYPES)
             raise ValueError(f"rope_scaling_type is {wrong}, and must be null or one of {allowed}")
+
+    @property
+    def has_own_scaling(self) -> bool:
+        """Whether its RoPE scaling is of a package of the user's."""
+        return "rope_scaling_type" in self.packages
 
     @property
     def is_within_window(self) -> bool:

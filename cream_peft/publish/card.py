@@ -197,7 +197,6 @@ def write_card(
         embedded=base == TINY_ID,
         # The embedded model comes with this package, and nothing else finds it.
         vllm="" if record.merged or base == TINY_ID else vllm_command(folder, record, name),
-        own_scaling="rope_scaling_type" in record.packages,
         architecture=gguf_architecture(folder),
         llama_cpp="" if record.merged or base == TINY_ID else _llama_cpp(folder, record),
         space=trackio_page(record),

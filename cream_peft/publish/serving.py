@@ -72,7 +72,7 @@ def llama_cpp_command(folder: Path, record: Record, lora: str = "adapter.gguf") 
     if architecture is None:
         known = ", ".join(LLAMA_CPP)
         raise ServingError(f"a GGUF LoRA is written for {known}, and the base is {config.model_type!r}: {remedy}")
-    if "rope_scaling_type" in record.packages:
+    if record.has_own_scaling:
         raise ServingError(f"llama.cpp has no flags for the RoPE scaling {scaling!r} of your own: {remedy}")
     for field, kind in (("use_dora", "DoRA"), ("modules_to_save", "modules that were trained whole")):
         if adapter.get(field):
