@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import estimate
+from conftest import ROOT, estimate
 from peft import PeftModel
 from test_memory import LiveBytes, bytes_of, trainable
 from transformers import (
@@ -16,7 +16,7 @@ from transformers import (
 
 from cream_peft.plan import layers
 from cream_peft.plan.advice import plan_gpus
-from cream_peft.plan.layers import ATTENTION, active_parameters, expert_parameters, parameter_count
+from cream_peft.plan.layers import ATTENTION, active_parameters, expert_parameters, linear_parameters, parameter_count
 from cream_peft.plan.memory import Training
 
 QWEN3_30B_A3B = {
@@ -56,6 +56,18 @@ def test_a_mixture_has_the_published_number_of_parameters_and_of_active_ones(nam
     config, parameters, active = PUBLISHED[name]
     assert parameter_count(config) == parameters
     assert active_parameters(config) / 1e9 == pytest.approx(active, abs=0.06)
+
+
+def test_the_page_says_how_much_of_a_mixture_is_in_4_bits():
+    page = " ".join((ROOT / "recipes/families.md").read_text(encoding="utf-8").split())
+    for name, said in (
+        ("gpt-oss-20b", "{} of {} billion"),
+        ("Qwen3-30B-A3B", "{} of {}"),
+        ("Mixtral-8x7B", "{} of {}"),
+    ):
+        config = next(config for known, (config, *_) in PUBLISHED.items() if known.startswith(name))
+        sizes = (f"{count(config) / 1e9:.2f}" for count in (linear_parameters, parameter_count))
+        assert f"of {name} {said.format(*sizes)}" in page
 
 
 @EVERY
