@@ -187,15 +187,14 @@ def plot_command(arguments: list[str]) -> None:
         parser.error("give RESULTS.json or --positions")
     if Path(options.output).suffix not in (".png", ".svg"):
         raise UserError(f"--output {options.output}: the ending must be .png or .svg")
+    from .evals.plots import plot_results, save, tasks_figure
+
     if options.positions:
         from .evals.draw_positions import positions_figure
 
         figure = positions_figure(options.context_length, options.target_length, strategies=options.strategies)
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.output)
-        print(f"The picture is {options.output}")
+        print(f"The picture is {save(figure, Path(options.output))}")
         return
-    from .evals.plots import plot_results, save, tasks_figure
     from .evals.results import Results
 
     found = {name: Results.read(name) for name in options.results}
@@ -206,10 +205,10 @@ def plot_command(arguments: list[str]) -> None:
         label = result.settings.label or Path(name).stem
         labelled[f"{label} ({name})" if label in labelled else label] = result
     if options.kind == "tasks":
-        print(f"The picture is {save(tasks_figure(found.values(), options.title), Path(options.output))}")
-        return
-    for path in plot_results(labelled, options.output, options.kind, options.task, options.title):
-        print(f"The picture is {path}")
+        paths = [save(tasks_figure(found.values(), options.title), Path(options.output))]
+    else:
+        paths = plot_results(labelled, options.output, options.kind, options.task, options.title)
+    print("\n".join(f"The picture is {path}" for path in paths))
 
 
 def push_command(arguments: list[str]) -> None:
@@ -225,8 +224,11 @@ def push_command(arguments: list[str]) -> None:
     parser.option("license", "licence in the card's metadata; default: the one on the base's card")
     parser.option("with-merged", "also publish USER/NAME-merged", action="store_true")
     parser.option("merged_dir", "where the merged model is made; default: ADAPTER-merged", metavar="DIR")
+    parser.option("dry_run", "send nothing: leave what would be published in this new folder", metavar="DIR")
     options = parser.parse_args(arguments)
     folder = Path(options.adapter)
+    if options.dry_run and options.with_merged:
+        parser.error("--dry_run shows what is published of one folder: leave out --with_merged")
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; `cream-peft train` leaves an adapter in its output_dir")
     from .publish.push import push_folder
@@ -238,8 +240,11 @@ def push_command(arguments: list[str]) -> None:
         # First, so that what cannot be merged is not published in half.
         merge_adapter(folder, merged, base_model=options.base_model)
     names = ("revision", "license", "base_model", "base_model_id")
-    shared: dict[str, Any] = {name: getattr(options, name) for name in names}
-    shared["private"] = options.private or None
+    shared: dict[str, Any] = {"private": options.private or None} | {name: getattr(options, name) for name in names}
+    if options.dry_run:
+        staged = push_folder(folder, options.repo, results=options.results, dry_run=options.dry_run, **shared)
+        print(f"Nothing was sent. What {options.repo} would get is in {staged}, the card in {staged}/README.md")
+        return
     print(f"Published: {push_folder(folder, options.repo, results=options.results, **shared)}")
     if options.with_merged:
         print(f"Published: {push_folder(merged, f'{options.repo}-merged', **shared)}")
@@ -274,8 +279,7 @@ def merge_command(arguments: list[str]) -> None:
     if file:
         from .publish.gguf_lora import write_gguf_lora
 
-        options = {name: given[name] for name in ("base_model", "revision")}
-        written = write_gguf_lora(given["adapter"], file, **options)
+        written = write_gguf_lora(given["adapter"], file, base_model=given["base_model"], revision=given["revision"])
         write_json(json_file, asdict(written))
         print(f"{written.layers:,} linear layers are adapted by {file}. On the base's own GGUF, in any quantization:\n")
         print(written.command)

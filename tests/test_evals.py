@@ -23,6 +23,7 @@ from cream_peft.evals.run import evaluate
 from cream_peft.evals.table import table_of
 from cream_peft.evals.tasks import TASKS
 from cream_peft.model import base
+from cream_peft.model.adapter import load_adapter
 from cream_peft.model.base import load_base
 from cream_peft.plan import fit
 from cream_peft.tiny import TINY_ID, documents
@@ -117,7 +118,7 @@ def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path,
     assert float(row[1]) > 0.9 > float(row[2])
     assert (
         "At 512 tokens tuned answers " in printed
-        and "Up to this many tokens at least 85% is right: base 256 of 256, " in printed
+        and "Tokens up to which at least 85% is right: base 256 (of 256), " in printed
     )
     assert "p by McNemar" not in printed
     found = Results.read(results / "tuned.json")
@@ -173,15 +174,15 @@ def test_the_table_says_which_differences_are_chance_and_how_far_a_model_is_of_u
     assert "At 1,024 tokens same answers 30% right, the best of the others, better, 100%; the difference is not" in text
     pair = table_of({label: results[label] for label in ("base", "same")})
     assert "At 1,024 tokens same answers 30% right, base 25%; the difference may be chance (p = 0.500)." in pair
-    reached = "Up to this many tokens at least 80% is right: base 0 of 2,048, better 1,024 of 2,048, same 0 of 2,048."
+    reached = "Tokens, of 2,048, up to which at least 80% is right: base 0, better 1,024, same 0."
     assert reached in text and "loss" not in text and "p by McNemar" not in text
     two = table_of({label: results[label] for label in ("base", "better")})
     assert "better answers 100% right, base 25%; the difference is not chance (p < 0.001)." in two
     settings = results["base"].settings
     results["base"].settings = dataclasses.replace(settings, pretrained_window=512)
-    assert "base 0 of 512, better" in table_of(results, threshold=0.8)
+    assert "right: base 0 (of 512), better 1,024 (of 2,048)" in table_of(results, threshold=0.8)
     results["base"].settings = dataclasses.replace(settings, pretrained_window=512, rope_scaling_type="ntk")
-    assert "base 0 of 2,048, better" in table_of(results, threshold=0.8)
+    assert "Tokens, of 2,048, up to which at least 80% is right: base 0, better" in table_of(results, threshold=0.8)
 
 
 def test_the_details_have_intervals_depths_and_the_loss_of_the_right_answers():
@@ -350,6 +351,14 @@ def test_python_gets_the_commands_measurement_as_rows(tiny_tokenizer, tmp_path, 
     assert row["length"] == 256
     with pytest.raises(ValueError, match="reads no text, which passkey is"):
         cream_peft.evaluate(model, tiny_tokenizer, ["passkey"], [256])
+
+
+def test_an_adapter_that_is_asked_beyond_its_length_is_said_to_be(adapter, caplog):
+    model, tokenizer = load_adapter(adapter)
+    for length, is_beyond in ((2048, False), (2304, True)):
+        caplog.clear()
+        cream_peft.evaluate(model, tokenizer, "kv_retrieval", length, samples=1, depths=[0.5])
+        assert ("at 2,304 tokens, and was trained for 2,048" in caplog.text) == is_beyond
 
 
 def test_the_pages_python_runs(adapter, tmp_path, monkeypatch, capsys):

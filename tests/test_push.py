@@ -96,6 +96,25 @@ def test_a_push_is_one_commit_of_a_complete_adapter_without_token_or_local_path(
     assert hub.carrying("cream-peft-tiny")  # control: the search does find what was sent
 
 
+def test_a_dry_run_leaves_what_a_push_would_publish_and_needs_no_account(hub, adapter, tmp_path, monkeypatch, capsys):
+    results = results_of(tmp_path, adapter_sha256(adapter))
+    push = ["push", "--adapter", str(adapter), "--repo", REPO, "--results", str(results)]
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    staged = tmp_path / "staged"
+    assert cli.main([*push, "--dry_run", str(staged)]) == 0
+    assert not hub.repositories
+    assert f"Nothing was sent. What {REPO} would get is in {staged}" in capsys.readouterr().out
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # A folder that is there is not written over.
+    assert cli.main([*push, "--dry_run", str(staged)]) == 2
+    assert cli.main(push) == 0
+    found = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
+    assert found | {".gitattributes"} == set(files(hub))
+    assert (staged / "README.md").read_bytes() == files(hub)["README.md"]
+
+
 def test_a_file_with_the_token_or_a_local_path_is_not_published(hub, adapter):
     for secret in (hub.token, str(adapter)):
         path = adapter / "adapter_config.json"

@@ -265,6 +265,12 @@ def test_a_finished_run_is_not_trained_further(setup, tmp_path, monkeypatch, cap
     assert f"finished at step {steps} of {steps}" in caplog.text
 
 
+def test_a_run_that_is_resumed_for_fewer_steps_than_it_has_is_finished(run, caplog):
+    caplog.set_level("INFO", logger="cream_peft")
+    assert resume(run, "--max_steps", "2").steps == 4
+    assert "finished at step 4: nothing is left to train" in caplog.text
+
+
 @pytest.mark.parametrize("lost", ["adapter_model.safetensors", "cream.json", "base_config/config.json", "replaced"])
 def test_a_final_save_that_is_missing_is_written_from_the_last_checkpoint(lost, run):
     before = contents(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -21,6 +22,8 @@ from .models import OpenedModel, open_models
 from .options import EvaluateOptions
 from .results import Cell, Results, file_name
 from .tasks import TASKS, Task
+
+logger = logging.getLogger(__name__)
 
 
 def _differing(earlier: Results, now: Results, tasks: Iterable[str]) -> list[str]:
@@ -168,6 +171,10 @@ def measure(
 ) -> Results:
     """What `options` asks of one model, which is loaded; in the file at `path` too."""
     longest, kv_cache = max(lengths), options.kv_cache
+    record = getattr(model, "trained_record", None)
+    if record and longest > record.target_length:
+        told = (opened.spec.label, f"{longest:,}", f"{record.target_length:,}")
+        logger.warning("%s is asked at %s tokens, and was trained for %s", *told)
     if kv_cache == "auto":
         kv_cache = fitting_kv_cache(opened.config, longest)
     results, shown = _planned(opened, longest, options, kv_cache)

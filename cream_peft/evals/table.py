@@ -68,9 +68,14 @@ def _last_against_best(cells: dict[str, list[Cell]]) -> str:
 
 
 def _reach(effective: list[dict[str, Any]], threshold: float) -> str:
-    """One sentence: up to which length each model is of use, of the length that it was extended to."""
-    told = [f"{found['model']} {found['effective_length']:,} of {found['target_length']:,}" for found in effective]
-    return f"Up to this many tokens at least {100 * threshold:g}% is right: {', '.join(told)}." if told else ""
+    """One sentence: up to which length each model is of use, and the length that it was extended to."""
+    targets = {found["target_length"] for found in effective}
+    told = [
+        f"{found['model']} {found['effective_length']:,}" + f" (of {found['target_length']:,})" * (len(targets) > 1)
+        for found in effective
+    ]
+    tokens = f"Tokens, of {targets.pop():,}," if len(targets) == 1 else "Tokens"
+    return f"{tokens} up to which at least {100 * threshold:g}% is right: {', '.join(told)}." if told else ""
 
 
 def _details(cells: dict[str, list[Cell]], compared: Tests) -> str:

@@ -216,22 +216,26 @@ def plan_gpus(
 def _advice(
     config: PreTrainedConfig, fits: list[Fit], training: Training, validation: Validation | None, reading: Reading
 ) -> Iterator[str]:
-    """A line for what does not fit, for all GPUs of one size."""
+    """A line for what does not fit, for all GPUs that one remedy is for."""
     if training.activation_offloading and not training.gradient_checkpointing:
         yield "activation_offloading is planned to save nothing without checkpoints: set gradient_checkpointing: true"
+    told: dict[tuple[str, str], list[str]] = {}
     for gib in sorted({fit.gib for fit in fits}):
         same = [fit for fit in fits if fit.gib == gib]
-        names = " or ".join(fit.card for fit in same)
+        names = [fit.card for fit in same]
         if not same[0].fits:
             changes = advise(config, gib, training)
             if changes is not None and validation:
                 shared = {key: value for key, value in changes.items() if hasattr(validation, key)}
                 further = advise(config, gib, replace(validation, **shared))
                 changes = None if further is None else changes | further
-            yield f"training on {names}: {in_words(changes) or NOTHING_FITS}"
+            told.setdefault(("training", in_words(changes) or NOTHING_FITS), []).extend(names)
         if not same[0].evaluates_with:
             flags = as_flags(advise(config, gib, reading))
-            yield f"evaluating on {names}: {f'cream-peft evaluate {flags}' if flags else NOTHING_FITS}"
+            remedy = f"cream-peft evaluate {flags}" if flags else NOTHING_FITS
+            told.setdefault(("evaluating", remedy), []).extend(names)
+    for (what, remedy), names in sorted(told.items(), key=lambda one: one[0][0], reverse=True):
+        yield f"{what} on {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}: {remedy}"
 
 
 def _terms_table(columns: Mapping[str, Terms], phases: Phases, *more: Sequence[str]) -> str:

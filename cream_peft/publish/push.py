@@ -157,8 +157,9 @@ def _read_results(files: Iterable[str | Path], folder: Path, record: Record) -> 
     return results
 
 
-def _with_base(folder: Path, record: Record, base_model_id: str | None, api: HfApi) -> Record:
-    """The record with the base's Hub id in it; for an adapter of a local folder it must be given."""
+def _with_base(folder: Path, record: Record, base_model_id: str | None, api: HfApi | None) -> Record:
+    """The record with the base's Hub id in it; for an adapter of a local folder it must be given. `api`: to look it up
+    on the Hub."""
     if not record.base_is_local:
         if base_model_id and base_model_id != record.base_model:
             raise PushError(f"{folder} was trained on {record.base_model}: leave out --base_model_id")
@@ -168,7 +169,8 @@ def _with_base(folder: Path, record: Record, base_model_id: str | None, api: HfA
             f"{folder} was trained on a local base, the folder {record.base_model!r}, which nobody else has: "
             "say its Hub id with base_model_id (--base_model_id)"
         )
-    _hub_call(lambda: api.model_info(base_model_id), base_model_id)
+    if api:
+        _hub_call(lambda: api.model_info(base_model_id), base_model_id)
     return replace(record, base_model=base_model_id, base_is_local=False)
 
 
@@ -237,6 +239,7 @@ def push_folder(
     results: Iterable[str | Path] = (),
     message: str | None = None,
     checkpoint_in_repo: str | None = None,
+    dry_run: str | Path | None = None,
 ) -> str:
     """Publish a trained adapter or a merged model in one commit, with a card made anew; returns the commit's URL.
 
@@ -250,6 +253,8 @@ def push_folder(
         base_model_id: the base's Hub id, for an adapter that was trained on a local folder.
         results: files that `cream-peft evaluate` wrote, for the card.
         checkpoint_in_repo: also publish everything that training resumes from, in this folder of the repository.
+        dry_run: leave what would be published in this new folder, weights as links, and return it. Nothing is sent,
+            and neither an account nor the Hub is needed.
 
     Raises:
         AdapterError: if the folder is not complete, or the base is not the one trained on.
@@ -260,7 +265,9 @@ def push_folder(
     if "/" not in repo:
         raise PushError(f"repo {repo!r} is not a Hub id: write user/name")
     found = Record.read(folder, str(folder))
-    record = _with_base(folder, found, base_model_id, api)
+    if dry_run and Path(dry_run).exists():
+        raise PushError(f"--dry_run {dry_run} exists: name a new folder")
+    record = _with_base(folder, found, base_model_id, None if dry_run else api)
     _refuse_wrong(folder, base_model or (base_model_id if found.base_is_local else None), token)
     read = _read_results(results, folder, record)
     record = _with_licence(record, license, api)
@@ -269,6 +276,8 @@ def push_folder(
         staged = Path(scratch)
         _stage(folder, staged, record, repo, read)
         files = contents(staged, files_in(staged, PUBLISHED), token, folder)
+        if dry_run:
+            return str(shutil.copytree(staged, dry_run, symlinks=True))
         if checkpoint_in_repo:
             whole = contents(folder, files_in(folder, RESUMED_FROM), token, folder)
             files |= {f"{checkpoint_in_repo}/{name}": content for name, content in whole.items()}

@@ -225,7 +225,9 @@ def _summary(trainer: CREAMTrainer, steps: int, loss: float | None = None) -> Ru
     collator: Any = trainer.data_collator
     if trainer.state.global_step == trainer.resumed_step:
         loss = None
-        logger.info(f"finished at step {steps:,} of {trainer.state.max_steps or steps:,}: nothing is left to train")
+        asked = trainer.state.max_steps or steps
+        of = f" of {asked:,}" if asked >= steps else ""
+        logger.info(f"finished at step {steps:,}{of}: nothing is left to train")
     return RunSummary(
         output_dir=str(trainer.args.output_dir),
         steps=steps,

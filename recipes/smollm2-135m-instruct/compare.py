@@ -54,7 +54,8 @@ ON_A_CPU = {
 
 @dataclass(frozen=True)
 class Row:
-    """One model: a RoPE scaling (none: as it is) and a strategy (untuned: nothing is trained)."""
+    """One model: a RoPE scaling (none: as it is) and a strategy (untuned: nothing is trained), with +distillation if it
+    is held to its base."""
 
     scaling: str
     strategy: str
@@ -86,6 +87,7 @@ def rows(scaling: str, *strategies: str, seed: int = 0) -> list[Row]:
 
 TRAINED = ("contiguous", "cream", "pose")
 YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", "ntk", "none"))
+DISTILLED = rows("yarn", "cream+distillation")
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
@@ -100,6 +102,7 @@ ROUNDS = [
     *FIRST,
     (YARN[3:], [1024, 4096, 16_384], 0),
     (YARN, list(PRICE), 0),
+    (DISTILLED, ["chats", 4096, 1024, 16_384], 0),
     (YARN, [8192], 0),
     (INSIDE, [1024, 4096, 8192], 0),
     *((YARN, [1024, 4096, 16_384], block) for block in (1, 2)),
@@ -114,7 +117,8 @@ BUDGETS = {
     "cpu": Budget(32_768, ON_A_CPU, ("--no_4bit",), {1024: 4, 4096: 4, 8192: 4, 16_384: 4, 32_768: 2}, ROUNDS),
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
-        [(some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0) for some in (YARN, INSIDE, NTK, SEEDS)],
+        [(some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
+         for some in (YARN + DISTILLED, INSIDE, NTK, SEEDS)],
     ),
 }  # fmt: skip
 
@@ -159,12 +163,14 @@ def target_of(row: Row, budget: Budget) -> int:
 
 def training(row: Row, budget: Budget) -> dict[str, Any]:
     """The settings of a row's training that are not the recipe's."""
+    strategy, _, is_distilled = row.strategy.partition("+")
     # 3 at a factor of 8, as published.
-    law: dict[str, Any] = {"sigma": 3 / 8 * target_of(row, budget) / CONTEXT} if row.strategy == "cream" else {}
+    law: dict[str, Any] = {"sigma": 3 / 8 * target_of(row, budget) / CONTEXT} if strategy == "cream" else {}
+    law |= {"distillation_weight": 1.0} if is_distilled else {}
     inside = {"eval_length": target_of(row, budget)} if row.scaling == "none" else {}
     return law | inside | {
         "model_name_or_path": str(BASE), "base_model_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "target_length": target_of(row, budget), "position_strategy": row.strategy, "rope_scaling_type": row.scaling,
+        "target_length": target_of(row, budget), "position_strategy": strategy, "rope_scaling_type": row.scaling,
         "seed": row.seed, **budget.train,
     }  # fmt: skip
 
