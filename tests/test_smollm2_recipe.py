@@ -191,9 +191,9 @@ def test_every_piece_is_planned_once_and_what_says_most_comes_first(compare):
     cpu = compare.BUDGETS["cpu"]
     first = list(compare.planned(cpu, True, None))
     shown = {"yarn untuned", "yarn contiguous", "yarn cream"}
-    # All three are asked beyond their examples' length before anything that takes long.
-    assert {row.name for row, what, _ in first[:3]} == shown and {what for _, what, _ in first[:3]} == {4096}
-    assert {row.name for row, _, _ in first} == shown and {what for _, what, _ in first} == {1024, 4096, 16_384}
+    # All three are asked where the effect shows before anything that takes long.
+    assert {row.name for row, what, _ in first[:3]} == shown and {what for _, what, _ in first[:3]} == {8192}
+    assert {row.name for row, _, _ in first} == shown and {what for _, what, _ in first} == {1024, 4096, 8192, 16_384}
     documents = [what for row, what, block in compare.planned(cpu, False, ["yarn cream"]) if isinstance(what, int)]
     asked = {length: documents.count(length) * cpu.documents[length] for length in documents}
     assert asked[16_384] == 12 and asked[32_768] == 6
@@ -262,8 +262,9 @@ def test_a_piece_is_done_once_also_if_it_is_committed_and_a_row_that_fails_does_
     done = piece(compare, compare.Row("yarn", "untuned"), {0.1: "00", 0.5: "00"}, 1024)
     (prepared / "committed/pieces.jsonl").write_text(json.dumps(done) + '\n{"row": {"scal')
     assert run(compare, monkeypatch, prepared / "new", "--first") == 1
-    assert asked == [("yarn untuned", 4096), ("yarn contiguous", 4096), ("yarn cream", 4096)] + [
-        ("yarn untuned", 16_384), ("yarn cream", 1024), ("yarn cream", 16_384)
+    assert asked == [("yarn untuned", 8192), ("yarn contiguous", 8192), ("yarn cream", 8192)] + [
+        ("yarn untuned", 4096), ("yarn untuned", 16_384), ("yarn cream", 1024), ("yarn cream", 4096),
+        ("yarn cream", 16_384),
     ]  # fmt: skip
     summary = json.loads((prepared / "new/skill.json").read_text())
     assert [(row["name"], row["1024"]["accuracy"]) for row in summary["rows"]] == [
@@ -273,10 +274,10 @@ def test_a_piece_is_done_once_also_if_it_is_committed_and_a_row_that_fails_does_
     assert "not done, these rows failed: yarn contiguous; " in capsys.readouterr().out
     asked.clear()
     run(compare, monkeypatch, prepared / "new", "--first")
-    assert asked == [("yarn contiguous", 4096)]
+    assert asked == [("yarn contiguous", 8192)]
     asked.clear()
     run(compare, monkeypatch, prepared / "other", "--first", "--again", "--only", "yarn untuned")
-    assert asked == [("yarn untuned", length) for length in (4096, 1024, 16_384)]
+    assert asked == [("yarn untuned", length) for length in (8192, 1024, 4096, 16_384)]
 
 
 def test_a_piece_of_other_settings_is_measured_anew(compare, prepared, monkeypatch):
@@ -291,7 +292,7 @@ def test_a_piece_of_other_settings_is_measured_anew(compare, prepared, monkeypat
     longer = dataclasses.replace(compare.BUDGETS["cpu"], train=compare.ON_A_CPU | {"max_steps": 7})
     monkeypatch.setitem(compare.BUDGETS, "cpu", longer)
     run(compare, monkeypatch, prepared / "new", "--first", "--only", "yarn cream")
-    assert asked == [4096, 1024, 16_384] * 2
+    assert asked == [8192, 1024, 4096, 16_384] * 2
 
 
 def test_pieces_of_an_adapter_that_was_trained_again_are_measured_anew_and_not_pooled(compare, prepared, monkeypatch):
@@ -307,10 +308,11 @@ def test_pieces_of_an_adapter_that_was_trained_again_are_measured_anew_and_not_p
         weights.parent.mkdir(parents=True, exist_ok=True)
         weights.write_text(content)
         run(compare, monkeypatch, output, "--first", "--only", "yarn cream")
-    assert asked == [4096, 1024, 16_384] * 2
+    assert asked == [8192, 1024, 4096, 16_384] * 2
     pieces = compare.read_lines(output / "pieces.jsonl")
-    assert compare.unique(pieces) == pieces[3:] and compare.unique(pieces[:4]) == pieces[3:4]
-    assert compare.unique(pieces[:3]) == pieces[:3]
+    half = len(pieces) // 2
+    assert compare.unique(pieces) == pieces[half:] and compare.unique(pieces[: half + 1]) == pieces[half : half + 1]
+    assert compare.unique(pieces[:half]) == pieces[:half]
 
 
 def test_time_that_is_up_and_rows_that_do_not_exist_are_said(compare, prepared, monkeypatch, capsys):
