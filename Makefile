@@ -68,7 +68,7 @@ demo-seeds: $(SEED_RUNS:%=%/cream.json)  ## the demo's two trainings with ten se
 		--output_dir $(SEEDS)/results --json $(SEEDS)/results.json
 
 reproduce: $(READY)  ## position strategies under each RoPE scaling, tiny model (hours, resumes; MINUTES=30 ONLY="new_skill ntk")
-	$(BIN)/python recipes/cream-peft-tiny/reproduce.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python recipes/cream-peft-tiny/reproduce.py --again $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 
 tiny-base: $(READY)  ## pretrain the embedded tiny model again (under 5 minutes)
 	$(BIN)/python recipes/cream-peft-tiny/make_base.py --output runs/tiny-base

@@ -23,8 +23,7 @@ def train_command(arguments: list[str]) -> None:
     from .train.recipe import RecipeParser, parse_recipe
 
     if options.help:
-        RecipeParser(prog="cream-peft train").print_help()
-        return
+        return RecipeParser(prog="cream-peft train").print_help()
     from .train.run import run_recipe
 
     summary = run_recipe(parse_recipe(rest))
@@ -32,7 +31,9 @@ def train_command(arguments: list[str]) -> None:
         return
     peak = "" if summary.peak_gib is None else f", peak memory {summary.peak_gib:.2f} GiB"
     if summary.loss is not None:
-        print(f"\n{summary.steps:,} steps in {summary.seconds:.0f} s, mean loss {summary.loss:.3f}{peak}")
+        since = f" since step {summary.resumed_step:,}" if summary.resumed_step else ""
+        done = f"{summary.steps - summary.resumed_step:,} steps{since} in {summary.seconds:.0f} s"
+        print(f"\n{done}, mean loss {summary.loss:.3f}{peak}")
     if summary.redrawn:
         print(f"{summary.redrawn:,} draws held no label and were drawn again: raise context_length if these are many")
     if summary.unlabelled:
@@ -73,7 +74,7 @@ def evaluate_command(arguments: list[str]) -> None:
 
     if given.pop("paper"):
         print(paper_table())
-        if "--compare" not in arguments:
+        if not {"--compare", "--adapter"} & set(arguments):
             return
     options = EvaluateOptions(load_in_4bit=not given.pop("no_4bit"), **given)
     if folder:
@@ -98,7 +99,7 @@ def lm_eval_command(arguments: list[str]) -> None:
     from .evals.presets import PRESETS
 
     parser = CommandParser(lm_eval_command, "base_model", "no_4bit", "json")
-    parser.add_argument("--compare", "--adapter", nargs="+", required=True, metavar="MODEL", help=COMPARED)
+    parser.option("compare", COMPARED, "adapter", nargs="+", required=True, metavar="MODEL")
     parser.option("preset", "short: the paper's six; longbench: 16 sets; ruler: 13 tasks", choices=PRESETS)
     parser.option("tasks", "lm-eval's tasks in place of a preset, by commas: hellaswag,mmlu_*")
     parser.option("data_dir", "data sets OWNER/NAME in place of the Hub's", metavar="DIR")
@@ -112,9 +113,7 @@ def lm_eval_command(arguments: list[str]) -> None:
     parser.option("num_fewshot", "examples in the prompt; default: the task's", type=int)
     parser.option("seed", "default: lm-eval's own, with which published figures were made", type=int)
     parser.option("include_path", "task YAMLs beside lm-eval's own", metavar="DIR")
-    parser.option(
-        "metadata", "for tasks that make their data; default: RULER's lengths, from 4096 to max_length", type=json.loads
-    )
+    parser.option("metadata", "JSON for tasks that make their data; default: RULER's lengths", type=json.loads)
     parser.option("output_dir", "folder of the results", default="runs/lm-eval")
     given = vars(parser.parse_args(arguments))
     json_file = given.pop("json")
@@ -241,11 +240,11 @@ def push_command(arguments: list[str]) -> None:
         merge_adapter(folder, merged, base_model=options.base_model)
     names = ("revision", "license", "base_model", "base_model_id")
     shared: dict[str, Any] = {"private": options.private or None} | {name: getattr(options, name) for name in names}
+    published = push_folder(folder, options.repo, results=options.results, dry_run=options.dry_run, **shared)
     if options.dry_run:
-        staged = push_folder(folder, options.repo, results=options.results, dry_run=options.dry_run, **shared)
-        print(f"Nothing was sent. What {options.repo} would get is in {staged}, the card in {staged}/README.md")
-        return
-    print(f"Published: {push_folder(folder, options.repo, results=options.results, **shared)}")
+        unmeasured = "" if options.results else "; the card says that nothing was measured (--results)"
+        return print(f"Nothing was sent. What {options.repo} would get is in {published}{unmeasured}")
+    print(f"Published: {published}")
     if options.with_merged:
         print(f"Published: {push_folder(merged, f'{options.repo}-merged', **shared)}")
         print(f"The merged model stays in {merged}")

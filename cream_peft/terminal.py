@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
@@ -55,16 +56,22 @@ class CommandParser(argparse.ArgumentParser):
         for option in common:
             self.add_argument(f"--{option}", **COMMON[option])
 
-    def option(self, name: str, help: str, **settings: Any) -> None:
-        """Add --name, its default told in the help."""
+    def option(self, name: str, help: str, *others: str, **settings: Any) -> None:
+        """Add --name, also as --other, its default told in the help."""
         if settings.get("default"):
             shown = settings["default"] if settings.get("nargs") is None else " ".join(settings["default"])
             help = f"{help} (default: {shown})"
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
+        names = dict.fromkeys(f"--{one}" for one in (name, name.replace("-", "_"), *others))
         self.add_argument(*names, help=help, **settings)
 
     def error(self, message: str):
         raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The guess that goes into an error about a word that is not known; nothing where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def write_json(path: str | None, content: Any) -> None:

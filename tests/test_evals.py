@@ -18,7 +18,7 @@ from cream_peft import cli
 from cream_peft.evals import models
 from cream_peft.evals.models import ModelSpec, open_models
 from cream_peft.evals.plots import plot_results
-from cream_peft.evals.results import Cell, Results, Settings, comparisons, mean_by
+from cream_peft.evals.results import Cell, Results, Settings, comparisons, effective_lengths, mean_by
 from cream_peft.evals.run import evaluate
 from cream_peft.evals.table import table_of
 from cream_peft.evals.tasks import TASKS
@@ -26,6 +26,7 @@ from cream_peft.model import base
 from cream_peft.model.adapter import load_adapter
 from cream_peft.model.base import load_base
 from cream_peft.plan import fit
+from cream_peft.plan.memory import Reading
 from cream_peft.tiny import TINY_ID, documents
 
 EVALS = Path(models.__file__).parent
@@ -118,7 +119,7 @@ def test_the_demos_way_leaves_an_adapter_results_a_table_and_a_picture(tmp_path,
     assert float(row[1]) > 0.9 > float(row[2])
     assert (
         "At 512 tokens tuned answers " in printed
-        and "Tokens up to which at least 85% is right: base 256 (of 256), " in printed
+        and "At least 85% is right up to this many tokens: base 256" in printed
     )
     assert "p by McNemar" not in printed
     found = Results.read(results / "tuned.json")
@@ -171,18 +172,29 @@ def test_the_table_says_which_differences_are_chance_and_how_far_a_model_is_of_u
     text = table_of(results, threshold=0.8)
     assert rows_of(text, "model") == [["model", "1,024"], ["base", "0.25"], ["better", "1.00"], ["same", "0.30"]]
     # Beside the best of the others, not the first: that one is beaten by scaling alone.
-    assert "At 1,024 tokens same answers 30% right, the best of the others, better, 100%; the difference is not" in text
+    assert "At 1,024 tokens same answers 30% right, the best of the others, better, 100%; over 40 questions the" in text
     pair = table_of({label: results[label] for label in ("base", "same")})
-    assert "At 1,024 tokens same answers 30% right, base 25%; the difference may be chance (p = 0.500)." in pair
-    reached = "Tokens, of 2,048, up to which at least 80% is right: base 0, better 1,024, same 0."
+    assert (
+        "At 1,024 tokens same answers 30% right, base 25%; over 40 questions the difference may be chance (p = 0.500)."
+        in pair
+    )
+    reached = "At least 80% is right up to this many tokens: base none, better 1,024 (the longest asked), same none."
     assert reached in text and "loss" not in text and "p by McNemar" not in text
     two = table_of({label: results[label] for label in ("base", "better")})
-    assert "better answers 100% right, base 25%; the difference is not chance (p < 0.001)." in two
-    settings = results["base"].settings
-    results["base"].settings = dataclasses.replace(settings, pretrained_window=512)
-    assert "right: base 0 (of 512), better 1,024 (of 2,048)" in table_of(results, threshold=0.8)
-    results["base"].settings = dataclasses.replace(settings, pretrained_window=512, rope_scaling_type="ntk")
-    assert "Tokens, of 2,048, up to which at least 80% is right: base 0, better" in table_of(results, threshold=0.8)
+    assert "better answers 100% right, base 25%; over 40 questions the difference is not chance (p < 0.001)." in two
+    # Of what is asked beyond the length that the last model was trained for the sentence says nothing.
+    for label, right in (("base", "0" * 20), ("same", "1" * 20)):
+        results[label].cells += [
+            dataclasses.replace(cell, length=4096, correct=right, value=float(right[0]))
+            for cell in results[label].cells
+        ]
+    beyond = table_of({label: results[label] for label in ("base", "same")})
+    assert "4,096" in beyond and "At 1,024 tokens same answers 30% right, base 25%" in beyond
+    # A base as it is claims its window, a scaled one the length that it is scaled to.
+    for scaling, claimed in ((None, 512), ("ntk", 2048)):
+        changes = {"pretrained_window": 512, "rope_scaling_type": scaling}
+        results["base"].settings = dataclasses.replace(results["base"].settings, **changes)
+        assert effective_lengths(results, 0.8)[0]["target_length"] == claimed
 
 
 def test_the_details_have_intervals_depths_and_the_loss_of_the_right_answers():
@@ -358,7 +370,7 @@ def test_an_adapter_that_is_asked_beyond_its_length_is_said_to_be(adapter, caplo
     for length, is_beyond in ((2048, False), (2304, True)):
         caplog.clear()
         cream_peft.evaluate(model, tokenizer, "kv_retrieval", length, samples=1, depths=[0.5])
-        assert ("at 2,304 tokens, and was trained for 2,048" in caplog.text) == is_beyond
+        assert ("the adapter is asked at 2,304 tokens, and was trained for 2,048" in caplog.text) == is_beyond
 
 
 def test_the_pages_python_runs(adapter, tmp_path, monkeypatch, capsys):
@@ -374,15 +386,15 @@ def test_the_pages_python_runs(adapter, tmp_path, monkeypatch, capsys):
 
 def test_the_kv_cache_is_chosen_by_what_the_gpu_has_free(monkeypatch):
     llama = base.embedded_config("meta-llama/Llama-2-7b-hf")
-    assert fit.fitting_kv_cache(llama, 32_768) == "default"  # a CPU
+    assert fit.fitting_kv_cache(llama, Reading(length=32_768)) == "default"  # a CPU
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(fit, "is_hqq_available", lambda: True)
     for free, kind in ((24, "default"), (12, "quantized"), (1, "quantized")):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free * 2**30, 80 * 2**30))
-        assert fit.fitting_kv_cache(llama, 32_768) == kind
+        assert fit.fitting_kv_cache(llama, Reading(length=32_768)) == kind
     monkeypatch.setattr(fit, "is_hqq_available", lambda: False)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (12 * 2**30, 80 * 2**30))
-    assert fit.fitting_kv_cache(llama, 32_768) == "default"  # nothing else can be had
+    assert fit.fitting_kv_cache(llama, Reading(length=32_768)) == "default"  # nothing else can be had
 
 
 def test_the_papers_table_has_its_source_and_its_means(capsys):

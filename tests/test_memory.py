@@ -510,7 +510,6 @@ def test_the_peak_of_reading_a_document_is_within_a_tenth(tmp_path, monkeypatch,
     if kind == "quantized":
         # HQQ's solver takes fp16 on CUDA, fp32 elsewhere.
         monkeypatch.setattr(pytest.importorskip("hqq.core.optimize"), "float32", torch.float16)
-    monkeypatch.setattr(memory, "PREFILL_CHUNK", chunk)
     config = small(num_key_value_heads=heads)
     model = trainable(tmp_path, config, checkpointing=False, **settings).eval()
     ids = torch.randint(0, 2048, (1, length), generator=torch.Generator().manual_seed(0))
@@ -520,7 +519,7 @@ def test_the_peak_of_reading_a_document_is_within_a_tenth(tmp_path, monkeypatch,
             end = start + chunk
             model(ids[:, start:end], mask[:, :end], past_key_values=cache, use_cache=True, logits_to_keep=1)
     asked = {"load_in_4bit": settings.get("four_bit", True), "target_modules": settings.get("targets", ATTENTION)}
-    terms = estimate_evaluation(config, length=length, kv_cache=kind, **asked)
+    terms = estimate_evaluation(config, length=length, kv_cache=kind, chunk_length=chunk, **asked)
     linear = bytes_of(terms, "activations", "quantization")
     planned = bytes_of(terms, "kv_cache") + max(bytes_of(terms, "attention"), linear)
     assert planned == pytest.approx(live.peak, rel=0.08)

@@ -254,9 +254,9 @@ def test_a_plan_lists_every_card_and_advises_on_those_that_do_not_fit():
     assert cards["L4 24GB"] == ["quantized"] and cards["A100 40GB"] == ["default", "quantized"]
     assert planned["advice"][:2] == [
         "training on RTX 4060 8GB: activation_offloading: true, context_length: 2048",
-        "evaluating on RTX 4060 8GB: cream-peft evaluate --kv_cache quantized --lengths 8192",
+        "evaluating on RTX 4060 8GB: --kv_cache quantized --lengths 8192",
     ]
-    assert "evaluating on RTX 3060 12GB, RTX 4070 12GB or T4 16GB: cream-peft evaluate --kv" in planned["advice"][2]
+    assert "evaluating on RTX 3060 12GB, RTX 4070 12GB or T4 16GB: --kv_cache" in planned["advice"][2]
     # One line for all GPUs with one remedy.
     two = plan_of(embedded_config(LLAMA2_13B), SETTINGS, gpus={"5GB": 5.0, "RTX 4060 8GB": 6.0, "7GB": 7.0})["advice"]
     assert two[0] == "training on 5GB, RTX 4060 8GB or 7GB: no settings fit, a smaller base may"

@@ -13,6 +13,7 @@ from cream_peft.evals.results import Results, mean_by
 from cream_peft.model.base import embedded_config
 from cream_peft.plan.advice import training_flops
 from cream_peft.plan.memory import Training
+from cream_peft.rope import pretrained_window
 from cream_peft.train.recipe import DATACLASSES, EMBEDDED_RECIPE
 
 TINY, SMOLLM2 = ROOT / "recipes/cream-peft-tiny", ROOT / "recipes/smollm2-135m-instruct"
@@ -88,15 +89,15 @@ def test_the_recipes_table_says_what_the_recipes_say():
     for path, cells in rows:
         text = (folder / path).read_text(encoding="utf-8")
         recipe = yaml.safe_load(text)
-        base, lengths, scaling, peak = cells.split(" | ")
+        base, job, *lengths, scaling, peak = cells.split(" | ")
         assert recipe["model_name_or_path"].endswith(base) and scaling == recipe["rope_scaling_type"]
-        assert lengths.endswith(f" to {recipe['target_length']:,}")
-        first = re.search(r"\d[\d,]*", lengths)[0]
-        window = int(first.replace(",", ""))
-        if "a skill over the window" in text:
-            assert "a skill" in lengths and window == recipe["context_length"]
+        window = pretrained_window(embedded_config(recipe["model_name_or_path"]))
+        assert lengths == [f"{length:,}" for length in (window, recipe["context_length"], recipe["target_length"])]
+        if job == "skill":
+            assert scaling == "none" and "a skill over the window" in text and recipe["target_length"] <= window
         else:
-            assert f"from {window:,} to {recipe['target_length']:,} tokens" in " ".join(text.replace("#", " ").split())
+            words = " ".join(text.replace("#", " ").split())
+            assert f"from {window:,} to {recipe['target_length']:,} tokens" in words and job in ("window", "both")
         assert f"{peak} planned by cream-peft plan" in text
 
 

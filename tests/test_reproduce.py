@@ -40,6 +40,26 @@ def test_a_new_machine_does_not_do_again_what_is_committed(tmp_path, committed, 
     assert everything == [] and len(reproduce.missing([], [])) == len(reproduce.planned())
 
 
+@pytest.mark.parametrize("words", [(), ("recall", "seed=0", "base=0"), ("new_skill", "pose", "seed=1")])
+def test_runs_made_anew_are_reported_however_few_there_are(words, tmp_path, committed, monkeypatch, capsys):
+    some = [run for run in committed if words and set(words) <= set(reproduce.key(run).replace("task=", "").split())]
+    assert bool(some) == bool(words) and len(some) < 30
+    (tmp_path / reproduce.RUNS).write_text("".join(json.dumps(run) + "\n" for run in some))
+    monkeypatch.setattr(reproduce_report, "attention_to_the_key", lambda base: {})
+    monkeypatch.setattr("sys.argv", ["reproduce.py", "--again", "--report", "--output", str(tmp_path)])
+    reproduce.main()
+    printed = capsys.readouterr().out
+    if words:
+        assert f"{len(some)} of {len(reproduce.planned())} runs in" in printed
+        assert len(json.loads((tmp_path / "reproduce.json").read_text())["rows"]) <= len(some)
+        assert len(list(tmp_path.glob("*.png"))) == 1
+    else:
+        assert "no run is finished yet" in printed
+    # A run that is committed alone counts as missing.
+    left = reproduce.missing(reproduce.read_runs(tmp_path, again=True)[0], [])
+    assert len(left) == len(reproduce.planned()) - len(some)
+
+
 def test_no_run_is_planned_twice():
     keys = [reproduce.key(run) for run in reproduce.planned()]
     assert len(set(keys)) == len(keys)
@@ -188,12 +208,12 @@ def test_what_the_page_says_of_recall_holds_in_its_json():
 
 
 def test_what_the_page_says_of_the_new_skill_holds_in_its_json():
-    def of(kind, strategy, scaling="ntk"):
+    def of(kind, strategy, scaling="ntk", fed=256):
         (found,) = (one for one in FIGURES[kind] if (one["task"], one["strategy"]) == ("new_skill", strategy)
-                    and one["scaling"] == scaling and one["context_length"] == 256)  # fmt: skip
+                    and one["scaling"] == scaling and one["context_length"] == fed)  # fmt: skip
         return found
 
-    settled = {"contiguous": {"ntk", "yarn", "linear"}, "pose": {"none"}}
+    settled = {"contiguous": {"ntk", "yarn", "linear"}, "pose": {"yarn", "none", "linear"}}
     for strategy, left_out in settled.items():
         gaps = {
             scaling: of("cream_minus", strategy, scaling)["target"] for scaling in ("ntk", "yarn", "none", "linear")
@@ -207,7 +227,7 @@ def test_what_the_page_says_of_the_new_skill_holds_in_its_json():
     ahead = {name: sum(value < 0 for value in of("cream_minus", name)["target"]["by_base"].values())
              for name in ("cream sigma=inf", "pose chunks=4", SHARE, "segments")}  # fmt: skip
     assert ahead == {"cream sigma=inf": 2, "pose chunks=4": 1, SHARE: 1, "segments": 0}
-    for name in ("segments", "randpos"):
+    for name in ("segments", "randpos", "randpos target_growth=0.8"):
         gap = of("cream_minus", name)["target"]
         assert gap["mean"] > gap["half_width_95"] and min(gap["by_base"].values()) > 0 and len(gap["by_base"]) == 3
     assert all(
@@ -219,6 +239,10 @@ def test_what_the_page_says_of_the_new_skill_holds_in_its_json():
     drawn = [documents.evaluation_document(rng, 2048, documents.MARK) for _ in range(reproduce.QUESTIONS // 16)]
     asked = sum(int((depths >= 0.9).sum()) for *_, depths in drawn)
     assert f"in {asked} questions a base" in " ".join(PAGE.split())
+    plain, inside = of("rows", "contiguous", "none", 64), of("cream_minus", "pose", "none", 64)["target"]
+    assert min(plain["last tenth"]["by_base"].values()) == 1 and f"{plain['first tenth']['mean']:.2f}" == "0.06"
+    assert f"{of('cream_minus', 'contiguous', 'none', 64)['target']['mean']:.1f}" == "0.5"
+    assert min(inside["by_base"].values()) > 0 and inside["mean"] < inside["half_width_95"]
     lowest = min(of("rows", "contiguous")["256"]["by_base"].values())
     assert f"it answers {lowest:.2f}".replace("0.", ".") + " or more at 256 tokens" in " ".join(PAGE.split())
 

@@ -24,7 +24,7 @@ from cream_peft.model.record import AdapterError, Record, adapter_sha256
 from cream_peft.tiny import base_folder
 from cream_peft.train.checkpoints import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
 from cream_peft.train.collator import CREAMDataCollator
-from cream_peft.train.recipe import parse_recipe
+from cream_peft.train.recipe import RecipeError, parse_recipe
 from cream_peft.train.run import run_recipe
 from cream_peft.train.saving import saved_whole
 
@@ -265,10 +265,12 @@ def test_a_finished_run_is_not_trained_further(setup, tmp_path, monkeypatch, cap
     assert f"finished at step {steps} of {steps}" in caplog.text
 
 
-def test_a_run_that_is_resumed_for_fewer_steps_than_it_has_is_finished(run, caplog):
-    caplog.set_level("INFO", logger="cream_peft")
-    assert resume(run, "--max_steps", "2").steps == 4
-    assert "finished at step 4: nothing is left to train" in caplog.text
+def test_a_run_that_is_resumed_for_fewer_steps_than_it_has_is_refused(run):
+    before = contents(run)
+    with pytest.raises(RecipeError, match=r"max_steps=2, and .*checkpoint-4 has 4 steps already: raise it"):
+        resume(run, "--max_steps", "2")
+    assert contents(run) == before
+    assert train(run, "--max_steps", "3", "--resume_from_checkpoint", str(run / "checkpoint-2")).resumed_step == 2
 
 
 @pytest.mark.parametrize("lost", ["adapter_model.safetensors", "cream.json", "base_config/config.json", "replaced"])

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from ..model.kv_cache import new_cache
+from ..model.kv_cache import PREFILL_CHUNK, new_cache
 from .prompts import Prompt, shared_tokens
-
-CHUNK_LENGTH = 1024
 
 
 @torch.no_grad()
@@ -49,7 +47,7 @@ def greedy_answer(
     *,
     answer_tokens: int,
     one_line: bool = False,
-    chunk_length: int = CHUNK_LENGTH,
+    chunk_length: int = PREFILL_CHUNK,
 ) -> str:
     """The greedy answer to a prompt, of which the cache may hold the beginning; `one_line`: its first line.
 
@@ -75,7 +73,7 @@ def scored_answers(
     tokenizer: Any,
     prompts: list[Prompt],
     *,
-    chunk_length: int = CHUNK_LENGTH,
+    chunk_length: int = PREFILL_CHUNK,
     kv_cache: str = "default",
     **settings: Any,
 ) -> Iterator[tuple[str, list[float]]]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..model.kv_cache import KV_CACHES, refuse_unusable
-from ..terminal import CommandParser
+from ..model.kv_cache import KV_CACHES, PREFILL_CHUNK, refuse_unusable
+from ..terminal import CommandParser, did_you_mean
 from .prompts import STYLES, TEXT_SUFFIXES
 from .tasks import TASKS, option_names
 
@@ -46,7 +46,7 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         for task in self.tasks:
             if task not in TASKS:
-                raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+                raise ValueError(f"unknown task {task!r}{did_you_mean(task, TASKS)}: use one of {', '.join(TASKS)}")
         for name, values in (("samples", [self.samples]), ("lengths", self.lengths or [])):
             if min(values, default=1) < 1:
                 raise ValueError(f"--{name} {min(values)} must be at least 1")
@@ -75,7 +75,7 @@ class EvaluateOptions:
 def add_options(parser: CommandParser) -> None:
     """Add to the command's parser what its user may set."""
     compared = f"{COMPARED} in the table"
-    parser.option("compare", compared, nargs="+", default=["cream-peft-tiny"], metavar="MODEL")
+    parser.option("compare", compared, "adapter", nargs="+", default=["cream-peft-tiny"], metavar="MODEL")
     parser.option("tasks", f"of {', '.join(TASKS)}", nargs="+", default=["kv_retrieval", "needle"])
     parser.option(
         "lengths",
@@ -99,7 +99,7 @@ def add_options(parser: CommandParser) -> None:
     parser.option("stride", "perplexity: tokens between windows; default: half the length", type=int)
     parser.option("max_tokens", "perplexity: tokens read of each document; default: all", type=int)
     parser.option("style", "form of the prompt; default: chat where there is a template", choices=STYLES)
-    parser.option("chunk_length", "tokens read at once; default: 1024", type=int)
+    parser.option("chunk_length", f"tokens read at once; default: {PREFILL_CHUNK}", type=int)
     caches = ["auto", *KV_CACHES]
     parser.option("kv_cache", "auto: 16-bit where it fits, else quantized", choices=caches, default="auto")
     parser.option("dump-prompts", "write the prompts, measure nothing", metavar="DIR")

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..model.kv_cache import new_cache
-from .answers import CHUNK_LENGTH, chunked_logits
+from ..model.kv_cache import PREFILL_CHUNK, new_cache
+from .answers import chunked_logits
 from .prompts import TaskError, encode, read_texts
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def perplexity(
     stride: int | None = None,
     min_tokens: int | None = None,
     max_tokens: int | None = None,
-    chunk_length: int = CHUNK_LENGTH,
+    chunk_length: int = PREFILL_CHUNK,
     kv_cache: str = "default",
 ) -> Iterator[dict[str, Any]]:
     """Perplexity per token of documents read through windows of `length` tokens: one cell, at depth 1.

@@ -65,7 +65,8 @@ def evaluate(
     )
     name = getattr(model.config, "_name_or_path", "") or "the model"
     refuse_other_vocabulary(asked.tasks, model.config, name)
-    opened = OpenedModel(ModelSpec(name, name), None, name, model.config, Settings(load_in_4bit=asked.load_in_4bit))
+    label = "the adapter" if hasattr(model, "trained_record") else name
+    opened = OpenedModel(ModelSpec(label, name), None, name, model.config, Settings(load_in_4bit=asked.load_in_4bit))
     was_training = model.training
     model.eval()
     try:

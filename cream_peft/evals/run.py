@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from ..locks import locked
+from ..model.kv_cache import PREFILL_CHUNK
 from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
 from ..plan.memory import Reading
@@ -175,16 +176,17 @@ def measure(
     if record and longest > record.target_length:
         told = (opened.spec.label, f"{longest:,}", f"{record.target_length:,}")
         logger.warning("%s is asked at %s tokens, and was trained for %s", *told)
+    chunk_length = options.chunk_length or PREFILL_CHUNK
+    reading = Reading(length=longest, load_in_4bit=options.load_in_4bit, chunk_length=chunk_length)
     if kv_cache == "auto":
-        kv_cache = fitting_kv_cache(opened.config, longest)
+        kv_cache = fitting_kv_cache(opened.config, reading)
     results, shown = _planned(opened, longest, options, kv_cache)
     given = {
         task: own | ({"text": documents} if documents and task == "perplexity" else {}) for task, own in shown.items()
     }
     common: dict[str, Any] = {"lengths": lengths, "samples": options.samples, "overwrite": options.overwrite}
     tasks = {name: TASKS[name] for name in options.tasks}
-    reading = Reading(length=longest, load_in_4bit=options.load_in_4bit, kv_cache=kv_cache)
-    with reading_explained(opened.config, reading):
+    with reading_explained(opened.config, replace(reading, kv_cache=kv_cache)):
         return evaluate(model, tokenizer, tasks, results, path, options=given, **common)
 
 

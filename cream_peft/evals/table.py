@@ -44,14 +44,16 @@ def _p_value(test: dict[str, Any]) -> str:
     return "< 0.001" if test["p_value"] < 0.001 else f"= {test['p_value']:.3f}"
 
 
-def _last_against_best(cells: dict[str, list[Cell]]) -> str:
-    """One sentence: the last model beside the best of the others, at the longest length that they share with it.
+def _last_against_best(cells: dict[str, list[Cell]], target: int | None) -> str:
+    """One sentence: the last model beside the best of the others, at the longest length that they share with it, up to
+    the `target` (tokens) that it was trained for.
 
     Not beside the first: a base that is not scaled is beaten by scaling alone, which says nothing of the training.
     """
     *others, last = cells
     means = {label: mean_by(found, "length") for label, found in cells.items()}
-    length = max({at for label in others for at in means[label]} & means[last].keys(), default=0)
+    shared = {at for label in others for at in means[label]} & means[last].keys()
+    length = max((at for at in shared if at <= (target or at)), default=max(shared, default=0))
     asked = [label for label in others if length in means[label]]
     if not asked:
         return ""
@@ -60,22 +62,23 @@ def _last_against_best(cells: dict[str, list[Cell]]) -> str:
     other, which = means[best][length], f"the best of the others, {best}," if len(asked) > 1 else best
     if not is_share:
         return f"At {length:,} tokens {last} has a perplexity of {mine:.2f}, {which} of {other:.2f}."
-    test, chance = compare_cells(same_places(cells[best], cells[last], length)), ""
+    pairs = same_places(cells[best], cells[last], length)
+    test, chance = compare_cells(pairs), ""
     if test and mine != other:
         noise = "may be" if test["p_value"] >= SIGNIFICANT else "is not"
-        chance = f"; the difference {noise} chance (p {_p_value(test)})"
+        questions = sum(cell.samples for _, cell in pairs)
+        chance = f"; over {questions:,} questions the difference {noise} chance (p {_p_value(test)})"
     return f"At {length:,} tokens {last} answers {mine:.0%} right, {which} {other:.0%}{chance}."
 
 
-def _reach(effective: list[dict[str, Any]], threshold: float) -> str:
-    """One sentence: up to which length each model is of use, and the length that it was extended to."""
-    targets = {found["target_length"] for found in effective}
-    told = [
-        f"{found['model']} {found['effective_length']:,}" + f" (of {found['target_length']:,})" * (len(targets) > 1)
-        for found in effective
-    ]
-    tokens = f"Tokens, of {targets.pop():,}," if len(targets) == 1 else "Tokens"
-    return f"{tokens} up to which at least {100 * threshold:g}% is right: {', '.join(told)}." if told else ""
+def _reach(effective: list[dict[str, Any]], cells: dict[str, list[Cell]], threshold: float) -> str:
+    """One sentence: up to which length each model is of use."""
+    told = []
+    for found in effective:
+        label, reached = found["model"], found["effective_length"]
+        is_longest = reached == max(cell.length for cell in cells[label])
+        told.append(f"{label} {f'{reached:,}' if reached else 'none'}{' (the longest asked)' if is_longest else ''}")
+    return f"At least {100 * threshold:g}% is right up to this many tokens: {', '.join(told)}." if told else ""
 
 
 def _details(cells: dict[str, list[Cell]], compared: Tests) -> str:
@@ -113,7 +116,9 @@ def table_of(
         rows = [_row(label, mean_by(found, "length"), lengths) for label, found in cells.items()]
         lines += [table(["model", *(f"{length:,}" for length in lengths)], rows, indent=2), ""]
         tests = {(found["model"], found["length"]): found for found in compared if found["task"] == task}
-        said = [_last_against_best(cells), _reach([one for one in effective if one["task"] == task], threshold)]
+        of_task = [one for one in effective if one["task"] == task]
+        target = results[list(cells)[-1]].settings.target_length
+        said = [_last_against_best(cells, target), _reach(of_task, cells, threshold)]
         lines += [sentence for sentence in said if sentence]
         lines += ["", _details(cells, tests), ""] if details and is_share else [""]
     return "\n".join(lines)

@@ -10,9 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..model.kv_cache import PREFILL_CHUNK
 from ..plugins import PluginError, add
 from ..tiny.documents import MARK
-from .answers import CHUNK_LENGTH, scored_answers
+from .answers import scored_answers
 from .frequency import common_words_prompt, frequent_words_prompt
 from .kv_retrieval import kv_depths, kv_prompt
 from .longchat_lines import lines_prompt
@@ -72,7 +73,7 @@ class Task:
         style: str = "auto",
         answer_tokens: int | None = None,
         haystack: str | Path | None = None,
-        chunk_length: int = CHUNK_LENGTH,
+        chunk_length: int = PREFILL_CHUNK,
         kv_cache: str = "default",
         dump: str | Path | None = None,
         **options: Any,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import importlib.util
 import json
 import os
@@ -33,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .. import rope
 from ..errors import about
 from ..families import decoder_config, family_of, key_mapping
+from ..terminal import did_you_mean
 from ..tiny import TINY_ID, base_folder
 from .attention import use_repeating_sdpa
 
@@ -163,8 +163,7 @@ def check_module_names(model: PeftModel) -> None:
         for name in () if isinstance(names, str) else sorted(names):
             if not any((dot + path).endswith(dot + name) for path in paths):
                 known = {part for path in paths for part in path.split(".")}
-                close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
-                hint = f", did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(name.rpartition(".")[2], known)
                 raise ValueError(f"lora_{field}: the base has no module {name!r}{hint}")
 
 

@@ -11,7 +11,7 @@ from transformers.utils import is_hqq_available
 
 KV_CACHES = ("default", "quantized")
 
-# Tokens that `cream-peft chat` reads at once: attention then needs this times the length, never the length squared.
+# Tokens of a document that are read at once: attention then needs this times the length, never the length squared.
 PREFILL_CHUNK = 2048
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..model.kv_cache import KV_CACHES, PREFILL_CHUNK
+from ..model.kv_cache import KV_CACHES
 from ..terminal import table
 from .gpus import GPUS, SHOWN
 from .layers import attention_widths, inner_width, linear_parameters, target_linears, used_parameters
@@ -206,7 +206,7 @@ def plan_gpus(
         terms,
         held_out,
         at_once,
-        Evaluation(reading.length, PREFILL_CHUNK, read, whole),
+        Evaluation(reading.length, reading.chunk_length, read, whole),
         work,
         fits,
         advice,
@@ -231,9 +231,7 @@ def _advice(
                 changes = None if further is None else changes | further
             told.setdefault(("training", in_words(changes) or NOTHING_FITS), []).extend(names)
         if not same[0].evaluates_with:
-            flags = as_flags(advise(config, gib, reading))
-            remedy = f"cream-peft evaluate {flags}" if flags else NOTHING_FITS
-            told.setdefault(("evaluating", remedy), []).extend(names)
+            told.setdefault(("evaluating", as_flags(advise(config, gib, reading)) or NOTHING_FITS), []).extend(names)
     for (what, remedy), names in sorted(told.items(), key=lambda one: one[0][0], reverse=True):
         yield f"{what} on {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}: {remedy}"
 
@@ -292,7 +290,8 @@ def text_of(plan: Plan) -> str:
             f"{plan.base.line()}\n",
             f"training, {work.tokens_at_once:,} tokens at once",
             _terms_table({"peak": plan.terms}, Training.phases, *held_out),
-            f"\nevaluation at {evaluation.length:,} tokens, {evaluation.chunk:,} at a time, by KV cache",
+            f"\nevaluation at {evaluation.length:,} tokens, {evaluation.chunk:,} at a time, by KV cache "
+            "(default: 16 bits, quantized: 4)",
             _terms_table(evaluation.terms, Reading.phases, whole),
             "",
             table(["GPU", "GiB", "training", "evaluation with cache", "hours"], rows),

@@ -47,11 +47,11 @@ def reading_explained(config: PreTrainedConfig, reading: Reading) -> AbstractCon
     return explained(say)
 
 
-def fitting_kv_cache(config: PreTrainedConfig, length: int) -> str:
-    """The KV cache for `length` tokens in what the GPU has free, the model being loaded: default (16-bit) where it fits
-    or nothing else can be had, else quantized (4-bit). On a CPU always default."""
+def fitting_kv_cache(config: PreTrainedConfig, reading: Reading) -> str:
+    """The KV cache for a document in what the GPU has free, the model being loaded: default (16-bit) where it fits or
+    nothing else can be had, else quantized (4-bit). On a CPU always default."""
     if not torch.cuda.is_available() or not is_hqq_available():
         return "default"
-    terms = Reading(length=length).terms(config)
+    terms = reading.terms(config)
     needed = sum(terms[name] for name in ("kv_cache", "attention", "activations", "logits"))
     return "default" if needed <= torch.cuda.mem_get_info()[0] / GIB else "quantized"

@@ -265,11 +265,12 @@ class Validation(Loading):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading(Loading):
-    """Reading a document of `length` tokens into a cache of keys and values, PREFILL_CHUNK tokens at a time, by a model
-    with its adapter in fp32 and no autocast, with the logits of the last token only."""
+    """Reading a document of `length` tokens into a cache of keys and values, `chunk_length` at a time, by a model with
+    its adapter in fp32 and no autocast, with the logits of the last token only."""
 
     length: int
     kv_cache: str = "default"
+    chunk_length: int = PREFILL_CHUNK
     phases: ClassVar[Phases] = (("activations", "quantization"), ("attention",))
 
     def savings(self) -> list[dict[str, Any]]:
@@ -280,7 +281,7 @@ class Reading(Loading):
         """GiB by term. attention is adding to a layer's cache and attending to it, activations, with quantization, a
         linear with its adapter: both over a chunk. On sdpa, which takes a mask there."""
         hidden, length = config.hidden_size, self.length
-        tokens, (queries, keys) = min(PREFILL_CHUNK, length), attention_widths(config)
+        tokens, (queries, keys) = min(self.chunk_length, length), attention_widths(config)
         layer, quantized = 4 * keys * length, self.kv_cache == "quantized"
         # In 16 bits the embeddings, the layer's input and what its norm or attention made of it; a mask of one byte.
         throughout = tokens * (6 * hidden + length)

@@ -55,10 +55,15 @@ def _table(results: Mapping[str, Results], task: str) -> dict[str, Any]:
 
 
 def _samples(result: Results) -> str:
-    """How many samples each length has."""
-    lengths = {cell.length for cell in result.cells}
-    asked = sorted({sum(cell.samples for cell in result.cells if cell.length == length) for length in lengths})
-    return " to ".join(f"{samples:,}" for samples in dict.fromkeys((asked[0], asked[-1])))
+    """How much each task asked at each length, of perplexity the tokens scored."""
+    told = []
+    for task in tasks_in({"": result}):
+        cells = result.of_task(task)
+        lengths = {cell.length for cell in cells}
+        asked = sorted({sum(cell.samples for cell in cells if cell.length == length) for length in lengths})
+        unit = "tokens" if cells[0].metric == "perplexity" else "questions"
+        told.append(f"{task} {' to '.join(f'{count:,}' for count in dict.fromkeys((asked[0], asked[-1])))} {unit}")
+    return ", ".join(told)
 
 
 def _eval_results(own: Mapping[str, Results]) -> list[EvalResult]:

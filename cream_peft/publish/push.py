@@ -158,8 +158,7 @@ def _read_results(files: Iterable[str | Path], folder: Path, record: Record) -> 
 
 
 def _with_base(folder: Path, record: Record, base_model_id: str | None, api: HfApi | None) -> Record:
-    """The record with the base's Hub id in it; for an adapter of a local folder it must be given. `api`: to look it up
-    on the Hub."""
+    """The record with the base's Hub id, which must be given for a local folder's and is looked up with `api`."""
     if not record.base_is_local:
         if base_model_id and base_model_id != record.base_model:
             raise PushError(f"{folder} was trained on {record.base_model}: leave out --base_model_id")
@@ -174,17 +173,17 @@ def _with_base(folder: Path, record: Record, base_model_id: str | None, api: HfA
     return replace(record, base_model=base_model_id, base_is_local=False)
 
 
-def _with_licence(record: Record, license: str | None, api: HfApi) -> Record:
-    """The record with a licence: the one given, the recorded one, or that of the base's own card."""
+def _with_licence(record: Record, license: str | None, api: HfApi | None) -> Record:
+    """The record with a licence: the one given, the recorded one, or with `api` that of the base's own card."""
     found = license or record.license
     refuse_license(found)
-    if not found:
+    if not found and api:
         try:
             data = api.model_info(record.base_model).card_data
             found = data.license if data and isinstance(data.license, str) else None
         except Exception as error:
             logger.debug("the licence of %s is not known: %s", record.base_model, error)
-    if not found:
+    if not found and api:
         logger.warning("the licence of the base is not known: say it with license (--license llama2, apache-2.0, ...)")
     return replace(record, license=found)
 
@@ -208,7 +207,7 @@ def _stage(folder: Path, staged: Path, record: Record, repo: str, results: Mappi
     """Make in `staged` what is published of `folder`, with the card and a picture of each task."""
     for name in files_in(folder, PUBLISHED):
         target = staged / name
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".safetensors":
             target.symlink_to((folder / name).resolve())
         else:
@@ -262,18 +261,19 @@ def push_folder(
             a file with a token or a path of this machine in it; nothing is published then.
     """
     folder, api, token = Path(folder), HfApi(token=token), token or get_token()
+    hub = None if dry_run else api
     if "/" not in repo:
         raise PushError(f"repo {repo!r} is not a Hub id: write user/name")
     found = Record.read(folder, str(folder))
     if dry_run and Path(dry_run).exists():
         raise PushError(f"--dry_run {dry_run} exists: name a new folder")
-    record = _with_base(folder, found, base_model_id, None if dry_run else api)
-    _refuse_wrong(folder, base_model or (base_model_id if found.base_is_local else None), token)
+    record = _with_base(folder, found, base_model_id, hub)
+    _refuse_wrong(folder, base_model or (base_model_id if hub and found.base_is_local else None), token)
     read = _read_results(results, folder, record)
-    record = _with_licence(record, license, api)
+    record = _with_licence(record, license, hub)
     # In a copy: what is published is made here, and what was trained stays as it is.
     with tempfile.TemporaryDirectory() as scratch:
-        staged = Path(scratch)
+        staged = Path(scratch) / "staged"
         _stage(folder, staged, record, repo, read)
         files = contents(staged, files_in(staged, PUBLISHED), token, folder)
         if dry_run:

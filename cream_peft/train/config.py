@@ -266,7 +266,8 @@ class CREAMConfig(SFTConfig):
                 raise ValueError(f"{name}={value} must be at least 2 tokens: one is given and one predicted")
             if value is not None and value > (self.target_length or value):
                 raise ValueError(
-                    f"{name}={value} is longer than target_length={self.target_length}: lower it, or raise the other"
+                    f"{name}={value} is longer than target_length={self.target_length}: lower {name}, or raise "
+                    "target_length"
                 )
         length = self.distillation_length
         if length is not None and not (self.distillation_weight and 0 < length <= (self.context_length or length)):

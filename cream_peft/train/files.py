@@ -169,8 +169,8 @@ def _rows_in(path: Path) -> int:
 def _refuse_other_split(name: str, split: str) -> None:
     if split != "train":
         raise DataError(
-            f"{name} holds one set of documents, no split {split!r}: name a file in dataset_test_split, or leave it "
-            "out and set held_out_documents"
+            f"{name} holds one set of documents, no split {split!r}: leave dataset_train_split out, and for evaluation "
+            "name a file in dataset_test_split, or set held_out_documents"
         )
 
 

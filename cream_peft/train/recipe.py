@@ -77,6 +77,8 @@ class Recipe:
     run: CREAMConfig
     model: CREAMModelArguments
     keys: list[str]
+    is_embedded: bool = False
+    """Whether what was not given is of the embedded model's recipe."""
 
     def settings(self) -> dict[str, Any]:
         """The settings that were written down, without tokens and paths: what cream.json and the card show."""
@@ -221,4 +223,5 @@ def parse_recipe(arguments: list[str]) -> Recipe:
         data, run, model, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except (ValueError, TypeError, KeyError) as error:
         raise _in_plain_words(error, recipe, flags) from error
-    return Recipe(data, run, model, keys)  # ty: ignore[invalid-argument-type] TRL names a protocol, not the classes
+    # ty: ignore[invalid-argument-type] TRL names a protocol, not the classes
+    return Recipe(data, run, model, keys, not recipe and bool(content))

@@ -19,6 +19,7 @@ from ..model.record import AdapterError, Record, peak_gib
 from ..publish.push import PushError
 from ..rope import pretrained_window
 from ..terminal import is_first_process
+from ..tiny import TINY_ID
 from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
 from .data import load_data, summary_of
 from .distillation import refuse_distillation
@@ -35,6 +36,7 @@ class RunSummary:
 
     output_dir: str
     steps: int
+    """Of the whole run; of these `resumed_step` were there when it was resumed."""
     loss: float | None
     """Mean over the steps of this run, in nats per token; None if it was finished already."""
     seconds: float
@@ -46,6 +48,7 @@ class RunSummary:
     """Examples that went out without any label."""
     kind: str = "adapter"
     """Or model, if every weight was trained."""
+    resumed_step: int = 0
 
 
 class _ProgressBar(ProgressCallback):
@@ -124,6 +127,11 @@ def run_recipe(recipe: Recipe) -> RunSummary:
     refuse_separate_runs(run)
     with _locked_output(folder), memory_explained(recipe, config):
         checkpoint = find_checkpoint(run.resume_from_checkpoint, folder, run.save_only_model)
+        if checkpoint and 0 < run.max_steps < checkpoint.step:
+            raise RecipeError(
+                f"max_steps={run.max_steps}, and {checkpoint.folder} has {checkpoint.step:,} steps already: raise it, "
+                "or name an earlier checkpoint in resume_from_checkpoint"
+            )
         trainer = _make_trainer(recipe, config, adapter)
         trainer.run_id = checkpoint.record.run_id if checkpoint else None
         # With save_total_limit: 1 the best checkpoint may be left alone, of a step before the last. One that does not
@@ -169,6 +177,8 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
             trainer.remove_callback(callback)
         trainer.add_callback(_ProgressBar)
     _announce(trainer)
+    if recipe.is_embedded and recipe.data.dataset_name != TINY_ID:
+        logger.info("without --config, what is not given is as in the recipe of the embedded model")
     if held_out is not None and run.eval_strategy == "no":
         logger.warning("eval_strategy is no, so the documents kept for evaluation are not used: set it, or keep none")
     return trainer
@@ -225,9 +235,7 @@ def _summary(trainer: CREAMTrainer, steps: int, loss: float | None = None) -> Ru
     collator: Any = trainer.data_collator
     if trainer.state.global_step == trainer.resumed_step:
         loss = None
-        asked = trainer.state.max_steps or steps
-        of = f" of {asked:,}" if asked >= steps else ""
-        logger.info(f"finished at step {steps:,}{of}: nothing is left to train")
+        logger.info(f"finished at step {steps:,} of {trainer.state.max_steps or steps:,}: nothing is left to train")
     return RunSummary(
         output_dir=str(trainer.args.output_dir),
         steps=steps,
@@ -237,4 +245,5 @@ def _summary(trainer: CREAMTrainer, steps: int, loss: float | None = None) -> Ru
         redrawn=collator.redrawn(),
         unlabelled=collator.unlabelled(),
         kind="model" if trainer.describe().full else "adapter",
+        resumed_step=trainer.resumed_step,
     )

@@ -7,7 +7,8 @@ the last value. `filler_mark` is the demo's form, where MARK is a filler: not ev
 shipped one and the two in bases/, not quantized. The evaluation documents are drawn from a seed that no setting was
 chosen on.
 
-A finished run is a line of reproduce-runs.jsonl. Runs that are in results/ or in the output folder are not done again.
+A finished run is a line of reproduce-runs.jsonl. Runs that are in the output folder, or without --again in results/,
+are not done again.
 At the end, or with --report, the figures of all finished runs are written into the output folder; --publish writes them
 into results/ and the tables into the page.
 """
@@ -150,13 +151,13 @@ def filler_mark_runs() -> list[Run]:
 
 
 def planned() -> list[Run]:
-    """Every run, in the order in which they are done."""
-    return recall_runs() + new_skill_runs() + filler_mark_runs()
+    """Every run, in the order in which they are done: the first seed of all comes first."""
+    return sorted(new_skill_runs() + recall_runs() + filler_mark_runs(), key=lambda run: run["seed"] or 0)
 
 
-def read_runs(output: Path) -> tuple[list[Run], dict[str, Any]]:
-    """The finished runs of results/ and of `output`, and the environments that they name."""
-    lines = read_lines(HERE / "results" / RUNS, output / RUNS)
+def read_runs(output: Path, again: bool = False) -> tuple[list[Run], dict[str, Any]]:
+    """The finished runs of results/ (not with `again`) and of `output`, and the environments that they name."""
+    lines = read_lines(*([] if again else [HERE / "results" / RUNS]), output / RUNS)
     environments = {line["environment"]: line for line in lines if "versions" in line}
     return list({key(line): line for line in lines if "versions" not in line}.values()), environments
 
@@ -299,10 +300,10 @@ def missing(done: list[Run], only: list[str]) -> list[Run]:
     return [run for run in runs if set(only) <= {*key(run).split(), *key(run).replace("=", " ").split()}]
 
 
-def work(output: Path, workers: int, minutes: float, only: list[str]) -> None:
+def work(output: Path, workers: int, minutes: float, only: list[str], again: bool = False) -> None:
     """Do the missing runs, and begin none after so many minutes."""
     start, current = time.perf_counter(), environment()
-    done, known = read_runs(output)
+    done, known = read_runs(output, again)
     pending: dict[Future, str] = {}
     with ProcessPoolExecutor(workers, get_context("spawn"), quiet) as pool, (output / RUNS).open("a") as file:
         # Ends a line that a kill cut off; empty lines are passed over.
@@ -330,15 +331,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
     parser.add_argument("--only", nargs="+", default=[], help="words that a run must hold: new_skill ntk seed=0")
+    parser.add_argument("--again", action="store_true", help="do not count what is committed as done")
     parser.add_argument("--report", action="store_true", help="only write the figures of the runs that are done")
     parser.add_argument("--publish", action="store_true", help="write them into results/, and the tables into the page")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if not (options.report or options.publish):
-        work(options.output, options.workers, options.minutes, options.only)
+        work(options.output, options.workers, options.minutes, options.only, options.again)
     from reproduce_report import report
 
-    report(options.output, HERE if options.publish else None)
+    report(options.output, HERE if options.publish else None, options.again)
 
 
 if __name__ == "__main__":

@@ -271,11 +271,14 @@ def draw(runs: list[Run], task: str, path: Path) -> None:
     plt.close(figure)
 
 
-def report(output: Path, page_folder: Path | None) -> None:
+def report(output: Path, page_folder: Path | None, again: bool = False) -> None:
     """Write the figures and pictures of all runs into `output`; or into results/, with the runs, and into the page."""
     from reproduce_distances import explain
 
-    runs, environments = read_runs(output)
+    runs, environments = read_runs(output, again)
+    if not runs:
+        print(f"no run is finished yet of the {len(planned())}: the same command resumes")
+        return
     target = page_folder / "results" if page_folder else output
     # A run lasts as long as the others of its task did on average.
     seconds = {
@@ -301,9 +304,11 @@ def report(output: Path, page_folder: Path | None) -> None:
     content |= {"attention_to_the_key_at_a_mark": {base: attention_to_the_key(base) for base in BASES}}
     content |= summarise(runs)
     (target / "reproduce.json").write_text(json.dumps(content, indent=1) + "\n")
-    draw(runs, "new_skill", target / "reproduce.png")
-    draw(runs, "recall", target / "reproduce-recall.png")
-    explain(runs, target)
+    for task, name in (("new_skill", "reproduce.png"), ("recall", "reproduce-recall.png")):
+        if any(run["task"] == task and run["strategy"] != "untuned" for run in runs):
+            draw(runs, task, target / name)
+    if not any(run["task"] == "recall" for run in left):
+        explain(runs, target)
     if page_folder:
         # Only here: a run in progress appends to the output folder's own file.
         lines = [*environments.values(), *runs]
