@@ -505,7 +505,8 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
         f"Measure it: cream-peft evaluate --compare {run}",
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == ["output_dir", "steps", "loss", "seconds", "peak_gib", "redrawn", "unlabelled", "kind"]
+    parts = ["output_dir", "steps", "loss", "seconds", "peak_gib", "redrawn", "unlabelled", "kind", "resumed_step"]
+    assert list(summary) == parts
     assert (summary["steps"], summary["redrawn"], summary["unlabelled"]) == (2, 0, 0)
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "o/tiny"
     assert json.loads((run / "cream.json").read_text())["base_model"] == "o/tiny"

@@ -288,15 +288,14 @@ def text_of(plan: Plan) -> str:
     return "\n".join(
         [
             f"{plan.base.line()}\n",
-            f"training, {work.tokens_at_once:,} tokens at once",
-            _terms_table({"peak": plan.terms}, Training.phases, *held_out),
-            f"\nevaluation at {evaluation.length:,} tokens, {evaluation.chunk:,} at a time, by KV cache "
-            "(default: 16 bits, quantized: 4)",
-            _terms_table(evaluation.terms, Reading.phases, whole),
-            "",
             table(["GPU", "GiB", "training", "evaluation with cache", "hours"], rows),
             f"{timed}.",
             "Planned from the architecture, not measured.",
             *plan.advice,
+            f"\ntraining, {work.tokens_at_once:,} tokens at once",
+            _terms_table({"peak": plan.terms}, Training.phases, *held_out),
+            f"\nevaluation at {evaluation.length:,} tokens, {evaluation.chunk:,} at a time, by KV cache "
+            "(default: 16 bits, quantized: 4)",
+            _terms_table(evaluation.terms, Reading.phases, whole),
         ]
     )

@@ -450,7 +450,9 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     draw(pieces, RESULTS)
     tiny = json.loads((HERE.parent / "cream-peft-tiny/results/demo.json").read_text(encoding="utf-8"))["results"]
     panels = [Results.parse(one) for one in tiny.values()]
-    panels += [one for one in results_of(pieces, "yarn") if one.settings.label != "PoSE"]
+    # The loss that the page and the front page quote.
+    quoted = results_of([found for piece in pieces if (found := alone(piece))], "yarn")
+    panels += [one for one in quoted if one.settings.label != "PoSE"]
     title = "A skill taught on short examples (left 256 tokens, right 1,000), asked in longer documents"
     save(tasks_figure(panels, title, by_loss=["multikey_needle"]), RESULTS / "front.png")
     page = HERE / "README.md"
