@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from cream_peft import CREAMTrainer, cli
 from cream_peft.model.base import load_base
-from cream_peft.model.record import AdapterError, Record, adapter_sha256
+from cream_peft.model.record import BASE_FOLDER, AdapterError, Record, adapter_sha256
 from cream_peft.model.secrets import find_secret, public_name
 from cream_peft.publish.card import metadata
 from cream_peft.publish.licenses import LICENSES
@@ -188,6 +188,18 @@ def test_the_base_of_a_local_folder_must_be_named_by_its_hub_id(hub, adapter):
     sent = files(hub)
     assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "owner/base"
     assert json.loads(sent["cream.json"])["base_model"] == "owner/base" and b"my-base" not in sent["README.md"]
+
+
+def test_a_dry_run_of_an_adapter_of_a_local_base_reads_that_folder_and_not_the_hub(hub, adapter, tmp_path, monkeypatch):
+    change(adapter, base_model="my-base", base_is_local=True)
+    (adapter / BASE_FOLDER).write_text(f"{base_folder()}\n")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PushError, match="trained on a local base"):
+        push_folder(adapter, REPO, dry_run=tmp_path / "refused")
+    staged = tmp_path / "staged"
+    push_folder(adapter, REPO, base_model_id="owner/base", dry_run=staged)
+    assert Record.read(staged, "staged").base_model == "owner/base" and staged.stat().st_mode & 0o777 == 0o755
+    assert not (staged / BASE_FOLDER).exists() and not (tmp_path / "refused").exists()
 
 
 def test_the_card_has_what_was_measured_and_says_where_nothing_was(hub, adapter, tmp_path):

@@ -252,8 +252,8 @@ def push_folder(
         base_model_id: the base's Hub id, for an adapter that was trained on a local folder.
         results: files that `cream-peft evaluate` wrote, for the card.
         checkpoint_in_repo: also publish everything that training resumes from, in this folder of the repository.
-        dry_run: leave what would be published in this new folder, weights as links, and return it. Nothing is sent,
-            and neither an account nor the Hub is needed.
+        dry_run: send nothing and return this new folder, with what would be published, weights as links. An account is
+            not needed; a licence that is not recorded is not looked up.
 
     Raises:
         AdapterError: if the folder is not complete, or the base is not the one trained on.

@@ -339,7 +339,8 @@ def summarise(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     """A row a model with what was measured of it, and CREAM against the others on the same questions."""
     lines: dict[Row, dict[str, Any]] = defaultdict(dict)
     compared = []
-    for what in dict.fromkeys(piece["what"] for piece in pieces):
+    things = dict.fromkeys(piece["what"] for piece in pieces)
+    for what in sorted(things, key=lambda what: what if isinstance(what, int) else float("inf")):
         for row, blocks in by_row(pieces, what).items():
             if isinstance(what, int) or what == "passkey":
                 lines[row][str(what)] = told(list(blocks.values()))
