@@ -99,7 +99,7 @@ def test_plot_positions_writes_the_picture_of_readme(tmp_path, capsys):
     path = tmp_path / "new" / "positions.png"
     assert main(["plot", "--positions", "--output", str(path)]) == 0
     assert f"The picture is {path}" in capsys.readouterr().out
-    assert Image.open(path).size == Image.open(PICTURE).size == (900, 640)
+    assert Image.open(path).size == Image.open(PICTURE).size == (1170, 832)
 
 
 @pytest.mark.parametrize(
