@@ -150,6 +150,26 @@ def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces
         *losses
     )
     assert all(told in " ".join(one.split()) for one in (text, README))
+    losses = [rows[f"none {name}"]["8192"]["loss of the number alone"] for name in ("untuned", "contiguous", "cream")]
+    told = (
+        "alone is {:.2f} untuned, {:.2f} after a plain fine-tune and {:.2f} after CREAM; that interval leaves zero out"
+    )
+    assert told.format(*losses) in " ".join(text.split())
+    assert "Within the window, at 8,192: {:.2f}, {:.2f}, {:.2f}; at 1,000".format(*losses) in " ".join(README.split())
+    against = {
+        (one["scaling"], one["length"]): one
+        for one in summary["cream minus"]
+        if (one["against"], one["depths"]) == ("contiguous", "all depths")
+    }
+    for place in (("yarn", 16_384), ("none", 8192)):
+        assert against[place]["alone_loss"]["interval"][1] < 0
+    assert against["yarn", 8192]["seeds"] == [0, 1] and against["yarn", 8192]["p_value"] < 0.01
+    seeds = [
+        [rows[f"yarn {name}{seed}"]["8192"]["accuracy"] for seed in ("", " seed 1")] for name in ("cream", "contiguous")
+    ]
+    assert "0.42 against 0.19, which is not" in text and [f"{sum(pair) / 2:.2f}" for pair in seeds] == ["0.42", "0.19"]
+    shares = [rows[f"none {name}"]["1024"]["accuracy"] for name in ("cream", "contiguous")]
+    assert "{:.2f} against {:.2f} at 1,024 tokens".format(*shares) in text
     # Rows that were not run are named.
     planned = {row.name for row, _, _ in compare.planned(compare.BUDGETS["cpu"], False, None)}
     missing = planned - {row["name"] for row in summary["rows"]}
