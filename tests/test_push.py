@@ -206,10 +206,17 @@ def test_the_card_has_what_was_measured_and_says_where_nothing_was(hub, adapter,
     push_folder(adapter, REPO)
     assert b"Nothing was measured yet." in files(hub)["README.md"]
     assert ModelCard(files(hub)["README.md"].decode()).data.eval_results is None
-    base = results_of(tmp_path, None, "untouched", 0.25)
-    push_folder(adapter, REPO, results=[base, results_of(tmp_path, adapter_sha256(adapter))])
+    base, own = results_of(tmp_path, None, "untouched", 0.25), results_of(tmp_path, adapter_sha256(adapter))
+    push_folder(adapter, REPO, results=[base, own])
     sent = files(hub)
     card = ModelCard(sent["README.md"].decode())
+    assert "At each length: recall 40 questions; seed 7; CPU." in card.content
+    # Each task's questions are counted apart.
+    content = json.loads(own.read_text())
+    content["cells"] += [cell | {"task": "needle", "samples": 3} for cell in content["cells"]]
+    (tmp_path / "two.json").write_text(json.dumps(content))
+    push_folder(adapter, REPO, results=[tmp_path / "two.json"])
+    assert b"At each length: needle 6 questions, recall 40 questions; seed 7" in files(hub)["README.md"]
     assert "| untouched | 0.25 | 0.25 |\n| CREAM | 0.75 | 0.75 |" in card.content
     assert "![recall by length and by depth](results/recall.png)" in card.content
     assert sent["results/recall.png"].startswith(b"\x89PNG") and "results/CREAM.json" in sent
