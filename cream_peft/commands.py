@@ -243,7 +243,8 @@ def push_command(arguments: list[str]) -> None:
     published = push_folder(folder, options.repo, results=options.results, dry_run=options.dry_run, **shared)
     if options.dry_run:
         unmeasured = "" if options.results else "; the card says that nothing was measured (--results)"
-        return print(f"Nothing was sent. What {options.repo} would get is in {published}{unmeasured}")
+        print(f"Nothing was sent. What {options.repo} would get is in {published}{unmeasured}")
+        return
     print(f"Published: {published}")
     if options.with_merged:
         print(f"Published: {push_folder(merged, f'{options.repo}-merged', **shared)}")

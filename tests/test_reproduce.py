@@ -259,6 +259,21 @@ def test_what_the_page_says_of_a_filler_as_mark_holds_in_its_json():
     assert min(row["window"]["0"] for row in trained) > 0.99
 
 
+def test_what_the_front_page_says_of_strategies_holds_in_the_json():
+    text = " ".join((FOLDER.parent.parent / "README.md").read_text(encoding="utf-8").split())
+    cases = [gap for gap in FIGURES["cream_minus"]
+             if (gap["strategy"], gap["documents"], gap["context_length"]) == ("pose", "window", 256)]  # fmt: skip
+    assert len(cases) == 8 and all(len(gap["target"]["by_base"]) == 3 for gap in cases)
+    assert all(min(gap["target"]["by_base"].values()) > 0 for gap in cases)
+    assert sum(gap["target"]["mean"] > gap["target"]["half_width_95"] for gap in cases) == 3
+    assert sum(max(gap["last tenth"]["by_base"].values()) < 0 for gap in cases) == 3
+    assert "settle that in three of the eight cases, and near the end PoSE leads in three." in text
+    inside = {row["strategy"]: row["target"]["mean"] for row in FIGURES["rows"]
+              if (row["task"], row["context_length"]) == ("new_skill", 64)}  # fmt: skip
+    told = [f"{inside[name]:.2f}" for name in ("contiguous", "pose", "cream sigma=1.5")]
+    assert "plain fine-tuning answers {} right, PoSE {}, CREAM {}".format(*told) in text
+
+
 def test_the_front_page_counts_the_runs_of_recall(committed):
     readme = (FOLDER.parent.parent / "README.md").read_text(encoding="utf-8")
     runs = sum(run["task"] == "recall" for run in committed)

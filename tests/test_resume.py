@@ -273,6 +273,15 @@ def test_a_run_that_is_resumed_for_fewer_steps_than_it_has_is_refused(run):
     assert train(run, "--max_steps", "3", "--resume_from_checkpoint", str(run / "checkpoint-2")).resumed_step == 2
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_the_embedded_recipe_is_named_where_it_trains_on_data_of_ones_own(own, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(9)))
+    caplog.set_level("INFO", logger="cream_peft")
+    train(tmp_path / "run", "--max_steps", "1", "--save_strategy", "no", *(["--dataset_name", "mine.jsonl"] * own))
+    assert ("what is not given is as in the recipe of the embedded model" in caplog.text) == own
+
+
 @pytest.mark.parametrize("lost", ["adapter_model.safetensors", "cream.json", "base_config/config.json", "replaced"])
 def test_a_final_save_that_is_missing_is_written_from_the_last_checkpoint(lost, run):
     before = contents(run)

@@ -282,12 +282,12 @@ def quantized(make_model, tmp_path, **changes):
     [
         (
             {"target_modules": ["q_proj", "k_prj"]},
-            "target_modules: .* no module 'k_prj' .did you mean 'k_proj'",
+            r"target_modules: .* no module 'k_prj' \(did you mean 'k_proj'\?\)",
         ),
         ({"target_modules": ["q_proj", "proj"]}, "lora_target_modules: the base has no module 'proj'"),
         (
             {"modules_to_save": ["norm", "imput_layernorm"]},
-            "no module 'imput_layernorm' .did you mean 'input_l",
+            r"no module 'imput_layernorm' \(did you mean 'input_l",
         ),
     ],
 )

@@ -219,7 +219,7 @@ def _advice(
     """A line for what does not fit, for all GPUs that one remedy is for."""
     if training.activation_offloading and not training.gradient_checkpointing:
         yield "activation_offloading is planned to save nothing without checkpoints: set gradient_checkpointing: true"
-    told: dict[tuple[str, str], list[str]] = {}
+    told: dict[str, dict[str, list[str]]] = {"training": {}, "evaluating": {}}
     for gib in sorted({fit.gib for fit in fits}):
         same = [fit for fit in fits if fit.gib == gib]
         names = [fit.card for fit in same]
@@ -229,11 +229,12 @@ def _advice(
                 shared = {key: value for key, value in changes.items() if hasattr(validation, key)}
                 further = advise(config, gib, replace(validation, **shared))
                 changes = None if further is None else changes | further
-            told.setdefault(("training", in_words(changes) or NOTHING_FITS), []).extend(names)
+            told["training"].setdefault(in_words(changes) or NOTHING_FITS, []).extend(names)
         if not same[0].evaluates_with:
-            told.setdefault(("evaluating", as_flags(advise(config, gib, reading)) or NOTHING_FITS), []).extend(names)
-    for (what, remedy), names in sorted(told.items(), key=lambda one: one[0][0], reverse=True):
-        yield f"{what} on {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}: {remedy}"
+            told["evaluating"].setdefault(as_flags(advise(config, gib, reading)) or NOTHING_FITS, []).extend(names)
+    for what, remedies in told.items():
+        for remedy, names in remedies.items():
+            yield f"{what} on {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}: {remedy}"
 
 
 def _terms_table(columns: Mapping[str, Terms], phases: Phases, *more: Sequence[str]) -> str:
