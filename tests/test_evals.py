@@ -25,6 +25,7 @@ from cream_peft.evals.tasks import TASKS
 from cream_peft.model import base
 from cream_peft.model.adapter import load_adapter
 from cream_peft.model.base import load_base
+from cream_peft.model.kv_cache import PREFILL_CHUNK
 from cream_peft.plan import fit
 from cream_peft.plan.memory import Reading
 from cream_peft.tiny import TINY_ID, documents
@@ -400,6 +401,14 @@ def test_the_kv_cache_is_chosen_by_what_the_gpu_has_free(monkeypatch):
     monkeypatch.setattr(fit, "is_hqq_available", lambda: False)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (12 * 2**30, 80 * 2**30))
     assert fit.fitting_kv_cache(llama, Reading(length=32_768)) == "default"  # nothing else can be had
+
+
+def test_the_kv_cache_is_chosen_for_the_chunks_that_are_read(tiny_tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr("cream_peft.evals.run.fitting_kv_cache", lambda _, reading: seen.append(reading) or "default")
+    for options in ({"chunk_length": 64}, {}):
+        cream_peft.evaluate(load_base(TINY_ID), tiny_tokenizer, "kv_retrieval", 256, samples=1, depths=[0.0], **options)
+    assert [(one.length, one.chunk_length) for one in seen] == [(256, 64), (256, PREFILL_CHUNK)]
 
 
 def test_the_papers_table_has_its_source_and_its_means(capsys):
