@@ -128,8 +128,11 @@ def quiet_libraries() -> None:
         logging.getLogger(name).addFilter(_is_news)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    # Bars of what is done within two seconds only flicker. tqdm reads this when it is imported.
+    # Bars of what is done within two seconds only flicker, and in a file they are one long line. tqdm reads these when
+    # it is imported.
     os.environ.setdefault("TQDM_DELAY", "2")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def close_progress_bars() -> None:

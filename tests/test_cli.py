@@ -17,7 +17,7 @@ import torch
 from hub_server import Hub, Repository
 from transformers import GPT2Config, LlamaConfig
 
-from cream_peft import cli, errors
+from cream_peft import cli, errors, terminal
 from cream_peft.tiny import base_folder
 from cream_peft.train import run as train
 
@@ -511,12 +511,23 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "o/tiny"
     assert json.loads((run / "cream.json").read_text())["base_model"] == "o/tiny"
     assert any("/o/tiny/resolve/" in request and request.endswith("/model.safetensors") for request in hub.requests)
-    said = [line for line in re.split(r"[\r\n]+", done.stderr) if line and "%|" not in line]
+    # In a file a line each logging step, no bar.
+    *said, first, last = done.stderr.splitlines()
+    for step, line in enumerate((first, last), 1):
+        assert re.fullmatch(rf"step {step} of 2: loss \d\.\d{{3}}, learning_rate \d\.\d\de[+-]\d\d", line)
     assert said == [
         "training o/tiny for 2 steps: cream positions, 256 tokens per example for a context of 2,048, "
         "RoPE scaling yarn, learning rate 0.003",
         "on 2,500 documents of 640,000 tokens (median 256, 0% shorter than 256): 16,384 tokens will be fed",
     ]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bars_are_drawn_at_a_terminal_alone(monkeypatch, is_terminal):
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    terminal.quiet_libraries()
+    assert ("TQDM_DISABLE" in os.environ) == (not is_terminal)
 
 
 @pytest.mark.parametrize("redrawn, unlabelled, lines", [(0, 0, 0), (3, 0, 1), (16, 1, 2)])

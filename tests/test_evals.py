@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import cream_peft
 from cream_peft import cli
-from cream_peft.evals import models
+from cream_peft.evals import models, run
 from cream_peft.evals.models import ModelSpec, open_models
 from cream_peft.evals.plots import plot_results
 from cream_peft.evals.results import Cell, Results, Settings, comparisons, effective_lengths, mean_by
@@ -255,6 +256,16 @@ def test_a_run_that_stops_anywhere_loses_one_cell_at_most(tmp_path):
         (length, depth) for length in (10, 20) for depth in (0.0, 0.5, 1.0)
     ]
     assert len(asked) == 7  # the one that was cut off is the only one measured again
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_without_a_progress_bar_a_line_says_how_far_an_evaluation_is(monkeypatch, caplog, disabled):
+    monkeypatch.setattr(run, "tqdm", partial(run.tqdm, disable=disabled))
+    tasks = {name: lambda *place, done: () for name in ("needle", "passkey")}
+    with caplog.at_level("INFO", "cream_peft"):
+        evaluate(None, None, tasks, Results("m", None, {}, 0, Settings()), None, lengths=[10, 2000], samples=1)
+    lines = [f"m: {task} at {length} tokens took 0 s" for task in tasks for length in ("10", "2,000")]
+    assert caplog.messages == lines * disabled
 
 
 def test_other_tasks_are_added_and_other_settings_are_refused(tmp_path, capsys):

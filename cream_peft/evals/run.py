@@ -91,14 +91,12 @@ def evaluate(
     pending = [(name, length) for name in tasks for length in lengths]
     # By tokens, not by cells: one at 32K takes as long as eight at 4K.
     total = sum(length for _, length in pending)
-    shape = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(
-        total=total, desc=f"evaluate {results.settings.label or results.model}", bar_format=shape, delay=0
-    ) as bar:
+    label, shape = results.settings.label or results.model, "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=total, desc=f"evaluate {label}", bar_format=shape, delay=0) as bar:
         for name, length in pending:
             bar.set_postfix(task=name, length=length)
             done = [cell.depth for cell in results.of_task(name) if cell.length == length]
-            start = time.perf_counter()
+            begin = start = time.perf_counter()
             own = (options or {}).get(name, {})
             for cell in tasks[name](model, tokenizer, length, samples, results.seed, done=done, **own):
                 seconds = round(time.perf_counter() - start, 3)
@@ -107,6 +105,9 @@ def evaluate(
                     results.write(path)
                 start = time.perf_counter()
             bar.update(length)
+            if bar.disable:
+                seconds = time.perf_counter() - begin
+                logger.info(f"{label}: {name} at {length:,} tokens took {seconds:.0f} s")
     if path and not path.is_file():
         results.write(path)
     return results

@@ -52,7 +52,7 @@ class RunSummary:
 
 
 class _ProgressBar(ProgressCallback):
-    """The progress bar with the loss in it, instead of a dictionary printed over it."""
+    """The progress bar with the loss in it, instead of a dictionary printed over it; a line where bars are disabled."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -64,9 +64,11 @@ class _ProgressBar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and logs:
             formats = {"loss": ".3f", "eval_loss": ".3f", "learning_rate": ".2e"}
-            self.training_bar.set_postfix(
-                {key: format(float(logs[key]), style) for key, style in formats.items() if key in logs}
-            )
+            told = {key: format(float(logs[key]), style) for key, style in formats.items() if key in logs}
+            self.training_bar.set_postfix(told)
+            if self.training_bar.disable and told:
+                values = ", ".join(f"{key} {value}" for key, value in told.items())
+                logger.info(f"step {state.global_step:,} of {state.max_steps:,}: {values}")
 
 
 def _load_tokenizer(recipe: Recipe, name: str) -> Any:

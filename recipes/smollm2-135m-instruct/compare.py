@@ -52,10 +52,14 @@ ON_A_CPU = {
 }  # fmt: skip
 
 
+MORE = {"distillation": {"distillation_weight": 1.0}, "contiguous": {"contiguous_share": 0.5}}
+"""What keeps something that long positions cost: what the base computes, or the skill at the length it is taught at."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """One model: a RoPE scaling (none: as it is) and a strategy (untuned: nothing is trained), with +distillation if it
-    is held to its base."""
+    """One model: a RoPE scaling (none: as it is) and a strategy (untuned: nothing is trained), perhaps with one of
+    MORE, as in cream+distillation."""
 
     scaling: str
     strategy: str
@@ -87,7 +91,7 @@ def rows(scaling: str, *strategies: str, seed: int = 0) -> list[Row]:
 
 TRAINED = ("contiguous", "cream", "pose")
 YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", "ntk", "none"))
-DISTILLED = rows("yarn", "cream+distillation")
+DISTILLED, MIXED = rows("yarn", "cream+distillation"), rows("none", "cream+contiguous")
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
@@ -103,11 +107,11 @@ ROUNDS = [
     (YARN[3:], [1024, 4096, 8192, 16_384], 0),
     (YARN, list(PRICE), 0),
     (DISTILLED, ["chats", 4096, 1024, 16_384], 0),
-    (INSIDE, [1024, 4096, 8192], 0),
+    (INSIDE + MIXED, [1024, 4096, 8192], 0),
     *((YARN, [1024, 4096, 16_384], block) for block in (1, 2)),
     (NTK, [1024, 4096, 16_384], 0),
     *((YARN, [32_768], block) for block in (0, 1, 2)),
-    *((INSIDE, [1024, 4096, 8192], block) for block in (1, 2)),
+    *((INSIDE + MIXED, [1024, 4096, 8192], block) for block in (1, 2)),
     *((SEEDS, [1024, 4096, 16_384], block) for block in (0, 1, 2)),
     (INSIDE, list(PRICE), 0),
     (NTK, [8192, 32_768], 0),
@@ -117,7 +121,7 @@ BUDGETS = {
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
         [(some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
-         for some in (YARN + DISTILLED, INSIDE, NTK, SEEDS)],
+         for some in (YARN + DISTILLED, INSIDE + MIXED, NTK, SEEDS)],
     ),
 }  # fmt: skip
 
@@ -162,10 +166,10 @@ def target_of(row: Row, budget: Budget) -> int:
 
 def training(row: Row, budget: Budget) -> dict[str, Any]:
     """The settings of a row's training that are not the recipe's."""
-    strategy, _, is_distilled = row.strategy.partition("+")
+    strategy, _, more = row.strategy.partition("+")
     # 3 at a factor of 8, as published.
     law: dict[str, Any] = {"sigma": 3 / 8 * target_of(row, budget) / CONTEXT} if strategy == "cream" else {}
-    law |= {"distillation_weight": 1.0} if is_distilled else {}
+    law |= MORE.get(more, {})
     inside = {"eval_length": target_of(row, budget)} if row.scaling == "none" else {}
     return law | inside | {
         "model_name_or_path": str(BASE), "base_model_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
