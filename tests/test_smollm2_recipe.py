@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, load_script
 
 FOLDER = ROOT / "recipes" / "smollm2-135m-instruct"
@@ -228,6 +229,21 @@ def test_an_adapter_is_trained_once_and_not_taken_for_one_of_other_settings(comp
     with pytest.raises(compare.Failed):
         compare.trained(row, longer, tmp_path, 0.0)
     assert len(asked) == 1 and "trained with other settings" in capsys.readouterr().err
+
+
+def test_a_cpu_trains_in_what_it_multiplies_faster_and_a_resumed_row_stays_as_it_was(compare, monkeypatch, tmp_path):
+    asked, row, budget = [], compare.Row("yarn", "cream"), compare.BUDGETS["cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compare, "call", lambda arguments, *others: asked.append(arguments))
+    for seconds, wanted in (([3.0, 1.0], "float32"), ([1.0, 3.0], "bfloat16")):
+        seconds_of = iter(seconds)  # of bfloat16 and float32
+        compare.quicker_dtype.cache_clear()
+        monkeypatch.setattr(compare.timeit, "repeat", lambda *_, left=seconds_of, **__: [9.0, next(left)])
+        compare.trained(row, budget, tmp_path / wanted, 0.0)
+        compare.trained(row, budget, tmp_path / "float32", 0.0)
+        first, again = (one[one.index("--dtype") + 1] for one in asked[-2:])
+        assert (first, again) == (wanted, "float32")
+    compare.quicker_dtype.cache_clear()
 
 
 @pytest.fixture
