@@ -26,7 +26,8 @@ def train_command(arguments: list[str]) -> None:
         return RecipeParser(prog="cream-peft train").print_help()
     from .train.run import run_recipe
 
-    summary = run_recipe(parse_recipe(rest))
+    recipe = parse_recipe(rest)
+    summary = run_recipe(recipe)
     if not is_first_process():
         return
     peak = "" if summary.peak_gib is None else f", peak memory {summary.peak_gib:.2f} GiB"
@@ -39,9 +40,7 @@ def train_command(arguments: list[str]) -> None:
     if summary.unlabelled:
         print(f"{summary.unlabelled:,} examples held no label and taught nothing: leave out documents with few labels")
     write_json(options.json, asdict(summary))
-    print(
-        f"The {summary.kind} is in {summary.output_dir}\nMeasure it: cream-peft evaluate --compare {summary.output_dir}"
-    )
+    print(f"The {summary.kind} is in {summary.output_dir}\nMeasure it: {recipe.measured_by()}")
 
 
 def _texts(name: str, config: str | None, split: str) -> list[str] | None:

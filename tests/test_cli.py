@@ -502,7 +502,7 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
     assert rest == [
         f"The same as JSON: {tmp_path / 'summary.json'}",
         f"The adapter is in {run}",
-        f"Measure it: cream-peft evaluate --compare {run}",
+        f"Measure it: cream-peft evaluate --compare o/tiny+yarn {run}",
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
     parts = ["output_dir", "steps", "loss", "seconds", "peak_gib", "redrawn", "unlabelled", "kind", "resumed_step"]
