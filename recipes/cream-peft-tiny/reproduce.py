@@ -65,16 +65,22 @@ def strategies(context_length: int, target_length: int) -> list[tuple[str, dict[
     return [("contiguous", {}), ("pose", {}), ("cream", {"sigma": sigma(context_length, target_length)})]
 
 
-BESIDE: list[tuple[str, dict[str, Any]]] = [
-    ("cream", {"sigma": float("inf")}),
-    ("pose", {"chunks": 4}),
-    ("segments", {}),
-    ("randpos", {}),
-    ("cream", {"sigma": 3.0, "contiguous_share": 0.2}),
-    ("cream", {}),
-    ("randpos", {"target_growth": 0.8}),
-]
-"""Strategies beside them, in extension under ntk, with one seed a base. Another one is a line here."""
+def beside(context_length: int, target_length: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Strategies beside them, by the names that they have in tables; those of CLOSE with two seeds a base, the others
+    with one. Another one is a line here."""
+    published = {"sigma": sigma(context_length, target_length)}
+    return {
+        "CREAM, default law": ("cream", {}),
+        "CREAM, uniform middle": ("cream", {"sigma": float("inf")}),
+        "PoSE, four chunks": ("pose", {"chunks": 4}),
+        "CREAM, a fifth plain": ("cream", published | {"contiguous_share": 0.2}),
+        "short random segments": ("segments", {}),
+        "RandPos": ("randpos", {}),
+        "RandPos, growing target": ("randpos", {"target_growth": 0.8}),
+    }
+
+
+CLOSE = ("CREAM, default law", "CREAM, uniform middle", "PoSE, four chunks")
 
 
 def label(run: Run) -> str:
@@ -132,7 +138,9 @@ def new_skill_runs() -> list[Run]:
     ntk, *others, linear, inside = PLACES
     runs = [run for where in (ntk, *others) for run in grid(where, strategies(*where[1:]))]
     runs += [run for where in PLACES for run in grid(where, [("untuned", {})], None)]
-    runs += grid(ntk, BESIDE)
+    runs += [run for where in PLACES for run in grid(where, list(beside(*where[1:]).values()))]
+    close = {where: [beside(*where[1:])[name] for name in CLOSE] for where in PLACES}
+    runs += [run for where in PLACES for run in grid(where, close[where], SEEDS[1])]
     runs += [run for where in (ntk, *others) for seed in SEEDS[1:] for run in grid(where, strategies(*where[1:]), seed)]
     return runs + [
         run for where in (inside, linear) for seed in SEEDS for run in grid(where, strategies(*where[1:]), seed)

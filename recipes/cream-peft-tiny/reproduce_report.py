@@ -12,7 +12,6 @@ from typing import Any
 from pieces import NOT_RUN, with_tables
 from reproduce import (
     BASES,
-    BESIDE,
     EVALUATION_SEED,
     EXTENSION,
     IN_WINDOW,
@@ -24,6 +23,7 @@ from reproduce import (
     TRIED_RATES,
     Run,
     base_of,
+    beside,
     documents_of,
     label,
     lengths,
@@ -160,6 +160,17 @@ def place_name(scaling: str, context_length: int, target_length: int) -> str:
     return f"{context_length} to {target_length}, none" if (context_length, target_length) == IN_WINDOW else scaling
 
 
+def beside_table(gaps: dict[tuple, dict[str, Any]], part: str) -> list[list[str]]:
+    """What CREAM has more than each other strategy in a part of the documents, a column a place."""
+    kinds = {where: {"PoSE": ("pose", {})} | beside(*where[1:]) for where in PLACES}
+    rows = [["CREAM minus", *(place_name(*where) for where in PLACES)]]
+    for name in kinds[PLACES[0]]:
+        labels = {where: label(dict(zip(("strategy", "options"), kinds[where][name], strict=True))) for where in PLACES}
+        found = [gaps.get(("new_skill", *where, "window", labels[where])) for where in PLACES]
+        rows.append([name, *(_gap(one, part) for one in found)])
+    return rows
+
+
 def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
     """Name -> the lines of a Markdown table of the page."""
     names = ("task", "scaling", "context_length", "target_length", "documents", "strategy")
@@ -183,11 +194,6 @@ def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
         cases = [("new_skill", *where, "window", name) for where in places]
         skill.append([NAMES.get(name, name), *(cell("target", *case) for case in cases)])
     skill.append(["lowest at 256: plain, PoSE, CREAM", *(lowest(rows, where) for where in places)])
-    beside = [["positions", "256 tokens", "2,048 tokens", "CREAM minus it, all depths", *PARTS[1:]]]
-    for name in (cream, "pose", *(label({"strategy": name, "options": options}) for name, options in BESIDE)):
-        kind = ("new_skill", "ntk", *EXTENSION, "window", name)
-        found = [cell("256", *kind), cell("target", *kind), *(_gap(gaps.get(kind), part) for part in PARTS)]
-        beside.append([NAMES.get(name, name), *found])
     parts = [str(length) for length in (64, 128, 256)] + ["first tenth", "middle", "last tenth"]
     inside = [["positions", *(f"{part} tokens" if part.isdigit() else part for part in parts)]]
     for name in ("untuned", "contiguous", "randpos", "pose", ours(*IN_WINDOW)):
@@ -213,8 +219,8 @@ def tables(summary: dict[str, Any]) -> dict[str, list[str]]:
         accuracy = [tried.get((name, rate), {}).get(str(base)) for base in BASES]
         shown = {"contiguous": "plain", "cream": "CREAM"}.get(name, name) + (f", {rate:g}" if rate else "")
         filler.append([shown, *(OPEN if value is None else share(value) for value in accuracy)])
-    found = {"recall": recall, "new_skill": skill, "beside": beside, "in-window": inside, "paired": paired}
-    found |= {"filler_mark": filler}
+    found = {"recall": recall, "new_skill": skill, "in-window": inside, "paired": paired, "filler_mark": filler}
+    found |= {f"beside, {part}": beside_table(gaps, part) for part in PARTS}
     return {name: _lines(*lines) for name, lines in found.items()}
 
 

@@ -441,7 +441,8 @@ def price_table(summary: dict[str, Any]) -> list[str]:
 
 def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
     """The first seed's results under a RoPE scaling, as `cream-peft plot` draws them."""
-    names = {"untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "pose": "PoSE", "cream": "CREAM"}
+    # PoSE last: it is not in every picture, and the others keep their colours.
+    names = {"untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE"}
     found = []
     for strategy, name in names.items():
         row = Row(scaling, strategy)
