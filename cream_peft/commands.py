@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +27,7 @@ def train_command(arguments: list[str]) -> None:
         return RecipeParser(prog="cream-peft train").print_help()
     from .train.run import run_recipe
 
-    recipe = parse_recipe(rest)
-    summary = run_recipe(recipe)
+    summary = run_recipe(parse_recipe(rest))
     if not is_first_process():
         return
     peak = "" if summary.peak_gib is None else f", peak memory {summary.peak_gib:.2f} GiB"
@@ -40,7 +40,8 @@ def train_command(arguments: list[str]) -> None:
     if summary.unlabelled:
         print(f"{summary.unlabelled:,} examples held no label and taught nothing: leave out documents with few labels")
     write_json(options.json, asdict(summary))
-    print(f"The {summary.kind} is in {summary.output_dir}\nMeasure it: {recipe.measured_by()}")
+    compared = shlex.join([summary.base, summary.output_dir])
+    print(f"The {summary.kind} is in {summary.output_dir}\nMeasure it: cream-peft evaluate --compare {compared}")
 
 
 def _texts(name: str, config: str | None, split: str) -> list[str] | None:

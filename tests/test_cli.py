@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -505,7 +506,18 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
         f"Measure it: cream-peft evaluate --compare o/tiny+yarn {run}",
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    parts = ["output_dir", "steps", "loss", "seconds", "peak_gib", "redrawn", "unlabelled", "kind", "resumed_step"]
+    parts = [
+        "output_dir",
+        "steps",
+        "loss",
+        "seconds",
+        "peak_gib",
+        "redrawn",
+        "unlabelled",
+        "kind",
+        "resumed_step",
+        "base",
+    ]
     assert list(summary) == parts
     assert (summary["steps"], summary["redrawn"], summary["unlabelled"]) == (2, 0, 0)
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "o/tiny"
@@ -520,6 +532,20 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
         "RoPE scaling yarn, learning rate 0.003",
         "on 2,500 documents of 640,000 tokens (median 256, 0% shorter than 256): 16,384 tokens will be fed",
     ]
+
+
+@pytest.mark.parametrize("target, base", [(512, "cream-peft-tiny+ntk"), (256, "cream-peft-tiny")])
+def test_the_command_that_train_names_measures_beside_the_base_with_the_same_rope(
+    tmp_path, monkeypatch, capsys, target, base
+):
+    monkeypatch.chdir(tmp_path)
+    lengths = ["--context_length", "128", "--target_length", str(target)]
+    assert cli.main(["train", *lengths, "--max_steps", "2", "--output_dir", "my run"]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line == f"Measure it: cream-peft evaluate --compare {base} 'my run'"
+    # Within the window a scaling of the base would be refused.
+    command = shlex.split(line)[3:]
+    assert cli.main([*command, "--tasks", "needle", "--samples", "1", "--depths", "0.5"]) == 0
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

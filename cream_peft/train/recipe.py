@@ -8,7 +8,6 @@ import difflib
 import json
 import os
 import re
-import shlex
 import types
 import typing
 from collections.abc import Collection
@@ -86,13 +85,6 @@ class Recipe:
         parts = (self.data, self.run, self.model)
         found = {key: next(getattr(p, key) for p in parts if hasattr(p, key)) for key in self.keys}
         return without_secrets({key: value for key, value in found.items() if key not in PRIVATE})
-
-    def measured_by(self) -> str:
-        """The command that measures what was trained, beside the base with the same RoPE: what the training brought is
-        then told from what the scaling did."""
-        scaling = f"+{self.run.rope_scaling_type}" if self.run.rope_scaling_type else ""
-        compared = [f"{self.model.model_name_or_path}{scaling}", str(self.run.output_dir)]
-        return shlex.join(["cream-peft", "evaluate", "--compare", *compared])
 
 
 class RecipeParser(TrlParser):

@@ -49,6 +49,9 @@ class RunSummary:
     kind: str = "adapter"
     """Or model, if every weight was trained."""
     resumed_step: int = 0
+    base: str = ""
+    """The base with the same RoPE, as `cream-peft evaluate --compare` takes it: what the training brought is told from
+    what the scaling did."""
 
 
 class _ProgressBar(ProgressCallback):
@@ -65,8 +68,9 @@ class _ProgressBar(ProgressCallback):
         if state.is_world_process_zero and self.training_bar is not None and logs:
             formats = {"loss": ".3f", "eval_loss": ".3f", "learning_rate": ".2e"}
             told = {key: format(float(logs[key]), style) for key, style in formats.items() if key in logs}
-            self.training_bar.set_postfix(told)
-            if self.training_bar.disable and told:
+            if not self.training_bar.disable:
+                self.training_bar.set_postfix(told)
+            elif told:
                 values = ", ".join(f"{key} {value}" for key, value in told.items())
                 logger.info(f"step {state.global_step:,} of {state.max_steps:,}: {values}")
 
@@ -248,4 +252,12 @@ def _summary(trainer: CREAMTrainer, steps: int, loss: float | None = None) -> Ru
         unlabelled=collator.unlabelled(),
         kind="model" if trainer.describe().full else "adapter",
         resumed_step=trainer.resumed_step,
+        base=_scaled_base(trainer),
     )
+
+
+def _scaled_base(trainer: CREAMTrainer) -> str:
+    name, scaling = trainer.unwrapped_config()._name_or_path, trainer.args.rope_scaling_type
+    # Within the window a scaling changes nothing, and evaluate refuses it.
+    is_scaled = scaling and trainer.lengths.target_length > trainer.pretrained_window
+    return f"{name}+{scaling}" if is_scaled else name

@@ -138,9 +138,9 @@ def new_skill_runs() -> list[Run]:
     ntk, *others, linear, inside = PLACES
     runs = [run for where in (ntk, *others) for run in grid(where, strategies(*where[1:]))]
     runs += [run for where in PLACES for run in grid(where, [("untuned", {})], None)]
-    runs += [run for where in PLACES for run in grid(where, list(beside(*where[1:]).values()))]
-    close = {where: [beside(*where[1:])[name] for name in CLOSE] for where in PLACES}
-    runs += [run for where in PLACES for run in grid(where, close[where], SEEDS[1])]
+    for where in PLACES:
+        cases = beside(*where[1:])
+        runs += grid(where, list(cases.values())) + grid(where, [cases[name] for name in CLOSE], SEEDS[1])
     runs += [run for where in (ntk, *others) for seed in SEEDS[1:] for run in grid(where, strategies(*where[1:]), seed)]
     return runs + [
         run for where in (inside, linear) for seed in SEEDS for run in grid(where, strategies(*where[1:]), seed)

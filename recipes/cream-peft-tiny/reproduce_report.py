@@ -165,9 +165,12 @@ def beside_table(gaps: dict[tuple, dict[str, Any]], part: str) -> list[list[str]
     kinds = {where: {"PoSE": ("pose", {})} | beside(*where[1:]) for where in PLACES}
     rows = [["CREAM minus", *(place_name(*where) for where in PLACES)]]
     for name in kinds[PLACES[0]]:
-        labels = {where: label(dict(zip(("strategy", "options"), kinds[where][name], strict=True))) for where in PLACES}
-        found = [gaps.get(("new_skill", *where, "window", labels[where])) for where in PLACES]
-        rows.append([name, *(_gap(one, part) for one in found)])
+        found = []
+        for where in PLACES:
+            strategy, options = kinds[where][name]
+            kind = ("new_skill", *where, "window", label({"strategy": strategy, "options": options}))
+            found.append(_gap(gaps.get(kind), part))
+        rows.append([name, *found])
     return rows
 
 
