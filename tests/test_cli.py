@@ -548,6 +548,13 @@ def test_the_command_that_train_names_measures_beside_the_base_with_the_same_rop
     assert cli.main([*command, "--tasks", "needle", "--samples", "1", "--depths", "0.5"]) == 0
 
 
+def test_train_says_at_its_start_which_settings_of_the_positions_and_against_forgetting_are_set(tmp_path, capsys):
+    settings = ["--sigma", "3", "--contiguous_share", "0.5", "--distillation_weight", "1", "--max_steps", "1"]
+    assert cli.main(["train", *settings, "--output_dir", str(tmp_path)]) == 0
+    told = ": cream positions (sigma 3.0, contiguous_share 0.5, distillation_weight 1.0), 256 tokens per example for"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_bars_are_drawn_at_a_terminal_alone(monkeypatch, is_terminal):
     monkeypatch.setattr(os, "environ", {})

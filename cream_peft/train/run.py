@@ -21,6 +21,7 @@ from ..rope import pretrained_window
 from ..terminal import is_first_process
 from ..tiny import TINY_ID
 from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
+from .collator import MIXED
 from .data import load_data, summary_of
 from .distillation import refuse_distillation
 from .machine import base_config, check_machine, find_adapter, memory_explained, refuse_separate_runs
@@ -194,8 +195,11 @@ def _announce(trainer: CREAMTrainer) -> None:
     """Say what is about to be trained, on how much."""
     run, documents = trainer.args, trainer.train_dataset
     length = f"{run.max_steps:,} steps" if run.max_steps > 0 else f"{run.num_train_epochs:g} epochs"
+    own = run.strategy_options() | {name: getattr(run, name) for name in (*MIXED, "distillation_weight")}
+    told = ", ".join(f"{name} {value}" for name, value in own.items() if value)
     logger.info(
-        f"training {trainer.base_model_name()} for {length}: {run.position_strategy} positions, "
+        f"training {trainer.base_model_name()} for {length}: {run.position_strategy} positions"
+        f"{f' ({told})' if told else ''}, "
         f"{run.context_length:,} tokens per example for a context of {run.target_length:,}, "
         f"RoPE scaling {run.rope_scaling_type or 'none'}, learning rate {run.learning_rate:g}"
     )
