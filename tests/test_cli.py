@@ -149,6 +149,10 @@ MISTAKES = {
         ["train", "--eval_strategy", "steps", "--eval_steps", "1"],
         ["eval_strategy=steps has nothing to evaluate on", "held_out_documents", "dataset_test_split"],
     ),
+    "an evaluation of nothing before the first step": (
+        ["train", "--eval_on_start", "true"],
+        ["eval_on_start=true has nothing to evaluate on", "held_out_documents", "dataset_test_split"],
+    ),
     "a split that does not exist": (
         [*DATA, "short.jsonl", "--dataset_test_split", "test"],
         ["dataset_test_split: short.jsonl", "no split 'test'", "held_out_documents"],

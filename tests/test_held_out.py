@@ -9,7 +9,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from cream_peft import CREAMTrainer
+from cream_peft import CREAMTrainer, cli
 from cream_peft.model.record import Record, adapter_sha256
 
 CHOICE = {
@@ -119,3 +119,11 @@ def test_short_documents_held_out_are_joined_to_eval_length_as_those_for_trainin
     fed = [trainer.data_collator([row])["input_ids"].shape[1] for row in rows]
     assert fed == lengths
     assert trainer.data_collator([rows[0]])["position_ids"][0].tolist() == list(range(fed[0]))
+
+
+def test_held_out_documents_are_evaluated_before_the_first_step_without_an_eval_strategy(tmp_path, capsys):
+    asked = ["--eval_on_start", "true", "--held_out_documents", "4", "--max_steps", "1", "--output_dir", str(tmp_path)]
+    assert cli.main(["train", *asked]) == 0
+    assert "eval_strategy is no" not in capsys.readouterr().err
+    first, *_ = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    assert first["step"] == 0 and "eval_loss" in first

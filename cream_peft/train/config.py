@@ -191,6 +191,11 @@ class CREAMConfig(SFTConfig):
                 "pass pre-tokenised documents in an input_ids column instead"
             )
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether the loss of held-out documents is computed during training."""
+        return self.eval_strategy != "no" or self.eval_on_start
+
     def strategy_options(self) -> dict[str, Any]:
         """The options of the position strategy that are set."""
         own = [name for name in STRATEGY_KEYS if name in options_of(self.position_strategy)]

@@ -132,7 +132,7 @@ def memory_settings(recipe: Recipe) -> tuple[Training, Validation | None]:
         activation_offloading=bool(run.activation_offloading),
         **shared,
     )
-    if getattr(run.eval_strategy, "value", run.eval_strategy) == "no":
+    if not run.evaluates:
         return training, None
     batch = run.per_device_eval_batch_size
     return training, Validation(eval_length=run.eval_length or 0, per_device_eval_batch_size=batch, **shared)

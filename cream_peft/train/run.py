@@ -113,10 +113,11 @@ def _check_reporting(recipe: Recipe) -> None:
         except (RuntimeError, ImportError) as error:
             raise RecipeError(f"report_to={name}: {name} is not installed: pip install {name}, or use none") from error
     held_out = data.dataset_test_split or data.held_out_documents
-    if run.eval_strategy != "no" and not held_out:
+    if run.evaluates and not held_out:
         strategy = getattr(run.eval_strategy, "value", run.eval_strategy)
+        asked = "eval_on_start=true" if strategy == "no" else f"eval_strategy={strategy}"
         raise RecipeError(
-            f"eval_strategy={strategy} has nothing to evaluate on: set held_out_documents to a number of documents, or "
+            f"{asked} has nothing to evaluate on: set held_out_documents to a number of documents, or "
             "dataset_test_split to a split or a file"
         )
 
@@ -174,7 +175,7 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
         model=model,
         args=run,
         train_dataset=documents,
-        eval_dataset=held_out if run.eval_strategy != "no" else None,
+        eval_dataset=held_out if run.evaluates else None,
         processing_class=tokenizer,
         peft_config=lora_config(recipe.model) if recipe.model.use_peft and not adapter else None,
     )
@@ -186,7 +187,7 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
     _announce(trainer)
     if recipe.is_embedded and recipe.data.dataset_name != TINY_ID:
         logger.info("without --config, what is not given is as in the recipe of the embedded model")
-    if held_out is not None and run.eval_strategy == "no":
+    if held_out is not None and not run.evaluates:
         logger.warning("eval_strategy is no, so the documents kept for evaluation are not used: set it, or keep none")
     return trainer
 
