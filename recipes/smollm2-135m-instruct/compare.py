@@ -54,8 +54,12 @@ ON_A_CPU = {
 }  # fmt: skip
 
 
-MORE = {"distillation": {"distillation_weight": 1.0}, "contiguous": {"contiguous_share": 0.5}}
-"""What keeps something that long positions cost: what the base computes, or the skill at the length it is taught at."""
+MORE = {
+    "distillation": {"distillation_weight": 1.0},
+    "contiguous": {"contiguous_share": 0.5},
+    "128 steps": {"max_steps": 128},
+}
+"""What may keep what long positions cost: what the base computes, or the skill at the length that it is taught at."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,9 @@ def rows(scaling: str, *strategies: str, seed: int = 0) -> list[Row]:
 
 TRAINED = ("contiguous", "cream", "pose")
 YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", "ntk", "none"))
-DISTILLED, MIXED = rows("yarn", "cream+distillation"), rows("none", "cream+contiguous")
+DISTILLED, MORE_INSIDE = rows("yarn", "cream+distillation"), rows("none", "cream+contiguous", "cream+128 steps")
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
+INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
     "perplexity": [*ONE_TEXT, str(OTHER), "--lengths", "1024", "8192", "--max_tokens", "16384"],
@@ -109,12 +114,13 @@ ROUNDS = [
     (YARN[3:], [1024, 4096, 8192, 16_384], 0),
     (YARN, list(PRICE), 0),
     (DISTILLED, ["chats", 4096, 1024, 16_384], 0),
-    (INSIDE + MIXED, [1024, 4096, 8192], 0),
+    (INSIDE + MORE_INSIDE, [1024, 4096, 8192], 0),
     *((YARN, [1024, 4096, 16_384], block) for block in (1, 2)),
     (NTK, [1024, 4096, 16_384], 0),
     *((YARN, [32_768], block) for block in (0, 1, 2)),
-    *((INSIDE + MIXED, [1024, 4096, 8192], block) for block in (1, 2)),
-    *((SEEDS, [1024, 4096, 16_384], block) for block in (0, 1, 2)),
+    *((INSIDE + MORE_INSIDE, [1024, 4096, 8192], block) for block in (1, 2)),
+    (INSIDE_AGAIN, [1024, 4096, 8192], 0),
+    *((SEEDS, [1024, 4096, 8192, 16_384], block) for block in (0, 1, 2)),
     (INSIDE, list(PRICE), 0),
     (NTK, [8192, 32_768], 0),
 ]
@@ -123,7 +129,7 @@ BUDGETS = {
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
         [(some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
-         for some in (YARN + DISTILLED, INSIDE + MIXED, NTK, SEEDS)],
+         for some in (YARN + DISTILLED, INSIDE + MORE_INSIDE, NTK, SEEDS, INSIDE_AGAIN)],
     ),
 }  # fmt: skip
 
