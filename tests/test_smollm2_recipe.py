@@ -174,6 +174,14 @@ def test_seeds_are_paired_with_their_own_and_the_untuned_model_with_each(compare
     assert set(told) == {"pose", "untuned"}
 
 
+def test_what_is_added_to_cream_is_compared_with_cream_and_more_steps_with_as_many(compare):
+    answers = {"cream": "01", "cream+contiguous": "11", "cream+128 steps": "11", "contiguous+128 steps": "00"}
+    pieces = [piece(compare, compare.Row("none", name), {0.1: given}) for name, given in answers.items()]
+    found = {one["against"]: one for one in compare.summarise(pieces)["cream minus"]}
+    told = {name: (one["only_second"], one["only_first"]) for name, one in found.items()}
+    assert told == {"cream+contiguous": (0, 1), "cream+128 steps": (0, 1), "contiguous+128 steps": (2, 0)}
+
+
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_block_of_documents_that_one_model_was_not_asked_is_not_compared(compare, more):
     plain, cream = compare.Row("yarn", "contiguous"), compare.Row("yarn", "cream")

@@ -97,7 +97,8 @@ def rows(scaling: str, *strategies: str, seed: int = 0) -> list[Row]:
 
 TRAINED = ("contiguous", "cream", "pose")
 YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", "ntk", "none"))
-DISTILLED, MORE_INSIDE = rows("yarn", "cream+distillation"), rows("none", "cream+contiguous", "cream+128 steps")
+DISTILLED = rows("yarn", "cream+distillation")
+MORE_INSIDE = rows("none", "cream+contiguous", "cream+128 steps", "contiguous+128 steps")
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
@@ -340,14 +341,21 @@ def paired(blocks: list[Any], bounds: tuple[float, float]) -> list[tuple[Cell, .
     return list(zip(*(between(pooled(pieces), *bounds) for pieces in (theirs, ours)), strict=True))
 
 
+def against(strategy: str) -> str:
+    """CREAM's strategy that another one is compared with: CREAM alone, or with as many steps."""
+    name, _, more = strategy.partition("+")
+    return f"cream+{more}" if more and name != "cream" else "cream"
+
+
 def differences(pieces: list[dict[str, Any]], length: int) -> Iterator[dict[str, Any]]:
     """CREAM against the other rows of a scaling, on the seeds and blocks of documents that both have."""
     found = by_row(pieces, length)
     for other in dict.fromkeys((row.scaling, row.strategy) for row in found if row.strategy != "cream"):
+        wanted = (other[0], against(other[1]))
         # The untuned base has no seeds: it stands against each of CREAM's.
         partners = [
             (ours, row) for row in found for ours in found
-            if (row.scaling, row.strategy) == other and (ours.scaling, ours.strategy) == (row.scaling, "cream")
+            if (row.scaling, row.strategy) == other and (ours.scaling, ours.strategy) == wanted
             and (ours.seed == row.seed or row.strategy == "untuned")
         ]  # fmt: skip
         for place, bounds in PLACES.items():
