@@ -21,10 +21,10 @@ def train_command(arguments: list[str]) -> None:
     parser.add_argument("--json")
     parser.add_argument("--help", "-h", action="store_true")
     options, rest = parser.parse_known_args(arguments)
-    from .train.recipe import RecipeParser, parse_recipe
+    from .train.recipe import parse_recipe, print_help
 
     if options.help:
-        return RecipeParser(prog="cream-peft train").print_help()
+        return print_help()
     from .train.run import run_recipe
 
     summary = run_recipe(parse_recipe(rest))

@@ -40,13 +40,13 @@ def cream(
         context_length: tokens fed, the window.
         target_length: the length to reach; positions lie in 0..target_length - 1.
         rng: from `generator`.
-        sigma: width of the law of the middle's place, in half windows (of the tokens fed; f is target_length /
+        sigma: width of the distribution of the middle's place, in half windows (of the tokens fed; f is target_length /
             min(num_tokens, context_length)). None is 3 f / 8, truncated to what fits and renormalised: the same shape
             at any factor, but distances just above the window and just below the target become rare as f grows. A
-            number is the authors' law, which they found best at 3 and f = 8: what the Gaussian puts outside goes to
-            the two ends, where the middle touches head or tail. With 3 f / 8 these are 2 % of the draws at f = 8, half
-            of them at f = 2. inf is a middle that ends anywhere alike: of the three it trains the rarest distances
-            most, and the centre no more than the rest.
+            number is the authors', who found 3 best at f = 8: what the Gaussian puts outside goes to the two ends,
+            where the middle touches head or tail. With 3 f / 8 these are 2 % of the draws at f = 8, half of them at
+            f = 2. inf is a middle that ends anywhere alike: of the three it trains the rarest distances most, and the
+            centre no more than the rest.
 
     Returns:
         Token indices and position ids. Positions begin at 0 and, with two tokens or more, end at target_length - 1.

@@ -155,7 +155,7 @@ def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces
         "alone is {:.2f} untuned, {:.2f} after a plain fine-tune and {:.2f} after CREAM; that interval leaves zero out"
     )
     assert told.format(*losses) in " ".join(text.split())
-    assert "Within the window, at 8,192: {:.2f}, {:.2f}, {:.2f}; at 1,000".format(*losses) in " ".join(README.split())
+    assert "within the window, at 8,192, {:.2f}, {:.2f} and {:.2f}.".format(*losses) in " ".join(README.split())
     against = {
         (one["scaling"], one["length"]): one
         for one in summary["cream minus"]
@@ -169,16 +169,34 @@ def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces
     ]
     assert "0.42 against 0.19, which is not" in text and [f"{sum(pair) / 2:.2f}" for pair in seeds] == ["0.42", "0.19"]
     shares = [rows[f"none {name}"]["1024"]["accuracy"] for name in ("cream", "contiguous")]
-    assert "{:.2f} against {:.2f} at 1,024 tokens".format(*shares) in text
+    shares += [rows["none cream+128 steps"][length]["accuracy"] for length in ("1024", "8192")]
+    told = (
+        "answers {:.2f} right at 1,024 tokens, a plain fine-tune {:.2f}. After 128 steps CREAM answers {:.2f} at 1,024 "
+        "tokens and {:.2f} at 8,192"
+    )
+    assert told.format(*shares) in " ".join(text.split())
+    untuned, kept, lost = (rows[f"yarn {name}"]["chats"]["1024"] for name in ("untuned", "cream+distillation", "cream"))
+    assert 0.2 < (lost - kept) / (lost - untuned) < 0.3 and "takes a quarter" in text
+    costs = {
+        one["length"]: one["alone_loss"]
+        for one in summary["cream minus"]
+        if (one["against"], one["depths"]) == ("cream+distillation", "all depths")
+    }
+    assert "costs 0.08 of loss at 1,024 tokens" in text and round(costs[1024]["difference"], 2) == -0.08
+    assert costs[1024]["interval"][1] < 0 and all(costs[length]["interval"][1] > 0 for length in (8192, 16_384))
     # Rows that were not run are named.
     planned = {row.name for row, _, _ in compare.planned(compare.BUDGETS["cpu"], False, None)}
     missing = planned - {row["name"] for row in summary["rows"]}
     assert all(f"`{name}`" in text for name in missing)
 
 
+def plan_of(name):
+    return ROOT / f"recipes/llama-2-7b/results/plan-{name}.json"
+
+
 def test_the_planned_figures_equal_what_plan_wrote():
     def without_context(name, *where):
-        terms = json.loads((ROOT / f"recipes/llama-2-7b/results/plan-{name}.json").read_text())
+        terms = json.loads(plan_of(name).read_text())
         for key in where:
             terms = terms[key]
         return terms["total"] - terms["cuda_context"]
@@ -192,12 +210,16 @@ def test_the_planned_figures_equal_what_plan_wrote():
     text = page("recipes/llama-2-7b")
     for row, name in rows.items():
         assert f"{row} | {without_context(name, 'terms'):.2f} GiB |" in text
+    cards = {card["card"]: card["hours"] for card in json.loads(plan_of("7b-default").read_text())["cards"]}
+    hours = [f"{least:.0f} to {most:.0f}" for least, most in (cards["RTX 4090 24GB"], cards["H100 80GB"])]
+    told = "takes {} hours on an RTX 4090, {:.0f} on an A100 and {} on an H100"
+    assert told.format(hours[0], cards["A100 80GB"][0], hours[1]) in text
     for cache, row in (("default", "16-bit cache | 24 GB"), ("quantized", "4-bit cache | 12 GB")):
         assert f"{row} | {without_context('7b-default', 'evaluation', 'terms', cache):.1f} GiB |" in text
 
 
 def test_the_planned_peak_of_training_every_weight_equals_its_json():
-    planned = json.loads((ROOT / "recipes/llama-2-7b/results/plan-7b-full.json").read_text())
+    planned = json.loads(plan_of("7b-full").read_text())
     assert f"needs {planned['terms']['total']:.1f} GiB (planned" in " ".join(page("recipes").split())
 
 
@@ -222,7 +244,7 @@ def test_when_not_to_train_quotes_the_results_that_it_links_to():
               if (found := row.get("multikey_needle at 16384"))}  # fmt: skip
     alone, on_top = losses["yarn", "untuned", 0], losses["yarn", "cream", 0]
     best = min(loss for (_, strategy, _), loss in losses.items() if strategy != "untuned")
-    for figure, before in ((alone, "has a loss of"), (on_top, "end at"), (best, "trained row at")):
+    for figure, before in ((alone, "has a loss of"), (on_top, "ends at"), (best, "(CREAM, 96 steps) at")):
         assert f"{before} {figure:.2f}" in " ".join(text.split())
     rows = json.loads((TINY / "results/reproduce.json").read_text())["rows"]
     for strategy, told in (("untuned", "answers {}"), ("contiguous", "window {}"), ("cream sigma=3", "after CREAM {}")):

@@ -264,7 +264,7 @@ def test_what_the_page_says_of_strategies_beside_cream_holds_in_its_json():
     assert Counter(settled) == {"RandPos": 5, "RandPos, growing target": 4, "PoSE": 3, "short random segments": 1}
     behind = [gap["target"]["by_base"].values() for (name, _), gap in found.items() if name.startswith("RandPos")]
     assert min(map(min, behind)) > 0.1
-    default = {where[0]: found["CREAM, default law", where]["target"] for where in reproduce.PLACES[:4]}
+    default = {where[0]: found["CREAM, default sigma", where]["target"] for where in reproduce.PLACES[:4]}
     lost = [scaling for scaling, gap in default.items() if min(gap["by_base"].values()) > 0]
     assert lost == ["linear"] and all(abs(gap["mean"]) < gap["half_width_95"] for gap in default.values())
     (row,) = (

@@ -91,7 +91,8 @@ class CREAMConfig(SFTConfig):
     sigma: float | None = option(
         None,
         "Width of the Gaussian that places the middle segment, in half windows (cream only). A number: the authors' "
-        "law, at 3 in their paper. inf: a uniform middle. None: 3/8 of the factor, truncated: no pile-up at the ends.",
+        "clamped one, 3 in their paper. inf: a uniform middle. None: 3/8 of the factor, truncated: no pile-up at the "
+        "ends.",
     )
     chunks: int | None = option(None, "Chunks with a skip before each but the first (pose only). None: 2.")
     segment_length: int | None = option(None, "Mean tokens of a segment (segments only). None: 32.")

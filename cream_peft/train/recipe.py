@@ -108,6 +108,13 @@ class RecipeParser(TrlParser):
         raise RecipeError(f"{key}={value!r} is unknown: {remedy}")
 
 
+def print_help() -> None:
+    """All keys as options of `cream-peft train`, and its own."""
+    parser = RecipeParser(prog="cream-peft train")
+    parser.add_argument("--json", metavar="FILE", help="Write what came of the run as JSON.")
+    parser.print_help()
+
+
 def _refuse_unknown(names: list[str], known: Collection[str], what: str) -> None:
     hints = []
     for name in (name for name in names if name not in known):

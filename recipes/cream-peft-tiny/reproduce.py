@@ -56,7 +56,7 @@ PLACES = [*((scaling, *EXTENSION) for scaling in RATE["new_skill"]), ("none", *I
 
 
 def sigma(context_length: int, target_length: int) -> float:
-    """The published law of CREAM, 3 half windows at a factor of 8, and its shape at others."""
+    """The published sigma of CREAM, 3 half windows at a factor of 8, and its shape at others."""
     return 3 / 8 * target_length / context_length
 
 
@@ -70,7 +70,7 @@ def beside(context_length: int, target_length: int) -> dict[str, tuple[str, dict
     with one. Another one is a line here."""
     published = {"sigma": sigma(context_length, target_length)}
     return {
-        "CREAM, default law": ("cream", {}),
+        "CREAM, default sigma": ("cream", {}),
         "CREAM, uniform middle": ("cream", {"sigma": float("inf")}),
         "PoSE, four chunks": ("pose", {"chunks": 4}),
         "CREAM, a fifth plain": ("cream", published | {"contiguous_share": 0.2}),
@@ -80,7 +80,7 @@ def beside(context_length: int, target_length: int) -> dict[str, tuple[str, dict
     }
 
 
-CLOSE = ("CREAM, default law", "CREAM, uniform middle", "PoSE, four chunks")
+CLOSE = ("CREAM, default sigma", "CREAM, uniform middle", "PoSE, four chunks")
 
 
 def label(run: Run) -> str:

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -427,7 +428,8 @@ def in_words(loss: dict[str, Any] | None) -> str:
 def differences_table(summary: dict[str, Any]) -> list[str]:
     """Markdown: CREAM against each other row at each length: accuracy and losses on the same questions."""
     lines = ["| CREAM minus | tokens | accuracy | p | number alone | likelier form |", "|---" * 6 + "|"]
-    for one in summary["cream minus"]:
+    # A pair's lengths, which are in order, together.
+    for one in sorted(summary["cream minus"], key=itemgetter("scaling", "against")):
         if one["depths"] == "all depths":
             losses = " | ".join(in_words(one[key]) for key in ("alone_loss", "answer_loss"))
             lines.append(
