@@ -552,6 +552,12 @@ def test_the_command_that_train_names_measures_beside_the_base_with_the_same_rop
     assert cli.main([*command, "--tasks", "needle", "--samples", "1", "--depths", "0.5"]) == 0
 
 
+def test_the_help_of_train_has_the_keys_of_a_recipe_and_what_the_command_itself_takes(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out.split()
+    assert all(option in shown for option in ("--config", "--context_length", "--json"))
+
+
 def test_train_says_at_its_start_which_settings_of_the_positions_and_against_forgetting_are_set(tmp_path, capsys):
     settings = ["--sigma", "3", "--contiguous_share", "0.5", "--distillation_weight", "1", "--max_steps", "1"]
     assert cli.main(["train", *settings, "--output_dir", str(tmp_path)]) == 0

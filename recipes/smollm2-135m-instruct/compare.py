@@ -457,8 +457,9 @@ def price_table(summary: dict[str, Any]) -> list[str]:
 
 def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
     """The first seed's results under a RoPE scaling, as `cream-peft plot` draws them."""
-    # PoSE last: it is not in every picture, and the others keep their colours.
+    # Last what is not in every picture: the others keep their colours.
     names = {"untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE"}
+    names |= {"cream+128 steps": "CREAM, twice the steps", "contiguous+128 steps": "plain, twice the steps"}
     found = []
     for strategy, name in names.items():
         row = Row(scaling, strategy)
