@@ -177,6 +177,12 @@ def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces
         "tokens it then answers {:.2f} (loss {:.2f}), a plain fine-tune {:.2f} ({:.2f}); of"
     )
     assert told.format(*shares) in " ".join(text.split())
+    few, plain, many, *_ = shares
+    assert "At 1,000 tokens CREAM needs twice the steps" in README and few < plain <= many
+    for length in ("1024", "4096", "8192"):
+        alone, mixed = (rows[f"none {name}"][length] for name in ("cream", "cream+contiguous"))
+        assert mixed["accuracy"] <= alone["accuracy"]
+        assert mixed["loss of the number alone"] > alone["loss of the number alone"]
     (steps,) = (
         one
         for one in summary["cream minus"]

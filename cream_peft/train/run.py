@@ -199,8 +199,7 @@ def _announce(trainer: CREAMTrainer) -> None:
     own = run.strategy_options() | {name: getattr(run, name) for name in (*MIXED, "distillation_weight")}
     told = ", ".join(f"{name} {value}" for name, value in own.items() if value)
     logger.info(
-        f"training {trainer.base_model_name()} for {length}: {run.position_strategy} positions"
-        f"{f' ({told})' if told else ''}, "
+        f"training {trainer.base_model_name()} for {length}: {run.position_strategy} positions{told and f' ({told})'}, "
         f"{run.context_length:,} tokens per example for a context of {run.target_length:,}, "
         f"RoPE scaling {run.rope_scaling_type or 'none'}, learning rate {run.learning_rate:g}"
     )
