@@ -58,6 +58,7 @@ ON_A_CPU = {
 MORE = {
     "distillation": {"distillation_weight": 1.0},
     "contiguous": {"contiguous_share": 0.5},
+    "growth": {"target_growth": 0.5},
     "128 steps": {"max_steps": 128},
 }
 """What may keep what long positions cost: what the base computes, or the skill at the length that it is taught at."""
@@ -99,7 +100,8 @@ def rows(scaling: str, *strategies: str, seed: int = 0) -> list[Row]:
 TRAINED = ("contiguous", "cream", "pose")
 YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", "ntk", "none"))
 DISTILLED = rows("yarn", "cream+distillation")
-MORE_INSIDE = rows("none", "cream+contiguous", "cream+128 steps", "contiguous+128 steps")
+LONGER = rows("yarn", "cream+128 steps", "contiguous+128 steps")
+MORE_INSIDE = rows("none", "cream+contiguous", "cream+growth", "cream+128 steps", "contiguous+128 steps")
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
@@ -116,6 +118,7 @@ ROUNDS = [
     (YARN[3:], [1024, 4096, 8192, 16_384], 0),
     (YARN, list(PRICE), 0),
     (DISTILLED, ["chats", 4096, 1024, 16_384], 0),
+    (LONGER, [16_384, 8192, 1024, 32_768], 0),
     (INSIDE + MORE_INSIDE, [1024, 4096, 8192], 0),
     *((YARN, [1024, 4096, 16_384], block) for block in (1, 2)),
     (NTK, [1024, 4096, 16_384], 0),
@@ -123,7 +126,7 @@ ROUNDS = [
     *((INSIDE + MORE_INSIDE, [1024, 4096, 8192], block) for block in (1, 2)),
     (INSIDE_AGAIN, [1024, 4096, 8192], 0),
     *((SEEDS, [1024, 4096, 8192, 16_384], block) for block in (0, 1, 2)),
-    (INSIDE, list(PRICE), 0),
+    (LONGER + INSIDE + MORE_INSIDE, list(PRICE), 0),
     (NTK, [8192, 32_768], 0),
 ]
 BUDGETS = {
@@ -131,7 +134,7 @@ BUDGETS = {
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
         [(some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
-         for some in (YARN + DISTILLED, INSIDE + MORE_INSIDE, NTK, SEEDS, INSIDE_AGAIN)],
+         for some in (YARN + DISTILLED + LONGER, INSIDE + MORE_INSIDE, NTK, SEEDS, INSIDE_AGAIN)],
     ),
 }  # fmt: skip
 
