@@ -283,8 +283,9 @@ def test_the_figures_of_ten_seeds_equal_their_json():
             if label.startswith(f"{name}-")
         ]
         shares = [[at[length] for at in means] for length in (256, 2048)]
-        told = " | ".join(f"{min(share):.2f} to {max(share):.2f}" for share in shares)
-        assert len(means) == 10 and f"| {row} | {told} |\n" in page("recipes/cream-peft-tiny")
+        told = [f"{min(share):.2f} to {max(share):.2f}" for share in shares]
+        assert len(means) == 10 and f"| {row} | {' | '.join(told)} |\n" in page("recipes/cream-peft-tiny")
+        assert told[1] in README
 
 
 def test_the_figures_of_distillation_equal_their_json_and_its_cost_the_plan():
