@@ -77,6 +77,12 @@ def test_accuracy_is_pooled_by_length_and_shown_by_depth_at_the_longest():
     assert [text.get_text() for text in by_length.texts] == ["pretrained window 4K"]
 
 
+@pytest.mark.parametrize("lengths, shown", [([2048, 8192], "8K tokens"), ([4096], "32K tokens")])
+def test_depth_is_shown_at_the_longest_length_that_all_were_asked_at_if_there_is_one(lengths, shown):
+    whole, part = (result(lambda length, depth: depth, some) for some in (LENGTHS, lengths))
+    assert accuracy_figure({"a": whole, "b": part}).axes[1].get_title() == shown
+
+
 def test_the_bars_are_wilson_intervals_of_all_samples_at_a_length():
     (by_length, by_depth) = accuracy_figure({"a": result(lambda length, depth: 0.9, samples=20)}).axes
     for axes, samples in ((by_length, 60), (by_depth, 20)):

@@ -133,9 +133,11 @@ def _finish(figure: Figure, axes: Axes, results: Compared, title: str) -> Figure
 
 @matplotlib.rc_context(fname=LOOK)
 def accuracy_figure(results: Compared, title: str = "") -> Figure:
-    """Accuracy by length over all depths, and beside it by depth at the longest length, if there are depths."""
+    """Accuracy by length over all depths, and beside it by depth, if there are depths, at the longest length that all
+    have."""
     _metrics(results, shown="accuracy")
-    longest, depths = _all(results, "length")[-1], _all(results, "depth")
+    lengths, depths = [{cell.length for cell in result.cells} for result in results.values()], _all(results, "depth")
+    longest = max(set.intersection(*lengths) or set.union(*lengths))
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     by_length, *others = figure.subplots(1, min(2, len(depths)), sharey=True, squeeze=False)[0]
     _draw_accuracy(by_length, results, "length")
