@@ -118,7 +118,8 @@ ROUNDS = [
     (YARN[3:], [1024, 4096, 8192, 16_384], 0),
     (YARN, list(PRICE), 0),
     (DISTILLED, ["chats", 4096, 1024, 16_384], 0),
-    (LONGER, [16_384, 8192, 1024, 32_768], 0),
+    (LONGER, [16_384, 8192, 1024, 4096, 32_768], 0),
+    (LONGER, [1024, 4096], 1),
     (INSIDE + MORE_INSIDE, [1024, 4096, 8192], 0),
     *((YARN, [1024, 4096, 16_384], block) for block in (1, 2)),
     (NTK, [1024, 4096, 16_384], 0),
@@ -458,11 +459,17 @@ def price_table(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
+# Last what is not in every picture: the others keep their colours.
+NAMES = {
+    "untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE",
+    "cream+128 steps": "CREAM, twice the steps", "contiguous+128 steps": "plain, twice the steps",
+}  # fmt: skip
+FRONT = {"untuned": "RoPE scaling alone", "contiguous+128 steps": "plain fine-tune", "cream+128 steps": "CREAM"}
+"""What is drawn, in order: strategy -> what it is called in the picture."""
+
+
+def results_of(pieces: list[dict[str, Any]], scaling: str, names: dict[str, str]) -> list[Results]:
     """The first seed's results under a RoPE scaling, as `cream-peft plot` draws them."""
-    # Last what is not in every picture: the others keep their colours.
-    names = {"untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE"}
-    names |= {"cream+128 steps": "CREAM, twice the steps", "contiguous+128 steps": "plain, twice the steps"}
     found = []
     for strategy, name in names.items():
         row = Row(scaling, strategy)
@@ -479,7 +486,7 @@ def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
 def draw(pieces: list[dict[str, Any]], folder: Path) -> None:
     """A picture for each RoPE scaling: skill-SCALING.png."""
     for scaling in dict.fromkeys(piece["row"]["scaling"] for piece in pieces):
-        results = {one.settings.label or "": one for one in results_of(pieces, scaling)}
+        results = {one.settings.label or "": one for one in results_of(pieces, scaling, NAMES)}
         if results:
             title = f"A number asked for, taught on 1,000 tokens; RoPE scaling: {scaling}"
             plot_results(results, folder / f"skill-{scaling}.png", title=title)
@@ -495,8 +502,7 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     tiny = json.loads((HERE.parent / "cream-peft-tiny/results/demo.json").read_text(encoding="utf-8"))["results"]
     panels = [Results.parse(one) for one in tiny.values()]
     # The loss that the page and the front page quote.
-    quoted = results_of([found for piece in pieces if (found := alone(piece))], "yarn")
-    panels += [one for one in quoted if one.settings.label != "PoSE"]
+    panels += results_of([found for piece in pieces if (found := alone(piece))], "yarn", FRONT)
     title = "A skill taught on short examples (left 256 tokens, right 1,000), asked in longer documents"
     save(tasks_figure(panels, title, by_loss=["multikey_needle"]), RESULTS / "front.png")
     page = HERE / "README.md"
