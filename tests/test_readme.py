@@ -142,68 +142,63 @@ def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces
     summary = json.loads((SMOLLM2 / "results/skill/skill.json").read_text())
     assert json.loads(json.dumps(compare.summarise(pieces))) == summary
     text = page("recipes/smollm2-135m-instruct")
-    for lines in (compare.table(summary), compare.differences_table(summary), compare.price_table(summary)):
-        assert "\n".join(lines) in text
-    rows = {row["name"]: row for row in summary["rows"]}
-    losses = [rows[f"yarn {name}"]["16384"]["loss of the number alone"] for name in ("untuned", "contiguous", "cream")]
-    told = "alone at 16,384 tokens is {:.2f} untuned, {:.2f} after a plain fine-tune and {:.2f} after CREAM".format(
-        *losses
-    )
-    assert all(told in " ".join(one.split()) for one in (text, README))
-    losses = [rows[f"none {name}"]["8192"]["loss of the number alone"] for name in ("untuned", "contiguous", "cream")]
-    told = (
-        "alone is {:.2f} untuned, {:.2f} after a plain fine-tune and {:.2f} after CREAM; that interval leaves zero out"
-    )
-    assert told.format(*losses) in " ".join(text.split())
-    assert "within the window, at 8,192, {:.2f}, {:.2f} and {:.2f}.".format(*losses) in " ".join(README.split())
-    against = {
-        (one["scaling"], one["length"]): one
-        for one in summary["cream minus"]
-        if (one["against"], one["depths"]) == ("contiguous", "all depths")
-    }
-    for place in (("yarn", 16_384), ("none", 8192)):
-        assert against[place]["alone_loss"]["interval"][1] < 0
-    assert against["yarn", 8192]["seeds"] == [0, 1] and against["yarn", 8192]["p_value"] < 0.01
-    seeds = [
-        [rows[f"yarn {name}{seed}"]["8192"]["accuracy"] for seed in ("", " seed 1")] for name in ("cream", "contiguous")
-    ]
-    assert "0.42 against 0.19, which is not" in text and [f"{sum(pair) / 2:.2f}" for pair in seeds] == ["0.42", "0.19"]
-    shares = [rows[f"none {name}"]["1024"]["accuracy"] for name in ("cream", "contiguous")]
-    longer = [rows[f"none {name}+128 steps"] for name in ("cream", "contiguous")]
-    shares += [row["1024"]["accuracy"] for row in longer]
-    shares += [row["8192"][key] for row in longer for key in ("accuracy", "loss of the number alone")]
-    told = (
-        "answers {:.2f} right at 1,024 tokens, a plain fine-tune {:.2f}; after 128 steps {:.2f} and {:.2f}. At 8,192 "
-        "tokens it then answers {:.2f} (loss {:.2f}), a plain fine-tune {:.2f} ({:.2f}); of"
-    )
-    assert told.format(*shares) in " ".join(text.split())
-    few, plain, many, *_ = shares
-    assert "At 1,000 tokens CREAM needs twice the steps" in README and few < plain <= many
-    for length in ("1024", "4096", "8192"):
-        alone, mixed = (rows[f"none {name}"][length] for name in ("cream", "cream+contiguous"))
-        assert mixed["accuracy"] <= alone["accuracy"]
-        assert mixed["loss of the number alone"] > alone["loss of the number alone"]
-    (steps,) = (
-        one
-        for one in summary["cream minus"]
-        if (one["against"], one["length"], one["depths"]) == ("contiguous+128 steps", 8192, "all depths")
-    )
-    assert steps["alone_loss"]["interval"][1] < 0
-    untuned, kept, lost = (rows[f"yarn {name}"]["chats"]["1024"] for name in ("untuned", "cream+distillation", "cream"))
-    assert 0.2 < (lost - kept) / (lost - untuned) < 0.3 and "takes a quarter" in text
-    costs = {
-        one["length"]: one["alone_loss"]
-        for one in summary["cream minus"]
-        if (one["against"], one["depths"]) == ("cream+distillation", "all depths")
-    }
-    assert "costs 0.08 of loss at 1,024 tokens" in text and round(costs[1024]["difference"], 2) == -0.08
-    assert round(costs[4096]["difference"], 2) == 0.08
-    settled = {length: cost["interval"][0] > 0 or cost["interval"][1] < 0 for length, cost in costs.items()}
-    assert settled == {1024: True, 4096: True, 8192: False, 16_384: False}
+    for make in (compare.short_table, compare.table, compare.differences_table, compare.price_table):
+        assert "\n".join(make(summary)) in text
     # Rows that were not run are named.
     planned = {row.name for row, _, _ in compare.planned(compare.BUDGETS["cpu"], False, None)}
     missing = planned - {row["name"] for row in summary["rows"]}
     assert all(f"`{name}`" in text for name in missing)
+
+
+def test_what_the_pages_say_of_smollm2_is_in_its_json():
+    summary = json.loads((SMOLLM2 / "results/skill/skill.json").read_text())
+    text, front = (" ".join(one.split()) for one in (page("recipes/smollm2-135m-instruct"), README))
+    rows = {row["name"]: row for row in summary["rows"]}
+    found = {
+        (one["scaling"], one["against"], one["length"]): one
+        for one in summary["cream minus"]
+        if one["depths"] == "all depths"
+    }
+
+    def right(name, length):
+        return f"{rows[name][str(length)]['accuracy']:.2f}"
+
+    def surely_lower(*where):
+        return found[where]["alone_loss"]["interval"][1] < 0
+
+    longer = [f"{{}} {name}+128 steps" for name in ("contiguous", "cream")]
+    at = [right(name.format("yarn"), length) for length in (16_384, 32_768) for name in longer]
+    assert "a plain fine-tune answers {} right at 16,384 tokens, CREAM {}; at 32,768 {} and {}".format(*at) in front
+    at = [
+        right(name.format(scaling), length) for scaling, length in (("none", 8192), ("yarn", 1024)) for name in longer
+    ]
+    assert "Within the window, at 8,192, {} and {}".format(*at[:2]) in front
+    assert "at 1,024 CREAM is behind, {1} against {0}".format(*at[2:]) in front
+    for length in (8192, 16_384):
+        assert surely_lower("yarn", "contiguous+128 steps", length)
+        assert found["yarn", "contiguous+128 steps", length]["p_value"] < 0.01
+    few = found["yarn", "contiguous+128 steps", 32_768]
+    assert few["p_value"] > 0.05 and few["alone_loss"]["documents"] == 2 and "two documents settle nothing" in text
+    for where in (("yarn", "contiguous", 8192), ("yarn", "contiguous", 16_384), ("none", "contiguous", 8192),
+                  ("none", "contiguous+128 steps", 8192)):  # fmt: skip
+        assert surely_lower(*where)
+    assert found["yarn", "contiguous", 8192]["p_value"] < 0.01 < 0.05 < found["yarn", "contiguous", 16_384]["p_value"]
+    at = [right(f"none {name}", 1024) for name in ("cream", "contiguous", "cream+128 steps", "contiguous+128 steps")]
+    assert "64 steps bring it to {} (plain fine-tuning {}), 128 to {} ({})".format(*at) in text
+    for length in ("1024", "4096", "8192"):
+        alone, mixed = (rows[f"none {name}"][length] for name in ("cream", "cream+contiguous"))
+        assert mixed["accuracy"] <= alone["accuracy"]
+        assert mixed["loss of the number alone"] > alone["loss of the number alone"]
+    grown, alone = (rows[f"none {name}"]["8192"] for name in ("cream+growth", "cream"))
+    assert grown["accuracy"] < alone["accuracy"]
+    assert grown["loss of the number alone"] > alone["loss of the number alone"]
+    untuned, kept, lost = (rows[f"yarn {name}"]["chats"]["1024"] for name in ("untuned", "cream+distillation", "cream"))
+    assert 0.2 < (lost - kept) / (lost - untuned) < 0.3 and "takes a quarter" in text
+    costs = {length: one["alone_loss"] for (_, other, length), one in found.items() if other == "cream+distillation"}
+    assert "costs 0.08 of loss at 1,024 tokens" in text and round(costs[1024]["difference"], 2) == -0.08
+    assert round(costs[4096]["difference"], 2) == 0.08
+    settled = {length: cost["interval"][0] > 0 or cost["interval"][1] < 0 for length, cost in costs.items()}
+    assert settled == {1024: True, 4096: True, 8192: False, 16_384: False}
 
 
 def plan_of(name):

@@ -349,6 +349,21 @@ def test_time_that_is_up_and_rows_that_do_not_exist_are_said(compare, prepared, 
     assert run(compare, monkeypatch, prepared / "new") == 2 and "prepare.py first" in capsys.readouterr().err
 
 
+def test_the_short_table_has_what_is_in_the_front_picture_and_leaves_empty_what_was_not_run(compare):
+    pieces = [
+        piece(compare, compare.Row("none", "untuned"), {0.1: "01"}, what=1024),
+        piece(compare, compare.Row("yarn", "cream+128 steps"), {0.1: "11"}, alone=1),
+        piece(compare, compare.Row("yarn", "cream"), {0.1: "00"}),
+    ]
+    head, _, *lines = compare.short_table(compare.summarise(pieces))
+    assert head == "| | 1,024 | 16,384 |"
+    assert lines == [
+        "| YaRN: RoPE scaling alone |  |  |", "| YaRN: plain fine-tune |  |  |", "| YaRN: CREAM |  | 1.00 (2.00) |",
+        "| no scaling: untouched base | 0.50 (-) |  |", "| no scaling: plain fine-tune |  |  |",
+        "| no scaling: CREAM |  |  |",
+    ]  # fmt: skip
+
+
 def test_what_is_published_is_the_pieces_the_pictures_and_the_tables_of_the_page(compare, monkeypatch, tmp_path):
     here = tmp_path / "smollm2"
     here.mkdir()

@@ -403,12 +403,16 @@ def lengths_of(summary: dict[str, Any]) -> list[int]:
     return sorted({int(key) for row in summary["rows"] for key in row if key.isdecimal()})
 
 
+def losses_of(measured: dict[str, Any], *names: str) -> str:
+    """The mean losses of the right number; a dash where none was recorded."""
+    return " / ".join("-" if (loss := measured[name]) is None else f"{loss:.2f}" for name in names)
+
+
 def shown(measured: dict[str, Any] | None) -> str:
     """A cell of the table: accuracy, questions, losses of the right number; empty of what was not run."""
     if measured is None:
         return ""
-    losses = (measured["loss of the number alone"], measured["answer loss"])
-    told = " / ".join("-" if loss is None else f"{loss:.2f}" for loss in losses)
+    told = losses_of(measured, "loss of the number alone", "answer loss")
     return f"{measured['accuracy']:.2f} of {measured['questions']}, {told}"
 
 
@@ -421,6 +425,34 @@ def table(summary: dict[str, Any]) -> list[str]:
         columns = [shown(row.get(str(length))) for length in lengths]
         if any(columns):
             lines.append(f"| {row['name']} | {' | '.join(columns)} |")
+    return lines
+
+
+# Last what is not in every picture: the others keep their colours.
+NAMES = {
+    "untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE",
+    "cream+128 steps": "CREAM, twice the steps", "contiguous+128 steps": "plain, twice the steps",
+}  # fmt: skip
+FRONT = {"untuned": "RoPE scaling alone", "contiguous+128 steps": "plain fine-tune", "cream+128 steps": "CREAM"}
+"""What is drawn, in order: strategy -> what it is called in the picture."""
+
+
+def drawn(scaling: str, names: dict[str, str]) -> dict[str, str]:
+    """`names` under a RoPE scaling; where there is none, untuned is the base."""
+    return names | ({"untuned": "untouched base"} if scaling == "none" else {})
+
+
+def short_table(summary: dict[str, Any]) -> list[str]:
+    """Markdown: the rows of FRONT beyond and within the window: accuracy, and the loss of the number alone."""
+    lengths, known = lengths_of(summary), {row["name"]: row for row in summary["rows"]}
+    lines = [f"| | {' | '.join(f'{length:,}' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
+    for scaling, where in (("yarn", "YaRN"), ("none", "no scaling")):
+        for strategy, name in drawn(scaling, FRONT).items():
+            found = [known.get(f"{scaling} {strategy}", {}).get(str(length)) for length in lengths]
+            cells = [
+                f"{at['accuracy']:.2f} ({losses_of(at, 'loss of the number alone')})" if at else "" for at in found
+            ]
+            lines.append(f"| {where}: {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -459,26 +491,16 @@ def price_table(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-# Last what is not in every picture: the others keep their colours.
-NAMES = {
-    "untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE",
-    "cream+128 steps": "CREAM, twice the steps", "contiguous+128 steps": "plain, twice the steps",
-}  # fmt: skip
-FRONT = {"untuned": "RoPE scaling alone", "contiguous+128 steps": "plain fine-tune", "cream+128 steps": "CREAM"}
-"""What is drawn, in order: strategy -> what it is called in the picture."""
-
-
 def results_of(pieces: list[dict[str, Any]], scaling: str, names: dict[str, str]) -> list[Results]:
     """The first seed's results under a RoPE scaling, as `cream-peft plot` draws them."""
     found = []
-    for strategy, name in names.items():
+    for strategy, name in drawn(scaling, names).items():
         row = Row(scaling, strategy)
         mine = [piece for piece in pieces if Row(**piece["row"]) == row and isinstance(piece["what"], int)]
         lengths = sorted({piece["what"] for piece in mine})
         cells = [cell for what in lengths for cell in pooled([piece for piece in mine if piece["what"] == what])]
         if cells:
-            label = "untouched base" if (scaling, strategy) == ("none", "untuned") else name
-            settings = Settings(label=label, pretrained_window=8192)
+            settings = Settings(label=name, pretrained_window=8192)
             found.append(Results("SmolLM2-135M-Instruct", None, mine[-1]["versions"], SEED, settings, cells))
     return found
 
@@ -507,7 +529,12 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     save(tasks_figure(panels, title, by_loss=["multikey_needle"]), RESULTS / "front.png")
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
-    tables = {"skill": table(summary), "differences": differences_table(summary), "price": price_table(summary)}
+    tables = {
+        "short": short_table(summary),
+        "skill": table(summary),
+        "differences": differences_table(summary),
+        "price": price_table(summary),
+    }
     page.write_text(with_tables(text, tables), encoding="utf-8")
 
 
