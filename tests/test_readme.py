@@ -183,6 +183,9 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
                   ("none", "contiguous+128 steps", 8192)):  # fmt: skip
         assert surely_lower(*where)
     assert found["yarn", "contiguous", 8192]["p_value"] < 0.01 < 0.05 < found["yarn", "contiguous", 16_384]["p_value"]
+    by_depth = list(rows["none contiguous+128 steps"]["8192"]["loss by depth"].values())
+    assert "loses there is the first quarter" in text and min(by_depth[:2]) > 3 * max(by_depth[2:])
+    assert "exact answers may be chance" in text and found["none", "contiguous+128 steps", 8192]["p_value"] > 0.05
     at = [right(f"none {name}", 1024) for name in ("cream", "contiguous", "cream+128 steps", "contiguous+128 steps")]
     assert "64 steps bring it to {} (plain fine-tuning {}), 128 to {} ({})".format(*at) in text
     for length in ("1024", "4096", "8192"):
