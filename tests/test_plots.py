@@ -329,11 +329,6 @@ def test_tasks_of_several_models_stand_side_by_side_with_one_colour_a_label(tmp_
     colours = [[container[0].get_color() for container in axes.containers] for axes in figure.axes]
     assert colours[0] == colours[1] and len(set(colours[0])) == 2
     assert [windows(axes) for axes in figure.axes] == [[256], [1024]]
-    scored = [dataclasses.replace(cell, answer_loss=[0.5, 1.5]) for cell in everything[2].cells]
-    everything[2] = dataclasses.replace(everything[2], cells=scored)
-    figure = tasks_figure(everything, by_loss=["multikey_needle"])
-    assert [curve[:, 1].tolist() for curve in curves(figure.axes[1])] == [[], [1.0] * 3]
-    assert "lower is better" in figure.axes[1].get_ylabel() and "share right" in figure.axes[0].get_ylabel()
     with pytest.raises(ValueError, match="shows accuracy"):
         tasks_figure([perplexity(lambda length: 9.0)])
 

@@ -185,7 +185,7 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     assert "loses there is the first quarter" in text and min(by_depth[:2]) > 3 * max(by_depth[2:])
     assert "exact answers may be chance" in text and found["none", "contiguous+128 steps", 8192]["p_value"] > 0.05
     at = [right(f"none {name}", 1024) for name in ("cream", "contiguous", "cream+128 steps", "contiguous+128 steps")]
-    assert "64 steps bring it to {} (plain fine-tuning {}), 128 to {} ({})".format(*at) in text
+    assert "64 steps bring it to {} (plain fine-tuning {}), 128 to {} ({}, which may be chance)".format(*at) in text
     for length in ("1024", "4096", "8192"):
         alone, mixed = (rows[f"none {name}"][length] for name in ("cream", "cream+contiguous"))
         assert mixed["accuracy"] <= alone["accuracy"]
@@ -197,7 +197,8 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     assert 0.2 < (lost - kept) / (lost - untuned) < 0.3 and "takes a quarter" in text
     costs = {length: one["alone_loss"] for (_, other, length), one in found.items() if other == "cream+distillation"}
     assert "costs 0.08 of loss at 1,024 tokens" in text and round(costs[1024]["difference"], 2) == -0.08
-    assert round(costs[4096]["difference"], 2) == 0.08
+    likelier = found["yarn", "cream+distillation", 4096]["answer_loss"]
+    assert f"has {costs[4096]['difference']:.2f} less, the likelier form {-likelier['difference']:.2f} more" in text
     settled = {length: cost["interval"][0] > 0 or cost["interval"][1] < 0 for length, cost in costs.items()}
     assert settled == {1024: True, 4096: True, 8192: False, 16_384: False}
 

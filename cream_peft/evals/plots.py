@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
-from .results import Cell, Compared, Results, interval, mean_by, mean_loss
+from .results import Cell, Compared, Results, interval, mean_by
 
 WIDTH = 9.0
 CHARACTER = 0.08  # Inches that one of the 9 point font takes, about.
@@ -233,19 +233,9 @@ def perplexity_figure(results: Compared, title: str = "") -> Figure:
     return _finish(figure, axes, results, title)
 
 
-def _draw_loss(axes: Axes, results: Compared) -> None:
-    """A line a model: the mean loss of the right answers by length."""
-    for place, result in enumerate(results.values()):
-        lengths = sorted({cell.length for cell in result.cells})
-        values = {n: mean_loss(cell for cell in result.cells if cell.length == n) for n in lengths}
-        _draw_line(axes, place, len(results), {n: loss for n, loss in values.items() if loss is not None})
-    axes.set(ylim=(0, None), ylabel="loss of the right answer (nats a token)\nlower is better")
-    axes.grid(axis="y", alpha=0.3)
-
-
 @matplotlib.rc_context(fname=LOOK)
-def tasks_figure(results: Iterable[Results], title: str = "", by_loss: Collection[str] = ()) -> Figure:
-    """Accuracy by length, or for the tasks `by_loss` the loss of the right answers; a panel for each model and task.
+def tasks_figure(results: Iterable[Results], title: str = "") -> Figure:
+    """Accuracy by length, a panel for each model and task.
 
     Results of one label are of one colour in all panels.
     """
@@ -260,13 +250,10 @@ def tasks_figure(results: Iterable[Results], title: str = "", by_loss: Collectio
         _metrics(found, shown="accuracy")
         # Those that this panel lacks keep their place and colour.
         shown = {label: found.get(label, replace(here[0], cells=[])) for label in labels}
-        if task in by_loss:
-            _draw_loss(axes, shown)
-        else:
-            _draw_accuracy(axes, shown, "length")
-            axes.set_ylabel(INTERVAL)
+        _draw_accuracy(axes, shown, "length")
         _length_axis(axes, found)
         axes.set_title(f"{model.rpartition('/')[2]}: {task}\n")
+    panels[0].set_ylabel(INTERVAL)
     return _finish(figure, panels[0], dict.fromkeys(labels, results[0]), title)
 
 

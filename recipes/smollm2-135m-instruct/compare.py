@@ -523,10 +523,9 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     draw(pieces, RESULTS)
     tiny = json.loads((HERE.parent / "cream-peft-tiny/results/demo.json").read_text(encoding="utf-8"))["results"]
     panels = [Results.parse(one) for one in tiny.values()]
-    # The loss of the number alone, as in the short table.
-    panels += results_of([found for piece in pieces if (found := alone(piece))], "yarn", FRONT)
+    panels += results_of(pieces, "yarn", FRONT)
     title = "A skill taught on short examples (left 256 tokens, right 1,000), asked in longer documents"
-    save(tasks_figure(panels, title, by_loss=["multikey_needle"]), RESULTS / "front.png")
+    save(tasks_figure(panels, title), RESULTS / "front.png")
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
     tables = {
