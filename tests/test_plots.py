@@ -329,6 +329,7 @@ def test_tasks_of_several_models_stand_side_by_side_with_one_colour_a_label(tmp_
     colours = [[container[0].get_color() for container in axes.containers] for axes in figure.axes]
     assert colours[0] == colours[1] and len(set(colours[0])) == 2
     assert [windows(axes) for axes in figure.axes] == [[256], [1024]]
+    assert "share right" in figure.axes[0].get_ylabel()
     with pytest.raises(ValueError, match="shows accuracy"):
         tasks_figure([perplexity(lambda length: 9.0)])
 

@@ -181,6 +181,18 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
                   ("none", "contiguous+128 steps", 8192)):  # fmt: skip
         assert surely_lower(*where)
     assert found["yarn", "contiguous", 8192]["p_value"] < 0.01 < 0.05 < found["yarn", "contiguous", 16_384]["p_value"]
+    assert found["yarn", "contiguous", 8192]["seeds"] == found["none", "contiguous", 8192]["seeds"] == [0, 1]
+    assert found["yarn", "contiguous", 16_384]["alone_loss"]["documents"] == 12
+    assert (
+        found["yarn", "contiguous+128 steps", 1024]["p_value"]
+        < 0.05
+        < found["none", "contiguous+128 steps", 1024]["p_value"]
+    )
+    pose = [one for (_, other, _), one in found.items() if other == "pose"]
+    intervals = [one["alone_loss"]["interval"] for one in pose]
+    assert (
+        len(pose) == 7 and all(one["p_value"] > 0.05 for one in pose) and all(low < 0 < high for low, high in intervals)
+    )
     by_depth = list(rows["none contiguous+128 steps"]["8192"]["loss by depth"].values())
     assert "loses there is the first quarter" in text and min(by_depth[:2]) > 3 * max(by_depth[2:])
     assert "exact answers may be chance" in text and found["none", "contiguous+128 steps", 8192]["p_value"] > 0.05
@@ -194,6 +206,11 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     assert grown["accuracy"] < alone["accuracy"]
     assert grown["loss of the number alone"] > alone["loss of the number alone"]
     untuned, kept, lost = (rows[f"yarn {name}"]["chats"]["1024"] for name in ("untuned", "cream+distillation", "cream"))
+    plain, pose, *longer = (
+        rows[f"yarn {name}"]["chats"]["1024"]
+        for name in ("contiguous", "pose", "contiguous+128 steps", "cream+128 steps")
+    )
+    assert untuned < lost < min(plain, pose) and abs(longer[0] - longer[1]) < 0.05
     assert 0.2 < (lost - kept) / (lost - untuned) < 0.3 and "takes a quarter" in text
     costs = {length: one["alone_loss"] for (_, other, length), one in found.items() if other == "cream+distillation"}
     assert "costs 0.08 of loss at 1,024 tokens" in text and round(costs[1024]["difference"], 2) == -0.08
