@@ -14,7 +14,7 @@ from tqdm import trange
 from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 from . import rope
-from .model.adapter import load_adapter
+from .model.adapter import end_token_ids, load_adapter
 from .model.kv_cache import PREFILL_CHUNK, new_cache, refuse_unusable
 
 Write = Callable[[str], Any]
@@ -64,14 +64,13 @@ def read_document(path: str | Path) -> str:
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the base's, the tokenizer's, and the first special one after a turn of the template."""
-    ends = model.generation_config.eos_token_id
-    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    ends = end_token_ids(model.generation_config.eos_token_id, tokenizer)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(PROBE)[2]
         ids = tokenizer(after, add_special_tokens=False).input_ids
         ends += [token for token in ids if token in tokenizer.added_tokens_decoder][:1]
-    return sorted({token for token in ends if token is not None})
+    return sorted(set(ends))
 
 
 class _Stream(TextStreamer):

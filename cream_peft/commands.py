@@ -247,7 +247,7 @@ def push_command(arguments: list[str]) -> None:
         return
     print(f"Published: {published}")
     if options.with_merged:
-        print(f"Published: {push_folder(merged, f'{options.repo}-merged', **shared)}")
+        print(f"Published: {push_folder(merged, f'{options.repo}-merged', results=options.results, **shared)}")
         print(f"The merged model stays in {merged}")
 
 

@@ -467,6 +467,22 @@ def test_the_sentencepiece_model_of_the_base_comes_along(adapted, tmp_path):
     assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"sentencepiece"
 
 
+@pytest.mark.parametrize("generation", [None, {"eos_token_id": [9, 7], "do_sample": True}])
+def test_the_end_token_that_was_trained_ends_generation(adapted, tmp_path, generation):
+    folder, base = adapted()
+    (Path(base) / "generation_config.json").unlink()
+    if generation:
+        (Path(base) / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(8)
+    tokenizer.save_pretrained(folder)
+    merge_adapter(folder, tmp_path / "merged", base_model=base)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    before = generation["eos_token_id"] if generation else [2]
+    for model in (merged, load_adapter(folder, base_model=base, load_in_4bit=False)[0]):
+        assert model.generation_config.eos_token_id == [*before, 8]
+
+
 def test_the_card_of_a_linear_merge_says_how_llama_cpp_learns_the_length(adapted, tmp_path):
     for scaling, wanted in (("linear", True), ("yarn", False)):
         folder, base = adapted(scaling)

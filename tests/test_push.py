@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from killing import killed
 from safetensors.torch import load_file, save_file
 
-from cream_peft import CREAMTrainer, cli
+from cream_peft import CREAMTrainer, cli, load_adapter
 from cream_peft.model.base import load_base
 from cream_peft.model.record import BASE_FOLDER, AdapterError, Record, adapter_sha256
 from cream_peft.model.secrets import find_secret, public_name
@@ -230,7 +230,60 @@ def test_the_card_has_what_was_measured_and_says_where_nothing_was(hub, adapter,
     assert not (adapter / "results").exists() and "Nothing was measured yet" in (adapter / "README.md").read_text()
 
 
-@pytest.mark.parametrize("field, value", [("modules_to_save", ["norm"]), ("use_dora", True)])
+def test_the_card_of_a_branch_reads_that_branch(hub, adapter, tmp_path):
+    push_folder(adapter, REPO)
+    change(adapter, seed=99)
+    push_folder(adapter, REPO, revision="v2")
+    merge_adapter(adapter, tmp_path / "merged")
+    push_folder(tmp_path / "merged", f"{REPO}-merged", revision="v2")
+    for repo, load in ((REPO, "load_adapter"), (f"{REPO}-merged", "from_pretrained")):
+        card, name = files(hub, repo, "v2")["README.md"].decode(), repo.split("/")[1]
+        assert f"hf download {repo} --revision v2 --local-dir {name}\n" in card and f'{load}("{name}")' in card
+        # The folder is what every other line reads.
+        assert card.count(repo) == 1 and f'"{repo}"' not in card
+    assert f'load_adapter("{REPO}")' in files(hub)["README.md"].decode()
+    push_folder(adapter, REPO, revision="main")
+    assert "hf download" not in files(hub)["README.md"].decode()
+
+
+def test_the_card_tells_apart_what_was_asked_with_other_settings(hub, adapter, tmp_path):
+    base, own = results_of(tmp_path, None, "base"), results_of(tmp_path, adapter_sha256(adapter))
+    base.write_text(base.read_text().replace('"seed": 7', '"seed": 8'))
+    again = results_of(tmp_path, adapter_sha256(adapter), "16-bit", 0.5)
+    push_folder(adapter, REPO, results=[base, own, again])
+    card = ModelCard(files(hub)["README.md"].decode())
+    assert "base, at each length: recall 40 questions; seed 8; CPU.\n" in card.content
+    assert "CREAM, 16-bit, at each length: recall 40 questions; seed 7; CPU.\n" in card.content
+    measured = {(result.dataset_config, result.metric_value) for result in card.data.eval_results}
+    assert {("256 tokens, CREAM", 0.75), ("256 tokens, 16-bit", 0.5)} <= measured
+
+
+def test_the_card_of_a_further_training_has_the_stages_before_it(hub, adapter):
+    earlier = Record.read(adapter, "").as_stage()
+    change(adapter, stages=[earlier, earlier | {"position_strategy": "pose", "steps": 7}])
+    push_folder(adapter, REPO)
+    said = "trained 2 steps for 2048 tokens with cream positions, then 7 steps for 2048 tokens with pose positions; the"
+    assert said in files(hub)["README.md"].decode()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_with_merged_both_cards_have_what_was_measured(hub, adapter, tmp_path, merged):
+    results = results_of(tmp_path, adapter_sha256(adapter))
+    push = ["push", "--adapter", str(adapter), "--repo", REPO, "--results", str(results), "--with-merged"]
+    assert cli.main(push) == 0
+    card = files(hub, REPO + "-merged" * merged)["README.md"].decode()
+    assert "At each length: recall 40 questions; seed 7; CPU." in card and "Nothing was measured" not in card
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("modules_to_save", ["norm"]),
+        ("use_dora", True),
+        ("alpha_pattern", {"0.self_attn.q_proj": 256}),
+        ("rank_pattern", {"0.self_attn.q_proj": 4}),
+    ],
+)
 def test_what_vllm_does_not_take_as_an_adapter_is_served_merged(adapter, field, value):
     record = Record("owner/base", pretrained_window=256, target_length=2048, rope_scaling_type="linear")
     assert "--enable-lora --max-lora-rank" in vllm_command(adapter, record, REPO)
@@ -554,7 +607,7 @@ def test_only_known_names_at_their_places_are_published(hub, adapter, tmp_path):
         "tokenizer.bak",
         "base_config/b.json",
     ]
-    for name in [*extra, "results/deep/a.json", "modelx.safetensors.txt"]:
+    for name in [*extra, "results/deep/a.json", "results/customers.json", "results/a.png", "modelx.safetensors.txt"]:
         (adapter / name).parent.mkdir(parents=True, exist_ok=True)
         (adapter / name).write_text("{}")
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
@@ -643,10 +696,34 @@ def test_an_adapter_of_another_base_is_not_published_and_one_of_an_unreadable_ba
     change(adapter, base_model="owner/gated")
     push_folder(adapter, REPO)
     assert "is not held against its base: owner/gated is gated" in caplog.text and set(files(hub)) >= COMPLETE
+    # What needs no base is checked all the same.
+    tokenizer = (adapter / "tokenizer.json").read_text()
+    (adapter / "tokenizer.json").write_text("{}")
+    with pytest.raises(PushError, match="it is not right: tokenizer:"):
+        push_folder(adapter, REPO)
+    (adapter / "tokenizer.json").write_text(tokenizer)
     weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(PushError, match=r"cream.json: was written for other weights"):
+        push_folder(adapter, REPO)
     save_file({name: 0 * value for name, value in weights.items()}, adapter / "adapter_model.safetensors")
     with pytest.raises(PushError, match="lora_B is zero"):
         push_folder(adapter, REPO)
+    save_file({name: value[:1] for name, value in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="has another shape"):
+        push_folder(adapter, REPO)
+
+
+def test_a_tokenizer_of_any_kind_of_files_comes_back_as_it_was_sent(hub, adapter):
+    (adapter / "tokenizer.json").unlink()
+    letters = {chr(number): number - 32 for number in range(33, 127)} | {"hi": 95}
+    (adapter / "vocab.json").write_text(json.dumps(letters))
+    (adapter / "merges.txt").write_text("#version: 0.2\nh i\n")
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "!"}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    push_folder(adapter, REPO)
+    sent, back = (load_adapter(where, load_in_4bit=False)[1] for where in (adapter, REPO))
+    assert back("hi").input_ids == sent("hi").input_ids != []
 
 
 def test_a_merged_model_with_another_window_is_not_published(hub, adapter, tmp_path):

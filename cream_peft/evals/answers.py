@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from ..model.adapter import end_token_ids
 from ..model.kv_cache import PREFILL_CHUNK, new_cache
 from .prompts import Prompt, shared_tokens
 
@@ -53,8 +54,7 @@ def greedy_answer(
 
     Not `model.generate`, which applies penalties that some checkpoints bring: the answer always repeats the prompt.
     """
-    eos = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    stops = end_token_ids(model.generation_config.eos_token_id, tokenizer)
     tokens, reply = list(prompt), ""
     while len(tokens) < len(prompt) + answer_tokens:
         ((_, logits),) = chunked_logits(model, tokens, cache, chunk_length, first=len(tokens) - 1)

@@ -21,9 +21,9 @@ from .base import extended_max_length, load_base, load_tokenizer, local_snapshot
 from .fields import shown
 from .fingerprint import Read, differing, from_files, from_model, weight_files
 from .misfit import read_peft_config, read_scaled_config, refuse_misfit
-from .record import BASE_FOLDER, REQUIRED_FILES, AdapterError, Record
+from .record import BASE_FOLDER, REQUIRED_FILES, TOKENIZER_FILES, AdapterError, Record
 
-ADAPTER_FILES = [*REQUIRED_FILES, "config.json", "*token*", "*.jinja"]
+ADAPTER_FILES = [*REQUIRED_FILES, "config.json", *TOKENIZER_FILES, "*.jinja"]
 CHECKPOINTS = ["last-checkpoint/*", "checkpoint-*/*"]
 HUB_OPTIONS = ("token", "cache_dir", "trust_remote_code")
 
@@ -38,6 +38,18 @@ def _in_one_line(thing: str) -> Generator[None]:
         raise
     except Exception as error:
         raise AdapterError(explain(error)) from None
+
+
+def end_token_ids(found: int | list[int] | None, tokenizer: Any) -> list[int]:
+    """The ids that end a text: those of a config's eos_token_id, and the tokenizer's, which training may have set."""
+    ids = [*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(token for token in ids if token is not None))
+
+
+def eos_token_id(found: int | list[int] | None, tokenizer: Any) -> int | list[int] | None:
+    """The same as a config says it: one id, several, or none."""
+    ids = end_token_ids(found, tokenizer)
+    return ids if len(ids) > 1 else ids[0] if ids else None
 
 
 @dataclass
@@ -114,6 +126,8 @@ class Adapter:
         adapted = PeftModel.from_pretrained(model, str(self.folder), is_trainable=is_trainable, config=config)
         # What a trainer that trains it further needs to know.
         adapted.trained_record = self.record  # ty: ignore[invalid-assignment] - no tensor, no module
+        generation = model.generation_config
+        generation.eos_token_id = eos_token_id(generation.eos_token_id, tokenizer)
         return adapted.train(is_trainable), tokenizer
 
     def base_files(self) -> dict[str, Path]:

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from .. import rope
 from ..errors import explain
 from ..families import far_parameters
-from .adapter import adapter_folder, open_adapter
+from .adapter import Adapter, adapter_folder, open_adapter
 from .base import load_tokenizer
 from .fingerprint import shape_in, weight_files
+from .misfit import read_peft_config, read_scaled_config, refuse_misfit
 from .record import Record, is_adapter
 
 PRIVATE_FILE = "training_args.bin"
@@ -137,6 +138,30 @@ def _check_merged(folder: Path, record: Record, is_here: bool) -> list[Finding]:
     ]
 
 
+def _check_own(adapter: Adapter) -> list[Finding]:
+    """What can be said of an adapter's own files."""
+    return [
+        check_weights(adapter.folder / "adapter_model.safetensors"),
+        *_mixture(adapter.folder, adapter.record),
+        _tokenizer(adapter.tokenizer, adapter.scaled_config),
+        *_private_files(adapter.folder),
+    ]
+
+
+def check_without_base(folder: Path) -> list[Finding]:
+    """Findings on an adapter whose base cannot be read, such as a gated one: on its own files.
+
+    Raises:
+        AdapterError: if the adapter is not complete, or its files do not fit one another.
+    """
+    name = str(folder)
+    record, trained = Record.read(folder, name), read_scaled_config(folder, name, None, "")
+    options = {"trust_remote_code": False}
+    adapter = Adapter(folder, record, record.base_model, options, trained, trained, read_peft_config(folder, name))
+    refuse_misfit(adapter, name)
+    return _check_own(adapter)
+
+
 def check_adapter(
     repo_or_dir: str | Path,
     *,
@@ -168,9 +193,6 @@ def check_adapter(
         Finding("base", "ok", f"{adapter.base_name}{at}, shape and vocabulary as trained on"),
         _reach(record),
         Finding("RoPE trained with", "ok", describe_rope(trained, record.rope_scaling_type)),
-        check_weights(adapter.folder / "adapter_model.safetensors"),
-        *_mixture(adapter.folder, record),
-        _tokenizer(adapter.tokenizer, trained),
-        *_private_files(adapter.folder),
+        *_check_own(adapter),
         load,
     ]

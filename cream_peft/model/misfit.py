@@ -27,9 +27,11 @@ SHAPE_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", 
 SHAPE_FIELDS += ("num_attention_heads", "num_key_value_heads", "head_dim")
 
 
-def read_scaled_config(folder: Path, name: str, base: PreTrainedConfig, base_name: str) -> PreTrainedConfig:
-    """base_config/, once the shape that it states is the base's: of another one nothing is built."""
-    content, own = read_json(folder, BASE_CONFIG, name), base.to_dict()
+def read_scaled_config(folder: Path, name: str, base: PreTrainedConfig | None, base_name: str) -> PreTrainedConfig:
+    """base_config/, once the shape that it states is the base's: of another one nothing is built. None: a base that
+    cannot be read."""
+    content = read_json(folder, BASE_CONFIG, name)
+    own = base.to_dict() if base else content
     for field in SHAPE_FIELDS:
         found, wanted = own.get(field), content.get(field)
         if wanted is not None and type(found) is not type(wanted):

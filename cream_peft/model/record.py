@@ -25,6 +25,9 @@ REQUIRED_FILES = ["adapter_config.json", "adapter_model.safetensors", "base_conf
 BASE_FOLDER = "base_folder.txt"
 """Beside an adapter of a local base: where that lies on this machine. Never published."""
 MERGED_FILES = ["config.json", FILE]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+TOKENIZER_FILES += ["tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model", "tekken.json"]
+TOKENIZER_FILES += ["vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"]
 NEEDED = ("base_model", "pretrained_window", "target_length", "rope_scaling_type")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "huggingface_hub")
 LARGEST_FILE = 2**20

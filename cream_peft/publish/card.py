@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +57,7 @@ def _table(results: Mapping[str, Results], task: str) -> dict[str, Any]:
 
 
 def _samples(result: Results) -> str:
-    """How much each task asked at each length, of perplexity the tokens scored."""
+    """How much each task asked at each length, of perplexity the tokens scored; with what seed and where."""
     told = []
     for task in tasks_in({"": result}):
         cells = result.of_task(task)
@@ -63,7 +65,16 @@ def _samples(result: Results) -> str:
         asked = sorted({sum(cell.samples for cell in cells if cell.length == length) for length in lengths})
         unit = "tokens" if cells[0].metric == "perplexity" else "questions"
         told.append(f"{task} {' to '.join(f'{count:,}' for count in dict.fromkeys((asked[0], asked[-1])))} {unit}")
-    return ", ".join(told)
+    return f"{', '.join(told)}; seed {result.seed}; {result.settings.machine or 'machine not recorded'}"
+
+
+def _asked(results: Mapping[str, Results]) -> dict[str, str]:
+    """What models were asked: their labels -> `_samples`; one entry where it is the same for all."""
+    labels: dict[str, list[str]] = defaultdict(list)
+    for label, result in results.items():
+        if result.cells:
+            labels[_samples(result)].append(label)
+    return {", ".join(names): told for told, names in labels.items()}
 
 
 def _eval_results(own: Mapping[str, Results]) -> list[EvalResult]:
@@ -74,12 +85,12 @@ def _eval_results(own: Mapping[str, Results]) -> list[EvalResult]:
             dataset_type=task,
             dataset_name=f"{task}, {length:,} tokens",
             # Results of one data set and configuration are taken for one.
-            dataset_config=f"{length} tokens",
+            dataset_config=f"{length} tokens" + (f", {label}" if len(own) > 1 else ""),
             metric_type=result.of_task(task)[0].metric,
             metric_value=round(value, 4),
         )
         for task in tasks_in(own)
-        for result in own.values()
+        for label, result in own.items()
         for length, value in mean_by(result.of_task(task), "length").items()
     ]
 
@@ -162,6 +173,7 @@ def write_card(
     repo: str | None = None,
     results: Mapping[str, Results] | None = None,
     on_hub: str = "",
+    revision: str | None = None,
 ) -> None:
     """Write README.md, the model card, into the folder of an adapter or a merged model. What a person wrote on the card
     that is there, outside of our part of it, stays.
@@ -172,6 +184,7 @@ def write_card(
         results: label -> what `cream-peft evaluate` wrote. The card shows them only if some were measured on this very
             adapter: results of an earlier training do not speak for it.
         on_hub: the card that is on the Hub, from which the same is kept.
+        revision: the branch that it is on; None is the one that loads by itself.
     """
     kept, file = Kept(), folder / CARD
     kept.add(on_hub, f"{CARD} of {repo}")
@@ -179,10 +192,11 @@ def write_card(
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     kept.add(text, CARD, (*OUR_FIELDS, "license"))
     base, results = record.base_model, results or {}
-    name = repo or "this-repository-or-folder"
     title = (repo or f"{base.split('/')[-1]}-{record.positions.strategy}-{record.target_length}").split("/")[-1]
+    # Not everything that reads an adapter takes a branch of it; a folder all do.
+    branch = revision if revision != "main" else None
+    name = title if branch else repo or "this-repository-or-folder"
     own = {label: result for label, result in results.items() if result.cells and is_own(result, folder, record)}
-    measured = next(iter(own.values()), None)
     head = metadata(record, own, title)
     head.tags = list(dict.fromkeys([*(head.tags or []), *kept.fields.pop("tags", [])]))
     for key, value in kept.fields.items():
@@ -197,6 +211,8 @@ def write_card(
         below=kept.below,
         record=record,
         commas="{:,}".format,
+        repo=repo,
+        branch=shlex.quote(branch) if branch else None,
         name=name,
         title=title,
         embedded=base == TINY_ID,
@@ -205,9 +221,8 @@ def write_card(
         architecture=gguf_architecture(folder),
         llama_cpp="" if record.merged or base == TINY_ID else _llama_cpp(folder, record),
         space=trackio_page(record),
-        measured=measured,
         tables=[_table(results, task) for task in tasks_in(results)] if own else [],
-        samples=_samples(measured) if measured else "",
+        asked=_asked(results) if own else {},
         longest=max((cell.length for result in own.values() for cell in result.cells), default=None),
         recipe=yaml.safe_dump(record.recipe or {"recipe": "not recorded"}, sort_keys=False).strip(),
     )

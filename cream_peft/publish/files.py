@@ -8,22 +8,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..evals.results import Results, tasks_in
-from ..model.record import MERGED_FILES, REQUIRED_FILES
+from ..model.record import MERGED_FILES, REQUIRED_FILES, TOKENIZER_FILES
 from ..model.secrets import find_secret, without_secrets
 from .card import CARD
 
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-TOKENIZER_FILES += ["tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model", "tekken.json"]
-TOKENIZER_FILES += ["vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"]
 MODEL_FILES = ["generation_config.json", "model.safetensors", "model.safetensors.index.json"]
 STATE_FILES = ["optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "trainer_state.json", "latest"]
-FOLDERS = ("base_config", "additional_chat_templates", "results")
+FOLDERS = ("base_config", "additional_chat_templates")
 
 _NAMES = "|".join(map(re.escape, {*REQUIRED_FILES, *MERGED_FILES, *TOKENIZER_FILES, *MODEL_FILES}))
 _MODEL = rf"{_NAMES}|model-\d{{5}}-of-\d{{5}}\.safetensors|additional_chat_templates/[\w.-]+\.jinja"
 _STATE = "|".join(map(re.escape, STATE_FILES))
-PUBLISHED = re.compile(rf"{_MODEL}|{re.escape(CARD)}|results/[\w.-]+\.(json|png)")
-"""What goes to the Hub's root, by its place in the folder. training_args.bin would hold the token, logs host names."""
+TAKEN = re.compile(rf"{_MODEL}|{re.escape(CARD)}")
+"""What is taken of the folder, by its place in it. training_args.bin would hold the token, logs host names, and what
+lies in results/ may be anything."""
+PUBLISHED = re.compile(rf"{TAKEN.pattern}|results/[\w.-]+\.(json|png)")
+"""What goes to the Hub's root: that, and the results that were named."""
 RESUMED_FROM = re.compile(
     rf"{_MODEL}|{_STATE}|rng_state(_\d+)?\.pth|zero_to_fp32\.py|global_step\d+/[\w.-]+\.pt|"
     r"(optimizer|pytorch_model_fsdp)_\d+/[\w.-]+"

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .. import rope
 from ..errors import about
 from ..families import decoder_name
-from ..model.adapter import Adapter, open_adapter
+from ..model.adapter import Adapter, eos_token_id, open_adapter
 from ..model.base import GIB, make_tokenizer_readable, resolve_base
 from ..model.check import check_weights
 from ..model.fingerprint import from_files, weight_files
@@ -189,7 +189,8 @@ def _changed(name: str, change: Change, base: Weights, given: Weights) -> torch.
 def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: str, dtype: str) -> None:
     """Write everything but the weights."""
     target, window = adapter.record.target_length, adapter.record.pretrained_window
-    adapter.tokenizer().save_pretrained(folder)
+    tokenizer, config = adapter.tokenizer(), rope.published_config(adapter.scaled_config)
+    tokenizer.save_pretrained(folder)
     make_tokenizer_readable(folder, target)
     if (base_folder / SENTENCEPIECE).is_file():
         shutil.copyfile(base_folder / SENTENCEPIECE, folder / SENTENCEPIECE)
@@ -198,11 +199,13 @@ def _describe(folder: Path, adapter: Adapter, base_folder: Path, architecture: s
         # Llama-2's ends generation at the base's window.
         if generation.get("max_length") == window:
             generation["max_length"] = max(target, window)
+        generation["eos_token_id"] = eos_token_id(generation.get("eos_token_id"), tokenizer)
         write_json(folder / GENERATION, generation)
     record = replace(adapter.record, merged=True, dtype=dtype, adapter_sha256=adapter_sha256(adapter.folder))
     record.write(folder)
     own = {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
-    write_json(folder / "config.json", rope.published_config(adapter.scaled_config) | own)
+    own["eos_token_id"] = eos_token_id(config.get("eos_token_id"), tokenizer)
+    write_json(folder / "config.json", config | own)
     write_card(folder, record)
 
 

@@ -20,15 +20,14 @@ from huggingface_hub.utils import HFValidationError, build_hf_headers, get_sessi
 
 from ..errors import explain, is_out_of_reach
 from ..evals.results import Results, file_name, tasks_in
-from ..model.check import check_adapter, check_weights
-from ..model.record import FILE, REQUIRED_FILES, Record
+from ..model.check import check_adapter, check_without_base
+from ..model.record import FILE, Record
 from .card import is_own, metadata, write_card
-from .files import CARD, PUBLISHED, RESUMED_FROM, PushError, contents, files_in, stale
+from .files import CARD, PUBLISHED, RESUMED_FROM, TAKEN, PushError, contents, files_in, stale
 from .licenses import refuse_license
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = REQUIRED_FILES[1]
 RETRY_AFTER = (2, 8)
 """Seconds before each further try of what the Hub's client does not try again itself."""
 OUR_KEYS = {"license": "license", "base_model": "base_model_id", "datasets": "dataset_name"}
@@ -197,15 +196,15 @@ def _refuse_wrong(folder: Path, base_model: str | None, token: str | None) -> No
         if not is_out_of_reach(error):
             raise
         logger.warning("%s is not held against its base: %s", folder, explain(error))
-        found = [check_weights(folder / WEIGHTS)]
+        found = check_without_base(folder)
     wrong = [f"{one.item}: {one.found}" for one in found if one.verdict == "wrong" and one.item != "other files"]
     if wrong:
         raise PushError(f"{folder} is not published, it is not right: {'; '.join(wrong)}")
 
 
-def _stage(folder: Path, staged: Path, record: Record, repo: str, results: Mapping[str, Results]) -> None:
-    """Make in `staged` what is published of `folder`, with the card and a picture of each task."""
-    for name in files_in(folder, PUBLISHED):
+def _stage(folder: Path, staged: Path, record: Record, results: Mapping[str, Results]) -> None:
+    """Make in `staged` what is published of `folder` but for the card, with a picture of each task."""
+    for name in files_in(folder, TAKEN):
         target = staged / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".safetensors":
@@ -214,7 +213,6 @@ def _stage(folder: Path, staged: Path, record: Record, repo: str, results: Mappi
             shutil.copyfile(folder / name, target)
     record.write(staged)
     record.name_base_in(staged)
-    write_card(staged, record, repo, results)
     if results:
         from ..evals.plots import plot_results
 
@@ -274,7 +272,14 @@ def push_folder(
     # In a copy: what is published is made here, and what was trained stays as it is.
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "staged"
-        _stage(folder, staged, record, repo, read)
+        _stage(folder, staged, record, read)
+
+        def with_text_of(card: str) -> bytes:
+            # Not searched again: what is new in it is public already.
+            write_card(staged, record, repo, read, card, revision)
+            return (staged / CARD).read_bytes()
+
+        with_text_of("")
         files = contents(staged, files_in(staged, PUBLISHED), token, folder)
         if dry_run:
             return str(shutil.copytree(staged, dry_run, symlinks=True))
@@ -285,12 +290,6 @@ def push_folder(
         if revision:
             _hub_call(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
         message = message or f"{record.base_model}, {record.target_length} tokens, with cream-peft"
-
-        def with_text_of(card: str) -> bytes:
-            # Not searched again: what is new in it is public already.
-            write_card(staged, record, repo, read, card)
-            return (staged / CARD).read_bytes()
-
         return _hub_call(lambda: _commit(api, repo, files, with_text_of, checkpoint_in_repo, message, revision), repo)
 
 

@@ -33,15 +33,16 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
     overrides = {key: config[key] for key in ("max_position_embeddings", "rope_parameters")}
     scaled = [] if record.is_within_window else [f"--hf-overrides {shlex.quote(json.dumps(overrides))}"]
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    refused = [field for field in ("modules_to_save", "use_dora") if adapter.get(field)]
+    # Of the last two it takes no notice, and scales all layers alike.
+    unknown = ("modules_to_save", "use_dora", "alpha_pattern", "rank_pattern")
+    refused = [field for field in unknown if adapter.get(field)]
     if refused:
         served = f"vllm serve merged --max-model-len {record.target_length}"
         return f"# vLLM takes no adapter with {refused[0]}: merge it, see below\n{served}"
     if family_of(config["model_type"]).whole:
         # vLLM would read the overrides of an image and text base from its text_config, and pass over these.
         return f"# merge it first, see below\nvllm serve merged --max-model-len {record.target_length}"
-    largest = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
-    rank = next((rank for rank in VLLM_RANKS if rank >= largest), largest)
+    rank = next((rank for rank in VLLM_RANKS if rank >= adapter["r"]), adapter["r"])
     return " \\\n  ".join(
         [
             f"vllm serve {shlex.quote(record.base_model)}"
