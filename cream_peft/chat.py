@@ -15,7 +15,7 @@ from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase, Stopp
 
 from . import rope
 from .model.adapter import end_token_ids, load_adapter
-from .model.kv_cache import PREFILL_CHUNK, new_cache, refuse_unusable
+from .model.kv_cache import PREFILL_CHUNK, can_crop, new_cache, refuse_unusable
 
 Write = Callable[[str], Any]
 WITH_DOCUMENT = "Here is a document. Questions about it follow.\n\n{document}\n\n{question}"
@@ -215,7 +215,7 @@ class Chat:
         # The last token is always read, for its logits.
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(cached, ids[:-1], strict=False)))
         surplus = len(cached) - shared
-        if cache is None or (surplus and any(cache.is_sliding)):
+        if cache is None or (surplus and not all(map(can_crop, cache.layers))):
             return new_cache(self.model.config, self.settings.kv_cache), 0
         if surplus:
             cache.crop(-surplus)

@@ -19,9 +19,13 @@ from families import (
     whole,
 )
 from peft import LoraConfig, get_peft_model
+from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cohere2Config
 
 from cream_peft import load_adapter
+from cream_peft.chat import Chat, ChatSettings
+from cream_peft.evals.answers import scored_answers
+from cream_peft.evals.prompts import Prompt
 from cream_peft.families import family_of, far_parameters
 from cream_peft.model.base import GIB, load_base
 from cream_peft.plan.layers import ATTENTION, cached_tokens, parameter_count
@@ -37,6 +41,7 @@ from cream_peft.rope import (
     scaled_config,
 )
 from cream_peft.tiny import base_folder
+from cream_peft.tiny.documents import vocabulary
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.run import run_recipe
 
@@ -300,3 +305,36 @@ def test_a_document_read_in_pieces_into_the_cache_has_the_logits_of_one_pass(run
             cache = output.past_key_values
             pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole_pass, atol=2e-3, rtol=0)
+
+
+def test_prompts_that_begin_alike_are_answered_as_each_alone(run):
+    model, tokenizer = load_adapter(run[2], load_in_4bit=False, dtype=torch.float32)
+    words = torch.randint(3, 385, (2 * WINDOW,), generator=torch.Generator().manual_seed(2)).tolist()
+    replies = [([5, 6], [7, 8]), ([], [7, 8])]
+    prompts = [Prompt("", [*words, number, number + 1], "", replies, 0.5, {}) for number in (10, 20)]
+    found = list(scored_answers(model, tokenizer, prompts, answer_tokens=3, chunk_length=37))
+    for prompt, (answer, losses) in zip(prompts, found, strict=True):
+        tokens = list(prompt.tokens)
+        with torch.no_grad():
+            for (said, right), loss in zip(replies, losses, strict=True):
+                rows = model(torch.tensor([[*tokens, *said, *right]]), use_cache=False).logits[0, -3:-1]
+                wanted = torch.nn.functional.cross_entropy(rows, torch.tensor(right)).item()
+                assert loss == pytest.approx(wanted, abs=2e-3)
+            for _ in range(3):
+                tokens.append(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax().item())
+        if not {*tokens[-3:]} & {2, tokenizer.eos_token_id}:
+            assert answer == tokenizer.decode(tokens[-3:], skip_special_tokens=True).strip()
+
+
+def test_a_chat_goes_on_after_its_template_has_written_an_earlier_turn_otherwise(run):
+    model, tokenizer = load_adapter(run[2], load_in_4bit=False, dtype=torch.float32)
+    words = {word: number for number, word in enumerate(vocabulary())}
+    tokenizer.backend_tokenizer.model = WordLevel(words, unk_token=".00")
+    # As templates do that drop the thoughts of earlier turns.
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% if loop.last %}.03 {% endif %}{% endfor %}.04 "
+    document = " ".join(vocabulary()[3:100])
+    chat = Chat(model, tokenizer, WINDOW, TARGET, ChatSettings(document=document, max_new_tokens=4))
+    for question in ("k001 k002", "k003"):
+        earlier, answer = list(chat.messages), chat.ask(question, lambda text: None)
+        fresh = Chat(model, tokenizer, WINDOW, TARGET, chat.settings, earlier)
+        assert fresh.ask(question, lambda text: None) == answer

@@ -9,7 +9,7 @@ import torch
 from transformers import Cache
 
 from ..model.adapter import end_token_ids
-from ..model.kv_cache import PREFILL_CHUNK, new_cache
+from ..model.kv_cache import PREFILL_CHUNK, Mark, new_cache
 from .prompts import Prompt, shared_tokens
 
 
@@ -84,17 +84,22 @@ def scored_answers(
         right answer, after the prompt and what is said before the answer, in nats per token.
     """
     cache = new_cache(model.config, kv_cache)
+
+    def read(tokens: list[int]) -> Mark:
+        for _ in chunked_logits(model, tokens, cache, chunk_length, first=len(tokens)):
+            pass
+        return Mark.at_end_of(cache)
+
     # The last token of each prompt is not shared: its logits begin the answer.
-    shared = shared_tokens([prompt.tokens[:-1] for prompt in prompts])
+    beginning = read(prompts[0].tokens[: shared_tokens([prompt.tokens[:-1] for prompt in prompts])])
     for prompt in prompts:
         tokens, losses = prompt.tokens, []
-        for _ in chunked_logits(model, tokens[:-1], cache, chunk_length, first=len(tokens)):
-            pass
+        asked = read(tokens[:-1])
         for said, answer in prompt.replies:
             first = len(tokens + said) - 1
             told = chunked_logits(model, tokens + said + answer[:-1], cache, chunk_length, first)
             logits = torch.cat([logits for _, logits in told]).float()
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device)).item())
-            cache.crop(len(tokens) - 1 - cache.get_seq_length())
+            asked.rewind(cache)
         yield greedy_answer(model, tokenizer, tokens, cache, chunk_length=chunk_length, **settings), losses
-        cache.crop(shared - cache.get_seq_length())
+        beginning.rewind(cache)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
-from transformers.cache_utils import HQQQuantizedLayer
+from transformers.cache_utils import DynamicLayer, HQQQuantizedLayer
 from transformers.utils import is_hqq_available
 
 KV_CACHES = ("default", "quantized")
@@ -95,3 +97,32 @@ def new_cache(config: PreTrainedConfig, kv_cache: str = "default") -> Cache:
     cache = QuantizedCache("hqq", config)  # which refuses sliding windows
     cache.layers = [AppendingHQQLayer() for _ in cache.layers]
     return cache
+
+
+def can_crop(layer: Any) -> bool:
+    """Whether a cached layer holds all of its tokens, so that the last ones can be removed: not one of a sliding window
+    or of linear attention."""
+    return type(layer) in (DynamicLayer, AppendingHQQLayer)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a text that was read, to which the cache returns as often as you like."""
+
+    tokens: int
+    layers: dict[int, Any]
+    """Copies of the layers that cannot be cropped. They are small: a window, or a state."""
+
+    @classmethod
+    def at_end_of(cls, cache: Cache) -> Mark:
+        copies = {number: copy.deepcopy(layer) for number, layer in enumerate(cache.layers) if not can_crop(layer)}
+        return cls(cache.get_seq_length(), copies)
+
+    def rewind(self, cache: Cache) -> None:
+        """Make `cache`, which has read on since, what it was."""
+        surplus = cache.get_seq_length() - self.tokens
+        for number, layer in enumerate(cache.layers):
+            if number in self.layers:
+                cache.layers[number] = copy.deepcopy(self.layers[number])
+            else:
+                layer.crop(-surplus)
