@@ -101,7 +101,7 @@ def lm_eval_command(arguments: list[str]) -> None:
     parser = CommandParser(lm_eval_command, "base_model", "no_4bit", "json")
     parser.option("compare", COMPARED, "adapter", nargs="+", required=True, metavar="MODEL")
     parser.option("preset", "short: the paper's six; longbench: 16 sets; ruler: 13 tasks", choices=PRESETS)
-    parser.option("tasks", "lm-eval's tasks in place of a preset, by commas: hellaswag,mmlu_*")
+    parser.option("tasks", "lm-eval's tasks in place of a preset, by commas: hellaswag,mmlu")
     parser.option("data_dir", "data sets OWNER/NAME in place of the Hub's", metavar="DIR")
     parser.option("target_length", "tokens, of bases; default: a window, or 8 if scaled", type=int)
     parser.option("max_length", "tokens of prompt and answer; default: the target length", type=int)

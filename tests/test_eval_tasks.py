@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.utils import is_hqq_available
 
+from cream_peft import cli
 from cream_peft.evals import answers as generation
 from cream_peft.evals import tasks
 from cream_peft.evals.kv_retrieval import PAPER_POSITIONS
@@ -35,6 +36,7 @@ from cream_peft.evals.prompts import (
     first_integer,
     prompt_rng,
 )
+from cream_peft.evals.results import Results
 from cream_peft.evals.rows import evaluate
 from cream_peft.evals.tasks import TASKS as ALL_TASKS
 from cream_peft.evals.tasks import Task
@@ -76,7 +78,9 @@ def bytes_tokenizer(chat_template=None):
 
 
 def prompt_of(task, writer, length, depth, index=0, seed=0, *, answer_tokens=None, depths=(), **options):
-    room = answer_tokens or ALL_TASKS[task].answer_tokens
+    asked = ALL_TASKS[task]
+    usual = asked.answer_tokens if writer.style == "plain" else asked.sentence_tokens or asked.answer_tokens
+    room = answer_tokens or usual
     return ALL_TASKS[task].prompt(writer, Case(length, depth, index, seed, room, depths), **options)
 
 
@@ -183,6 +187,21 @@ def test_a_prompt_fills_its_length_and_leaves_room_for_the_answer(task, style):
     with pytest.raises(TaskError, match=r"length 60 is too short for 1 \w+: they take .* of at least") as error:
         prompt_of(task, writer, 60, 0.5, answer_tokens=40)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", [name for name in ALL_TASKS if isinstance(ALL_TASKS[name], Task)])
+@pytest.mark.parametrize("style", ["plain", "chat", "vicuna"])
+def test_there_is_room_for_a_right_reply_in_any_form(task, style):
+    asked = ALL_TASKS[task]
+    room = asked.answer_tokens if style == "plain" else asked.sentence_tokens or asked.answer_tokens
+    tokenizer = bytes_tokenizer(CHAT)
+    for said, answer in prompt_of(
+        task, Writer(tokenizer, style), 20_000, 0.5, answer_tokens=300, depths=(0.5,)
+    ).replies:
+        reply = tokenizer.decode(said + answer).strip()
+        # A word is a token in any vocabulary, roughly; of what is drawn every character may be one.
+        pieces = re.findall(r" ?[A-Z]?[a-z]{3,}(?![0-9])|\S", reply)
+        assert len(pieces) <= room, (reply, len(pieces))
 
 
 @pytest.mark.parametrize("task", PROMPTS)
@@ -691,6 +710,40 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity(llama, 
     (cell,) = perplexity(model, tokenizer, 64, 1, 0, text=tmp_path / "text.txt")
     assert cell["value"] == pytest.approx(len(tokenizer)) and cell["samples"] == 380
     assert list(perplexity(model, tokenizer, 64, 1, 0, text=tmp_path / "text.txt", done={1.0})) == []
+
+
+def test_models_of_other_windows_are_scored_on_the_same_documents(llama, tokenizer, tmp_path, capsys):
+    for window in (64, 256):
+        llama(max_position_embeddings=window).save_pretrained(tmp_path / str(window))
+        tokenizer.save_pretrained(tmp_path / str(window))
+    (tmp_path / "texts").mkdir()
+    for name, count in (("a", 700), ("b", 3000)):
+        (tmp_path / "texts" / f"{name}.txt").write_text(name * count, encoding="utf-8")
+    models = [str(tmp_path / "64"), str(tmp_path / "256")]
+    line = [
+        "--tasks",
+        "perplexity",
+        "--text",
+        str(tmp_path / "texts"),
+        "--output_dir",
+        str(tmp_path / "found"),
+        "--no_4bit",
+    ]
+    assert cli.main(["evaluate", *line, "--compare", *models]) == 0
+    short, long = (Results.read(tmp_path / "found" / f"{window}.json") for window in (64, 256))
+    shared = {cell.length for cell in short.cells} & {cell.length for cell in long.cells}
+    values = [{cell.length: cell.value for cell in one.cells if cell.length in shared} for one in (short, long)]
+    assert shared == {256, 512} and values[0] == pytest.approx(values[1])
+    # The same name is not the same text, nor the same model.
+    capsys.readouterr()
+    (tmp_path / "texts" / "b.txt").write_text("c" * 3000, encoding="utf-8")
+    assert cli.main(["evaluate", *line, "--compare", *models]) == 2
+    assert "was measured with other settings, text_sha256 of perplexity" in capsys.readouterr().err
+    (tmp_path / "texts" / "b.txt").write_text("b" * 3000, encoding="utf-8")
+    assert cli.main(["evaluate", *line, "--compare", *models]) == 0
+    llama(seed=1, max_position_embeddings=64).save_pretrained(tmp_path / "64")
+    assert cli.main(["evaluate", *line, "--compare", *models]) == 2
+    assert "was measured with other settings, base_sha256" in capsys.readouterr().err
 
 
 def test_perplexity_is_measured_at_its_length_or_refused(llama, tokenizer):

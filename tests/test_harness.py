@@ -257,6 +257,8 @@ def test_what_lm_eval_cannot_do_is_one_line(ask, monkeypatch):
 def test_patterns_and_groups_stand_for_their_tasks(ask):
     (ask.folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": [f"choice_{WINDOW}"]}))
     assert set(ask(tiny(), "choice_25*", limit=1)["results"]) == {f"choice_{WINDOW}"}
+    (ask.folder / "chosen.yaml").write_text(yaml.safe_dump({"group": "choice_25", "task": [f"choice_{WINDOW}"]}))
+    assert set(ask(tiny(), "choice_25*", limit=1)["results"]) == {f"choice_{WINDOW}"}
     grouped = ask(tiny(), "both", limit=1)
     assert grouped["group_subtasks"] == {"both": [f"choice_{WINDOW}"]}
     head, _, row = table_of_harness({"one": grouped}).splitlines()

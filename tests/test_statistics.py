@@ -3,7 +3,14 @@
 import pytest
 from scipy.stats import binomtest, t
 
-from cream_peft.evals.results import effective_length, paired_comparison, paired_means, wilson_interval
+from cream_peft.evals.results import (
+    Cell,
+    compare_cells,
+    effective_length,
+    paired_comparison,
+    paired_means,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize("correct, samples", [(0, 1), (0, 50), (1, 20), (25, 50), (49, 50), (50, 50), (377, 500)])
@@ -32,6 +39,18 @@ def test_two_models_on_the_same_samples_are_compared_by_the_exact_binomial(only_
     assert (found["only_first"], found["only_second"]) == (only_first, only_second)
     assert found["difference"] == pytest.approx((sum(second) - sum(first)) / len(first))
     assert found["p_value"] == pytest.approx(binomtest(only_first, only_first + only_second).pvalue)
+
+
+def test_all_questions_that_both_have_count_however_many_stand_at_a_depth():
+    def cell(depth, correct, **more):
+        return Cell(task="recall", length=64, depth=depth, metric="accuracy", value=0.5, samples=len(correct),
+                    correct=correct, **more)  # fmt: skip
+
+    pairs = [(cell(0.1, "0000"), cell(0.1, "1111")), (cell(0.9, "00"), cell(0.9, "110"))]
+    found = compare_cells(pairs)
+    assert (found["questions"], found["only_second"], found["difference"]) == (6, 6, 1.0) and "answer_loss" not in found
+    losses = [(cell(0.1, "00", answer_loss=[2.0, 3.5]), cell(0.1, "000", answer_loss=[1.0, 2.0, 9.0]))]
+    assert compare_cells(losses)["answer_loss"]["difference"] == -1.25
 
 
 def test_models_that_never_differ_give_no_evidence():

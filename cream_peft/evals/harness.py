@@ -50,8 +50,11 @@ PER_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-sho
 
 
 def _names(manager: Any, task: str) -> list[str]:
-    """lm-eval's names of a task, group, tag or pattern such as `mmlu_*`."""
+    """lm-eval's names of a task, group, tag or pattern such as `arc_*`; of a pattern the tasks, once each."""
     names = manager.match_tasks([task])
+    if "*" in task:
+        # lm-eval refuses a task beside its own group.
+        names = [name for name in names if name in manager.all_subtasks] or names
     if not names:
         near = ", ".join(difflib.get_close_matches(task, manager.all_tasks))
         hint = f"did you mean {near}" if near else "`lm-eval ls tasks` lists them"

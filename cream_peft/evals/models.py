@@ -14,6 +14,7 @@ from ..errors import about, missing_folder
 from ..model.adapter import Adapter, open_adapter
 from ..model.base import load_base, load_tokenizer, read_config, resolve_base
 from ..model.check import check_weights
+from ..model.fingerprint import digest
 from ..model.record import Record, adapter_sha256, is_adapter
 from .results import Settings
 
@@ -104,21 +105,22 @@ def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | Non
             raise ValueError(f"{name} is not measured: {weights.found}")
         if not adapter.record.is_of(adapter.folder):
             raise ValueError(f"{name} is not measured: its cream.json was written for other weights")
-        record, config, digest = adapter.record, adapter.scaled_config, adapter_sha256(adapter.folder)
+        record, config, own = adapter.record, adapter.scaled_config, adapter_sha256(adapter.folder)
     else:
         record = Record.read(Path(name), name) if (Path(name) / "cream.json").is_file() else None
-        digest = record.adapter_sha256 if record else None
+        own = record.adapter_sha256 if record else None
         with about(name):
             config = read_config(name, trust_remote_code=False)
     if record is None:
-        settings = replace(settings, pretrained_window=rope.pretrained_window(config))
+        weights = digest(Path(name)) if Path(name).is_dir() else None
+        settings = replace(settings, pretrained_window=rope.pretrained_window(config), base_sha256=weights)
         return OpenedModel(spec, None, name, config, settings)
     settings = replace(
         settings,
         pretrained_window=record.pretrained_window,
         target_length=record.target_length,
         rope_scaling_type=record.rope_scaling_type,
-        adapter_sha256=digest,
+        adapter_sha256=own,
     )
     fed = record.positions.context_length if record.is_within_window else None
     return OpenedModel(spec, adapter, record.base_model, config, settings, fed)

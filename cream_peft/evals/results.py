@@ -72,6 +72,8 @@ class Settings:
     rope_scaling_type: str | None = None
     adapter_sha256: str | None = None
     """None for a base."""
+    base_sha256: str | None = None
+    """Of some values of the weights of a base in a local folder, whose name may stand for another one tomorrow."""
     samples: int | None = None
     """At each length and depth."""
     machine: str | None = None
@@ -184,11 +186,15 @@ def compare_cells(pairs: list[tuple[Cell, Cell]]) -> dict[str, Any] | None:
     if not pairs:
         return None
     # The first documents are the same however many there are.
-    documents = min(len(cell.correct or "") for pair in pairs for cell in pair)
-    sides = list(zip(*pairs, strict=True))
-    found: dict[str, Any] = dict(paired_comparison(*("".join((c.correct or "")[:documents] for c in s) for s in sides)))
-    if all(cell.answer_loss is not None for side in sides for cell in side):
-        base, other = ([mean((cell.answer_loss or [])[n] for cell in side) for n in range(documents)] for side in sides)
+    counts = [min(len(cell.correct or "") for cell in pair) for pair in pairs]
+    sides = [list(zip(side, counts, strict=True)) for side in zip(*pairs, strict=True)]
+    answers = ("".join((cell.correct or "")[:count] for cell, count in side) for side in sides)
+    found: dict[str, Any] = dict(paired_comparison(*answers))
+    # Of recall a depth has as many questions as fall there, and no losses.
+    if len(set(counts)) == 1 and all(cell.answer_loss is not None for pair in pairs for cell in pair):
+        base, other = (
+            [mean((cell.answer_loss or [])[n] for cell, _ in side) for n in range(counts[0])] for side in sides
+        )
         found["answer_loss"] = paired_means(base, other)
     return found
 
@@ -247,8 +253,8 @@ def paired_comparison(first: Sequence[int] | str, second: Sequence[int] | str) -
     """Two models on the same samples, each 0 or 1 (or a text of these): McNemar's exact test, two-sided.
 
     Returns:
-        only_first and only_second, the samples that one model alone has right; difference, the second's accuracy less
-        the first's; p_value, how often two equally good models would differ at least so much.
+        questions, how many samples; only_first and only_second, those that one model alone has right; difference, the
+        second's accuracy less the first's; p_value, how often two equally good models would differ at least so much.
     """
     from scipy.stats import binomtest
 
@@ -257,6 +263,7 @@ def paired_comparison(first: Sequence[int] | str, second: Sequence[int] | str) -
     pairs = [(int(one), int(other)) for one, other in zip(first, second, strict=True)]
     only_first, only_second = pairs.count((1, 0)), pairs.count((0, 1))
     return {
+        "questions": len(pairs),
         "only_first": only_first,
         "only_second": only_second,
         "difference": (only_second - only_first) / len(pairs),

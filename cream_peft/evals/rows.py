@@ -11,7 +11,7 @@ from typing import Any
 from .models import ModelSpec, OpenedModel
 from .options import EvaluateOptions
 from .results import Settings
-from .run import measure, refuse_other_vocabulary
+from .run import Texts, measure, refuse_other_vocabulary
 from .tasks import option_names
 
 
@@ -70,7 +70,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        results = measure(opened, model, tokenizer, asked.lengths or [], asked, documents, None)
+        texts = Texts.of(asked, documents, asked.lengths or [])
+        results = measure(opened, model, tokenizer, asked.lengths or [], asked, texts, None)
     finally:
         model.train(was_training)
     rows = []

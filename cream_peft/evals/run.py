@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ..plan.memory import Reading
 from ..tiny.documents import VOCABULARY_SIZE
 from .models import OpenedModel, open_models
 from .options import EvaluateOptions
+from .prompts import read_texts
 from .results import Cell, Results, file_name
 from .tasks import TASKS, Task
 
@@ -146,8 +149,29 @@ def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
     return found
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What is read of the user's texts, the same for all models that are compared."""
+
+    documents: list[str] | None
+    """Those that --text names, where it is a data set; else the task reads its files."""
+    least: int
+    """Tokens that a document of perplexity has at least, for the longest length of any model."""
+    digests: dict[str, str]
+    """Option -> SHA-256 of the texts that it names."""
+
+    @classmethod
+    def of(cls, options: EvaluateOptions, documents: list[str] | None, lengths: Iterable[int]) -> Texts:
+        read = {name: getattr(options, name) for name in ("text", "haystack")}
+        texts = {name: read_texts(path) for name, path in read.items() if path and not (name == "text" and documents)}
+        if documents:
+            texts["text"] = documents
+        digests = {name: sha256(json.dumps(found).encode()).hexdigest() for name, found in texts.items()}
+        return cls(documents, max(lengths), digests)
+
+
 def _planned(
-    opened: OpenedModel, longest: int, options: EvaluateOptions, kv_cache: str
+    opened: OpenedModel, texts: Texts, options: EvaluateOptions, kv_cache: str
 ) -> tuple[Results, dict[str, dict[str, Any]]]:
     """What the results will say of the model and of how it is asked, and the options of each task."""
     shown = {task: options.of_task(task) for task in options.tasks}
@@ -155,9 +179,14 @@ def _planned(
         if "chunk_length" in TASKS[task].options:
             shown[task]["kv_cache"] = kv_cache
     if "perplexity" in shown:
-        # Every length scores the same documents.
-        shown["perplexity"]["min_tokens"] = longest
-    settings = replace(opened.settings, samples=options.samples, machine=machine(), options=shown)
+        # Every length and every model scores the same documents.
+        shown["perplexity"]["min_tokens"] = texts.least
+    # A path is told by its last part, and what lies there may change.
+    told = {
+        task: own | {f"{name}_sha256": digest for name, digest in texts.digests.items() if name in own}
+        for task, own in shown.items()
+    }
+    settings = replace(opened.settings, samples=options.samples, machine=machine(), options=told)
     adapter = opened.spec.name if opened.adapter else None
     return Results(opened.base, adapter, versions(), options.seed, settings), shown
 
@@ -168,7 +197,7 @@ def measure(
     tokenizer: Any,
     lengths: list[int],
     options: EvaluateOptions,
-    documents: list[str] | None,
+    texts: Texts,
     path: Path | None,
 ) -> Results:
     """What `options` asks of one model, which is loaded; in the file at `path` too."""
@@ -181,9 +210,10 @@ def measure(
     reading = Reading(length=longest, load_in_4bit=options.load_in_4bit, chunk_length=chunk_length)
     if kv_cache == "auto":
         kv_cache = fitting_kv_cache(opened.config, reading)
-    results, shown = _planned(opened, longest, options, kv_cache)
+    results, shown = _planned(opened, texts, options, kv_cache)
     given = {
-        task: own | ({"text": documents} if documents and task == "perplexity" else {}) for task, own in shown.items()
+        task: own | ({"text": texts.documents} if texts.documents and task == "perplexity" else {})
+        for task, own in shown.items()
     }
     common: dict[str, Any] = {"lengths": lengths, "samples": options.samples, "overwrite": options.overwrite}
     tasks = {name: TASKS[name] for name in options.tasks}
@@ -204,17 +234,18 @@ def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None
     files = {opened.spec.label: Path(options.output_dir) / file_name(opened.spec.label) for opened, _ in found}
     if len(set(files.values())) < len(files):
         raise ValueError(f"two labels have one results file ({', '.join(files)}): choose others, LABEL=MODEL")
+    texts = Texts.of(options, documents, (length for _, lengths in found for length in lengths))
     with ExitStack() as locks:
         for path in files.values():
             refusal = f"{path} is being written by another `cream-peft evaluate`: wait, or choose another --output_dir"
             locks.enter_context(locked(path.with_name(f".{path.name}.lock"), refusal))
-        for opened, lengths in found:
-            planned, _ = _planned(opened, max(lengths), options, options.kv_cache)
+        for opened, _ in found:
+            planned, _ = _planned(opened, texts, options, options.kv_cache)
             # Which cache fits is known once the model is loaded.
             unknown = "kv_cache of " if options.kv_cache == "auto" else ""
             _with_earlier(planned, files[opened.spec.label], options.tasks, options.overwrite, unknown)
         return {
-            opened.spec.label: measure(opened, *opened.load(), lengths, options, documents, files[opened.spec.label])
+            opened.spec.label: measure(opened, *opened.load(), lengths, options, texts, files[opened.spec.label])
             for opened, lengths in found
         }
 

@@ -62,12 +62,10 @@ def _last_against_best(cells: dict[str, list[Cell]], target: int | None) -> str:
     other, which = means[best][length], f"the best of the others, {best}," if len(asked) > 1 else best
     if not is_share:
         return f"At {length:,} tokens {last} has a perplexity of {mine:.2f}, {which} of {other:.2f}."
-    pairs = same_places(cells[best], cells[last], length)
-    test, chance = compare_cells(pairs), ""
+    test, chance = compare_cells(same_places(cells[best], cells[last], length)), ""
     if test and mine != other:
         noise = "may be" if test["p_value"] >= SIGNIFICANT else "is not"
-        questions = sum(cell.samples for _, cell in pairs)
-        chance = f"; over {questions:,} questions the difference {noise} chance (p {_p_value(test)})"
+        chance = f"; over {test['questions']:,} questions the difference {noise} chance (p {_p_value(test)})"
     return f"At {length:,} tokens {last} answers {mine:.0%} right, {which} {other:.0%}{chance}."
 
 

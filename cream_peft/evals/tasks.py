@@ -167,6 +167,8 @@ TASKS: dict[str, Task | Measurement] = {
         kv_depths,
         50,
         (*OF_PROMPTS, "keys", "key_length", "query_aware"),
+        # Key and value in a sentence, as the original allows for.
+        sentence_tokens=100,
         shared_document=True,
         embedded=Task(embedded_kv_prompt, contains, kv_depths, 1, ("keys",), shared_document=True),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -106,6 +107,14 @@ def fingerprint(model: nn.Module, files: Mapping[str, Path]) -> dict[str, list[f
     read = from_model(model, files)
     found = {names[len(names) // 2]: read(names[len(names) // 2], VALUES) for names in kinds.values()}
     return {name: values for name, values in found.items() if values}
+
+
+def digest(folder: Path) -> str | None:
+    """A SHA-256 of some values of each tensor in the safetensors files of a folder; None where there are none."""
+    files = weight_files(folder)
+    read = from_files(files)
+    values = {name: read(name, VALUES) for name in sorted(files)}
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest() if values else None
 
 
 def differing(wanted: Mapping[str, list[float]], read: Read) -> str | None:
