@@ -11,8 +11,9 @@ from trl import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template
 
 from cream_peft import CREAMTrainer
-from cream_peft.train.data import prepare_columns, training_chat_template
+from cream_peft.train.data import load_data, prepare_columns, training_chat_template
 from cream_peft.train.files import load_documents
+from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.rows import DataError, RowError, find_problems, to_messages
 
 # The chat template of meta-llama/Llama-2-7b-chat-hf in other words: same output, no generation marks.
@@ -324,11 +325,76 @@ def test_a_template_after_whose_answers_nothing_says_that_they_end_is_refused(by
 def test_documents_without_a_label_left_are_refused_not_a_stop_iteration(make_model, make_config, tiny_tokenizer, lora):
     # The first label lies beyond target_length, where TRL cuts.
     rows = {"input_ids": [[1] * 600], "labels": [[-100] * 550 + [1] * 50]}
-    with pytest.raises(DataError, match="no example has a token to train on"):
+    with pytest.raises(DataError, match="1 of 1 documents have no label within target_length=512"):
         CREAMTrainer(
             model=make_model(), args=make_config(), train_dataset=Dataset.from_dict(rows),
             processing_class=tiny_tokenizer, peft_config=lora(),
         )  # fmt: skip
+
+
+def test_documents_that_lose_all_labels_to_the_cut_are_counted(make_model, make_config, tiny_tokenizer, lora, caplog):
+    rows = {"input_ids": [[1] * 600] * 4, "labels": [[-100] * 550 + [1] * 50, *[[1] * 600] * 3]}
+    trainer = CREAMTrainer(
+        model=make_model(), args=make_config(), train_dataset=Dataset.from_dict(rows),
+        processing_class=tiny_tokenizer, peft_config=lora(),
+    )  # fmt: skip
+    assert len(trainer.train_dataset) == 3
+    assert "1 of 4 documents have no label within target_length=512 and are left out" in caplog.text
+
+
+def test_a_row_brings_its_own_keys_and_no_others_to_the_template(byte_tokenizer, tmp_path):
+    def row(arguments, tools, **more):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        turns = [CONVERSATION[0], {"from": "gpt", "value": "", "tool_calls": [call]}]
+        turns += [{"from": "tool", "value": "2"}, {"from": "gpt", "value": "It is 2.", "thinking": "Let me see."}]
+        return {"conversations": turns, "tools": tools, **more}
+
+    tools = [{"name": "f", "parameters": {"x": {"type": "int"}}}, {"name": "g", "parameters": {"y": {"enum": [1]}}}]
+    rows = [row({"a": 1}, tools[:1], chat_template_kwargs=None), row({"b": [{"c": 2}]}, tools[1:]), row({}, None)]
+    rows[1]["chat_template_kwargs"] = {"deep": True}
+    # Each mapping has the keys of all, as null.
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    byte_tokenizer.chat_template = SMOLLM2
+    loaded = load_documents(str(tmp_path / "rows.parquet"))
+    assert loaded[0]["conversations"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}  # control
+    for prepared in (
+        prepare_columns(loaded, "d", byte_tokenizer),
+        list(prepare_columns(loaded.to_iterable_dataset(), "d", byte_tokenizer)),
+    ):
+        found = [prepared[index] for index in range(3)]
+        calls = [one["messages"][1]["tool_calls"][0]["function"]["arguments"] for one in found]
+        assert calls == [{"a": 1}, {"b": [{"c": 2}]}, {}]
+        assert [one["tools"] for one in found] == [tools[:1], tools[1:], None]
+        assert [one["chat_template_kwargs"] for one in found] == [{}, {"deep": True}, {}]
+        beside = [set(turn) - {"role", "content"} for turn in found[0]["messages"]]
+        assert beside == [set(), {"tool_calls"}, set(), {"thinking"}]
+
+
+@pytest.mark.parametrize("name", ["training-manual.txt", "deeper/test-report.txt"])
+def test_a_file_whose_name_looks_like_a_split_does_not_take_the_place_of_a_folder(plays, name):
+    files = len(load_documents(str(plays)))
+    (plays / name).write_text("A manual.")
+    split = "train" if "train" in name else "test"
+    with pytest.raises(
+        DataError, match=rf"{Path(name).name} looks like the split '{split}', and {files} files look like none"
+    ):
+        load_documents(str(plays))
+    assert len(load_documents(f"{plays}/**/*.txt")) == files + 1
+    (plays / "notes.md").write_text("Of another kind.")
+    for path in plays.rglob("*.txt"):
+        path.rename(path.with_name("test.txt"))
+    with pytest.raises(DataError, match=r"no split 'train'; by the names of its files it has test. A pattern such as"):
+        load_documents(str(plays))
+
+
+def test_a_folder_that_is_named_as_a_split_is_not_taken_for_it(tmp_path, monkeypatch, byte_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps({"text": split}) * 1)
+    recipe = parse_recipe(["--dataset_name", "data", "--dataset_test_split", "test", "--output_dir", "run"])
+    assert [documents[0]["text"] for documents in load_data(recipe, byte_tokenizer, 300)] == ["train", "test"]
 
 
 def test_a_hundred_thousand_rows_are_looked_at_in_about_a_second():

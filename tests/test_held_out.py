@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from cream_peft import CREAMTrainer, cli
 from cream_peft.model.record import Record, adapter_sha256
+from cream_peft.train.rows import DataError
 
 CHOICE = {
     "max_steps": 5, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
@@ -119,6 +120,28 @@ def test_short_documents_held_out_are_joined_to_eval_length_as_those_for_trainin
     fed = [trainer.data_collator([row])["input_ids"].shape[1] for row in rows]
     assert fed == lengths
     assert trainer.data_collator([rows[0]])["position_ids"][0].tolist() == list(range(fed[0]))
+
+
+def test_a_held_out_document_without_a_label_to_score_does_not_count_as_a_loss_of_0(
+    make_model, make_config, tiny_tokenizer, lora, caplog
+):
+    tokens = list(range(1, 2 * WINDOW))
+
+    def trainer(labels):
+        held_out = Dataset.from_dict({"input_ids": [tokens] * len(labels), "labels": labels})
+        return CREAMTrainer(
+            model=make_model(), args=make_config(eval_strategy="steps"), train_dataset=held_out, eval_dataset=held_out,
+            processing_class=tiny_tokenizer, peft_config=lora(),
+        )  # fmt: skip
+
+    late = [-100] * WINDOW + tokens[WINDOW:]
+    lower, mixed = trainer([tokens] * 2), trainer([tokens, tokens, late])
+    assert (
+        mixed.evaluate()["eval_loss"] == pytest.approx(lower.evaluate()["eval_loss"]) and len(mixed.eval_dataset) == 2
+    )
+    assert "1 of 3 documents have no label within eval_length=64 and are left out" in caplog.text
+    with pytest.raises(DataError, match=r"2 of 2 documents have no label within eval_length=64\. These are too many"):
+        trainer([late] * 2)
 
 
 def test_held_out_documents_are_evaluated_before_the_first_step_without_an_eval_strategy(tmp_path, capsys):

@@ -117,11 +117,15 @@ OTHER_SETTINGS = {
     "alpha": (["--lora_alpha", "64"], "lora_alpha=32, now 64"),
     "modules": (["--lora_target_modules", "q_proj"], "lora_target_modules=['k_proj', 'o_proj', 'q_proj', 'v_proj'], "),
     "rslora": (["--use_rslora", "true"], "use_rslora=False, now True"),
+    "optimizer": (["--optim", "adafactor"], "optim=adamw_torch_fused, now adafactor"),
+    "schedule": (["--lr_scheduler_type", "linear"], "lr_scheduler_type=cosine_with_min_lr, now linear"),
+    "weight decay": (["--weight_decay", "0.5"], "weight_decay=0.0, now 0.5"),
     "fewer documents": (["--max_documents", "100"], "other data in dataset_name (2,500 rows, sha256 "),
     "as many other documents": (["--dataset_name", "other.jsonl"], "now 2,500 rows, sha256 "),
     "another base": (
         ["--model_name_or_path", "./base", "--dataset_name", "cream-peft-tiny", "--dataset_config", "new_skill"]
-        + ["--rope_scaling_type", "ntk", "--seed", "0"],
+        + ["--rope_scaling_type", "ntk", "--seed", "0", "--lr_scheduler_type", "cosine_with_min_lr"]
+        + ["--lr_scheduler_kwargs", '{"min_lr_rate": 0.05}'],
         "model_name_or_path (model.embed_tokens.weight ",
     ),
 }
@@ -159,6 +163,34 @@ def test_more_steps_another_batch_and_learning_rate_are_fine_and_said_in_one_lin
     # What that line says.
     groups = torch.load(run / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"]
     assert {group["initial_lr"] for group in groups} == {0.01}
+
+
+def test_a_learning_rate_that_was_left_open_is_compared_too(run, caplog):
+    for checkpoint in run.glob("checkpoint-*"):
+        content = json.loads((checkpoint / "cream.json").read_text())
+        (checkpoint / "cream.json").write_text(json.dumps(content | {"recipe": {}}))
+    assert resume(run, "--max_steps", "5", "--learning_rate", "0.1").loss is not None
+    assert "was trained with learning_rate=0.01, now 0.1; the optimizer keeps" in caplog.text
+
+
+def test_weights_alone_are_resumed_with_a_line_that_says_what_begins_anew(run, caplog):
+    for checkpoint in run.glob("checkpoint-*"):
+        for name in ("optimizer.pt", "scheduler.pt"):
+            (checkpoint / name).unlink()
+    assert resume(run, "--max_steps", "5", "--save_only_model", "true").loss is not None
+    assert "checkpoint-4 holds weights alone: optimizer and learning rate begin anew" in caplog.text
+
+
+def test_a_stream_past_its_first_pass_says_that_it_begins_anew(tmp_path, caplog):
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(6)))
+    data = ["--dataset_streaming", "true", "--dataset_name", str(tmp_path / "d.jsonl")]
+    train(tmp_path / "run", *data)
+    for step, is_past in ((2, False), (4, True)):
+        caplog.clear()
+        checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
+        folder = shutil.copytree(tmp_path / "run", tmp_path / f"from-{step}")
+        train(folder, *data, "--max_steps", "5", "--resume_from_checkpoint", checkpoint)
+        assert ("is past the first pass over a streamed data set" in caplog.text) == is_past
 
 
 def test_a_checkpoint_that_says_less_is_resumed(run):

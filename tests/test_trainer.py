@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -605,6 +605,22 @@ def test_a_model_loaded_with_the_saved_base_config_has_the_bases_window(adapter,
     trainer = CREAMTrainer(model=model, args=args, train_dataset=make_documents())
     assert (trainer.pretrained_window, trainer.args.context_length) == (256, 256)
     assert rope.pretrained_window(config) == 2048  # control: what its config says
+
+
+def test_a_second_stage_has_the_tokenizer_and_the_chat_template_of_the_first(
+    adapter, make_documents, make_config, tmp_path
+):
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.chat_template, tokenizer.eos_token = "{{ messages }}", ".07"
+    tokenizer.save_pretrained(adapter)
+    model, _ = load_adapter(adapter, is_trainable=True, load_in_4bit=False)
+    args = make_config(context_length=256, target_length=2048)
+    in_python = CREAMTrainer(model=model, args=args, train_dataset=make_documents(tokens=300))
+    arguments = ["--adapter_name_or_path", str(adapter), "--max_steps", "1", "--output_dir", str(tmp_path / "second")]
+    arguments += ["--dataset_name", "cream-peft-tiny", "--context_length", "128", "--gradient_accumulation_steps", "1"]
+    run_recipe(parse_recipe(arguments))
+    for found in (in_python.processing_class, AutoTokenizer.from_pretrained(tmp_path / "second")):
+        assert (found.chat_template, found.eos_token) == ("{{ messages }}", ".07")
 
 
 def test_a_recipe_trains_an_adapter_further(adapter, tmp_path):

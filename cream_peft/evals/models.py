@@ -32,6 +32,12 @@ class ModelSpec:
     @classmethod
     def parse(cls, text: str) -> ModelSpec:
         label, _, rest = text.rpartition("=")
+        parts = text.split("=")
+        for count in range(len(parts)):
+            # A folder may have the sign in its name, as runs/lr=1e-4 has.
+            if Path(("=".join(parts[count:])).partition("+")[0]).is_dir():
+                label, rest = "=".join(parts[:count]), "=".join(parts[count:])
+                break
         if not rest:
             raise ValueError(f"--compare {text!r} names no model: write MODEL or LABEL=MODEL")
         name, plus, scaling = rest.partition("+")

@@ -126,6 +126,7 @@ class Adapter:
         adapted = PeftModel.from_pretrained(model, str(self.folder), is_trainable=is_trainable, config=config)
         # What a trainer that trains it further needs to know.
         adapted.trained_record = self.record  # ty: ignore[invalid-assignment] - no tensor, no module
+        adapted.trained_folder = str(self.folder)  # ty: ignore[invalid-assignment]
         generation = model.generation_config
         generation.eos_token_id = eos_token_id(generation.eos_token_id, tokenizer)
         return adapted.train(is_trainable), tokenizer

@@ -121,7 +121,7 @@ class Mark:
     def rewind(self, cache: Cache) -> None:
         """Make `cache`, which has read on since, what it was."""
         surplus = cache.get_seq_length() - self.tokens
-        for number, layer in enumerate(cache.layers):
+        for number, layer in enumerate(cast(list[Any], cache.layers)):
             if number in self.layers:
                 cache.layers[number] = copy.deepcopy(self.layers[number])
             else:

@@ -105,6 +105,8 @@ class Record:
     """position_strategy, rope_scaling_type: where those that are not of cream-peft come from."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The keys that the recipe and the command line set."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What optimizer and schedule were made with, which a run keeps that is resumed."""
     merged: bool = False
     """Whether the folder holds a whole model: base and adapter in one, or with `full` one trained as a whole."""
     stages: list[Any] = field(default_factory=list)

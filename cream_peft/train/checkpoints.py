@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import IterableDataset
+
 from ..model.fingerprint import differing
 from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Positions, Record, is_adapter
 from ..positions import POSITION_STRATEGIES, options_of
 from .collator import MIXED, CREAMDataCollator
-from .config import CREAMConfig
+from .config import FIXED_SETTINGS, KEPT_SETTINGS, CREAMConfig
 from .saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
@@ -27,10 +29,8 @@ FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "lora_dr
 FREE_FIELDS += ("auto_mapping", "peft_version", "task_type")
 """Of adapter_config.json: what may differ when a run is resumed."""
 OPTIONAL = ("model_name_or_path", "model_revision", "context_length", "short_documents", "seed", "data_seed")
-OPTIONAL += ("dataset_name",)
+OPTIONAL += ("dataset_name", *FIXED_SETTINGS)
 """What an earlier version may not have recorded: compared where both runs say it."""
-KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
-"""What may change too, with one line that says so."""
 START_ANEW = "set it back, choose another output_dir, or train anew without resume_from_checkpoint"
 
 
@@ -164,6 +164,7 @@ def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
         "short_documents": positions.short_documents,
         "distillation_weight": record.distillation_weight,
         "distillation_length": record.distillation_length,
+        **{key: record.settings.get(key) for key in FIXED_SETTINGS},
         "seed": record.seed,
         "data_seed": positions.seed,
         **{
@@ -202,8 +203,10 @@ def difference(folder: Path, record: Record, trainer: ResumingTrainer) -> str | 
 
 def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(CREAMConfig)}
-    recipe = checkpoint.record.recipe
-    pairs = [(key, recipe.get(key, defaults[key]), getattr(args, key)) for key in KEPT_SETTINGS if recipe]
+    # Earlier versions recorded the recipe alone.
+    recipe = checkpoint.record.recipe and defaults | checkpoint.record.recipe
+    then = checkpoint.record.settings or recipe
+    pairs = [(key, then[key], getattr(args, key)) for key in KEPT_SETTINGS if then]
     changed = [f"{key}={was}, now {new}" for key, was, new in pairs if was not in (None, new)]
     if changed:
         logger.warning(
@@ -232,6 +235,14 @@ class ResumingTrainer(SavingTrainer):
                 raise CheckpointError(f"{checkpoint.folder} was trained with {found}: {START_ANEW}")
             logger.info(f"resuming from {checkpoint.folder}")
             _say_what_changed(checkpoint, self.args)
+            if not any(checkpoint.folder.glob("optimizer*")) and not any(checkpoint.folder.glob("global_step*")):
+                logger.warning("%s holds weights alone: optimizer and learning rate begin anew", checkpoint.folder)
+            # Of a stream nothing says how long a pass over it is.
+            if isinstance(self.train_dataset, IterableDataset) and checkpoint.state.get("epoch", 0) >= 1:
+                logger.warning(
+                    "%s is past the first pass over a streamed data set, which begins anew: the run goes on, and its "
+                    "weights will not be those of an uninterrupted one", checkpoint.folder,
+                )  # fmt: skip
             self.run_id, self.resumed_step = checkpoint.record.run_id, checkpoint.step
         self._is_first_checkpoint = True
         return super().train(str(checkpoint.folder) if checkpoint else None, *args, **kwargs)

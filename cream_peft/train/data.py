@@ -10,18 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .files import FILE_FORMATS, load_documents, place_of
 from .recipe import Recipe, RecipeError
-from .rows import STREAM_SAMPLE, DataError, keep_usable, pair_of, to_messages
+from .rows import (
+    IGNORE_INDEX,
+    MOST_BAD,
+    STREAM_SAMPLE,
+    DataError,
+    keep_usable,
+    pair_of,
+    to_messages,
+    without_nulls,
+)
 
 logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 """Columns that TRL hands to the chat template."""
+SPLITS = ("train", "test", "validation", "eval", "dev", "val")
 PROBE = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "One?"},
@@ -51,7 +61,8 @@ def load_data(recipe: Recipe, tokenizer: Any, vocab_size: int) -> tuple[Any, Any
 
     documents, test = load("dataset_name", name, data.dataset_train_split), data.dataset_test_split
     if test:
-        is_file = Path(test).suffix in FILE_FORMATS or Path(test).exists()
+        # A folder of such a name may lie here by chance: ./test is meant for it.
+        is_file = Path(test).suffix in FILE_FORMATS or (Path(test).exists() and test not in SPLITS)
         key = "dataset_test_split"
         return documents, load(key, test, "train") if is_file else load(key, name, test)
     held_out = data.held_out_documents
@@ -122,18 +133,27 @@ def prepare_columns(
         dataset = dataset.select_columns([column for column in columns if column in TOKEN_COLUMNS])
         return keep("input_ids")
     beside = [column for column in BESIDE_MESSAGES if column in columns]
+    # In other types Arrow gives each mapping the keys of all the others again.
+    features = Features(dict.fromkeys(beside, Json()))
+
+    def around(row: dict[str, Any]) -> dict[str, Any]:
+        missing = {"chat_template_kwargs": {}}
+        return {column: without_nulls(row[column]) or missing.get(column) for column in beside}
+
     conversation = next((column for column in ("messages", "conversations") if column in columns), None)
     if conversation:
         _check_template(tokenizer, f"{name} holds conversations ({conversation})")
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
-            return differs_from(row, {"messages": to_messages(row[conversation], row.get("system"))})
+            return differs_from(row, {"messages": to_messages(row[conversation], row.get("system")), **around(row)})
 
         read = [conversation, *(["system"] if "system" in columns else [])]
         dataset = dataset.select_columns([*read, *beside])
         usable = keep(conversation, convert)
         # What is as it should be already, such as what was prepared before, is not written again.
-        return usable.map(convert, remove_columns=read) if changed() else usable.select_columns(["messages", *beside])
+        if not changed():
+            return usable.select_columns(["messages", *beside])
+        return usable.map(convert, remove_columns=read, features=Features(messages=List(Json()), **features))
     if "prompt" in columns and "completion" in columns:
         is_text = isinstance(sample.features["prompt"], Value)
         if not is_text:
@@ -141,12 +161,13 @@ def prepare_columns(
 
         def pair(row: dict[str, Any]) -> dict[str, Any]:
             both = zip(("prompt", "completion"), pair_of(row["prompt"], row["completion"]), strict=True)
-            return differs_from(row, dict(both))
+            return differs_from(row, dict(both) | around(row))
 
         dataset = dataset.select_columns(["prompt", "completion", *beside])
         usable = keep("prompt", pair)
         if not is_text:
-            return usable.map(pair) if changed() else usable
+            of_both = {"prompt": List(Json()), "completion": List(Json())}
+            return usable.map(pair, features=Features(**of_both, **features)) if changed() else usable
         _check_reading(tokenizer, next(iter(usable))["completion"], name, eos_token)
         return usable
     if text_field in columns:
@@ -238,13 +259,28 @@ def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def refuse_empty(dataset: Any) -> None:
-    """Raise a DataError where tokenising has left no example with a label."""
-    if isinstance(dataset, Dataset) and not len(dataset):
+def report_unlabelled(dataset: Any, documents: Any, key: str, length: int) -> None:
+    """Say how many of `documents` tokenising has left out, because they have no label within `length` tokens, which
+    `key` sets.
+
+    Raises:
+        DataError: if most have none, and so nothing was trained or evaluated.
+    """
+    if not isinstance(dataset, Dataset) or len(dataset) == len(documents):
+        return
+    told = f"{len(documents) - len(dataset):,} of {len(documents):,} documents have no label within {key}={length:,}"
+    if len(dataset) < (1 - MOST_BAD) * len(documents):
         raise DataError(
-            "no example has a token to train on: every label is masked within target_length. Look at labels, "
-            "completion_mask, assistant_only_loss and completion_only_loss"
+            f"{told}. These are too many: nothing was trained. Raise it, or look at labels, completion_mask, "
+            "assistant_only_loss and completion_only_loss"
         )
+    logger.warning("%s and are left out", told)
+
+
+def with_labels(dataset: Any, length: int) -> Any:
+    """The tokenised documents that have a label within their first `length` tokens, whose first is never predicted:
+    others would count as a loss of 0."""
+    return dataset.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"][1:length]))
 
 
 def fit_short_documents(dataset: Any, mode: str, context_length: int) -> Any:

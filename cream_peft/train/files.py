@@ -88,8 +88,12 @@ def data_files(name: str, split: str) -> list[Path] | None:
         found = {str(one): [Path(file) for file in of_split] for one, of_split in by_split.items() if of_split}
         if not found:
             raise DataError(f"{name} holds no data files: {kinds}")
+        _refuse_guess(path, name, found)
         if split not in found:
-            raise DataError(f"{name} has no split {split!r}; it has {', '.join(found)}")
+            raise DataError(
+                f"{name} has no split {split!r}; by the names of its files it has {', '.join(found)}. A pattern such "
+                f"as '{path / '*.*'}' takes all of them"
+            )
         paths = found[split]
     elif path.is_file():
         if path.suffix not in FILE_FORMATS:
@@ -108,6 +112,22 @@ def data_files(name: str, split: str) -> list[Path] | None:
         return None
     order = list(dict.fromkeys(FILE_FORMATS.values()))
     return sorted(paths, key=lambda file: (order.index(FILE_FORMATS[file.suffix]), file))
+
+
+def _refuse_guess(folder: Path, name: str, found: dict[str, list[Path]]) -> None:
+    """Refuse a folder where the name of a file, such as training-manual.txt, makes it a split, and would leave others
+    of its kind out."""
+    taken = {file.resolve() for files in found.values() for file in files}
+    kinds = {FILE_FORMATS[file.suffix] for file in taken}
+    left = [file for file in sorted(folder.rglob("*")) if file.is_file() and FILE_FORMATS.get(file.suffix) in kinds]
+    left = [file for file in left if file.resolve() not in taken and not file.relative_to(folder).name.startswith(".")]
+    if left:
+        some = {split: files[0].name for split, files in found.items()}
+        told = ", ".join(f"{file} looks like the split {split!r}" for split, file in some.items())
+        raise DataError(
+            f"{name}: by its name {told}, and {len(left):,} files look like none, such as {left[0].name}: give a "
+            f"pattern such as '{folder / '**' / ('*' + left[0].suffix)}' for all of them, or for those that you mean"
+        )
 
 
 def _is_configured(folder: Path) -> bool:

@@ -27,7 +27,7 @@ ROLES |= dict.fromkeys(("human", "user"), "user")
 ROLES |= dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant")
 FOLLOWS = {"user": (None, "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 """Role -> the roles that may stand before it; None: the start, after the system message."""
-KEPT_IN_TURNS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+KEPT_IN_TURNS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
 
 class DataError(ValueError):
@@ -52,11 +52,11 @@ def _content(turn: Mapping[str, Any]) -> str:
     return content or ""
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Arrow gives each mapping the keys of all the others, as null; a chat template would write them out."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, 
         content, rest = _content(turn), {key: turn[key] for key in KEPT_IN_TURNS if turn.get(key)}
         if not content.strip() and not rest.get("tool_calls"):
             raise RowError(f"an empty {role} turn")
-        messages.append({"role": role, "content": content, **_without_nulls(rest)})
+        messages.append({"role": role, "content": content, **without_nulls(rest)})
     start = [messages.pop(0)] if messages[0]["role"] == "system" else []
     if not start and system and system.strip():
         start = [{"role": "system", "content": system}]

@@ -76,10 +76,13 @@ class _ProgressBar(ProgressCallback):
                 logger.info(f"step {state.global_step:,} of {state.max_steps:,}: {values}")
 
 
-def _load_tokenizer(recipe: Recipe, name: str) -> Any:
+def _load_tokenizer(recipe: Recipe, name: str, adapter: Adapter | None) -> Any:
     run, template = recipe.run, recipe.run.chat_template_path
     revision = recipe.model.model_revision
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=run.trust_remote_code)
+    if adapter:
+        tokenizer = adapter.tokenizer()
+    else:
+        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=run.trust_remote_code)
     if template:
         # TRL also takes a model's name here, and then resizes the embeddings.
         if not Path(template).is_file() or Path(template).suffix not in (".jinja", ".j2"):
@@ -157,7 +160,7 @@ def run_recipe(recipe: Recipe) -> RunSummary:
 
 def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | None) -> CREAMTrainer:
     run, name = recipe.run, str(recipe.model.model_name_or_path)
-    tokenizer = _load_tokenizer(recipe, name)
+    tokenizer = _load_tokenizer(recipe, name, adapter)
     documents, held_out = load_data(recipe, tokenizer, config.get_text_config().vocab_size)
     options = base_options(recipe.model)
     if adapter:

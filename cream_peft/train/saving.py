@@ -46,7 +46,7 @@ from ..publish.card import CARD, write_card
 from ..scalings import ROPE_SCALING_TYPES
 from ..tiny import TINY_ID, TINY_LICENSE, base_folder
 from .collator import MIXED, ROW_COLUMN
-from .config import CREAMConfig, Lengths
+from .config import FIXED_SETTINGS, KEPT_SETTINGS, CREAMConfig, Lengths
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +174,7 @@ class SavingTrainer(SFTTrainer):
             versions=versions(),
             packages={key: name for key, name in packages.items() if name},
             recipe=self.recipe,
+            settings={key: without_secrets(getattr(args, key)) for key in (*KEPT_SETTINGS, *FIXED_SETTINGS)},
             run_id=self.run_id,
             data=self.data_identity,
             stages=[*self.earlier.stages, self.earlier.as_stage()] if self.earlier else [],

@@ -32,7 +32,7 @@ from ..model.record import Record
 from .checkpoints import ResumingTrainer
 from .collator import EVALUATION_ROW, MIXED, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
-from .data import fit_short_documents, prepare_columns, refuse_empty, training_chat_template
+from .data import fit_short_documents, prepare_columns, report_unlabelled, training_chat_template, with_labels
 from .distillation import distil, refuse_distillation
 from .preflight import check_positions
 from .watch import StopIfNotFinite, digest, refuse_useless
@@ -110,7 +110,9 @@ class CREAMTrainer(ResumingTrainer):
         if processing_class is None:
             commit = getattr(base.config, "_commit_hash", None)
             trusted = args.trust_remote_code
-            processing_class = load_tokenizer(base.config._name_or_path, revision=commit, trust_remote_code=trusted)
+            folder = getattr(base, "trained_folder", None)
+            source, revision = (folder, None) if folder else (base.config._name_or_path, commit)
+            processing_class = load_tokenizer(source, revision=revision, trust_remote_code=trusted)
         tokenizer = with_pad_token(processing_class)
         collator = self._collator(args, tokenizer)
         self._refuse_other_collator(data_collator, collator)
@@ -245,13 +247,16 @@ class CREAMTrainer(ResumingTrainer):
         if is_training:
             # The training set comes first; the same object handed over for evaluation is an evaluation set.
             self._training_documents = None
+        documents, length = dataset, self.lengths.eval_length
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        report_unlabelled(dataset, documents, "target_length", self.lengths.target_length)
         if not is_training:
             if args.short_documents == "join":
                 # Else the loss of short documents says nothing about eval_length.
-                dataset = fit_short_documents(dataset, "join", self.lengths.eval_length)
+                dataset = fit_short_documents(dataset, "join", length)
+            documents, dataset = dataset, with_labels(dataset, length)
+            report_unlabelled(dataset, documents, "eval_length", length)
             return dataset.map(lambda row: {ROW_COLUMN: EVALUATION_ROW}).with_format("numpy")
-        refuse_empty(dataset)
         dataset = fit_short_documents(dataset, args.short_documents, args.context_length)
         if isinstance(dataset, Dataset):
             dataset = dataset.add_column(ROW_COLUMN, range(len(dataset)))
