@@ -78,6 +78,10 @@ def test_a_model_is_read_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run+1").mkdir()
     assert ModelSpec.parse("run+1").name == "run+1"
+    (tmp_path / "lr=1e-4" / "run").mkdir(parents=True)
+    for text, label in (("lr=1e-4/run", "run"), ("m=lr=1e-4/run", "m"), ("a=b=lr=1e-4/run+ntk", "a=b")):
+        scaling = "ntk" if "+" in text else None
+        assert ModelSpec.parse(text) == ModelSpec(label, "lr=1e-4/run", scaling)
     with pytest.raises(ValueError, match="unknown RoPE scaling 'dynamic'"):
         ModelSpec.parse("a/b+dynamic")
 
