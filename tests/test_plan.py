@@ -11,7 +11,7 @@ import torch
 from conftest import estimate, estimate_evaluation, estimate_validation
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from cream_peft import cli, errors
 from cream_peft.commands import evaluate_parser
@@ -311,6 +311,15 @@ def test_plan_prints_every_term_cache_card_and_assumption(recipe, tmp_path, caps
     assert "assuming 25% to 50% of the GPU's dense 16-bit peak" in printed
     assert "131,072 tokens a step, 131,072,000 in 1,000 steps" in printed
     assert "not measured" in printed
+
+
+def test_plan_refuses_the_bases_that_training_refuses(tmp_path, capsys):
+    MistralConfig(sliding_window=4096, max_position_embeddings=8192).save_pretrained(tmp_path)
+    asked = ["--model_name_or_path", str(tmp_path), "--dataset_name", "d.jsonl", "--target_length", "65536"]
+    for command in ("plan", "train"):
+        assert cli.main([command, *asked, "--output_dir", str(tmp_path / "run"), "--load_in_4bit", "false"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: sliding_window is 4096, below target_length 65536"), (command, line)
 
 
 def test_plan_for_one_card_lists_it_alone(recipe, tmp_path, capsys):

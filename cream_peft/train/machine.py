@@ -139,8 +139,13 @@ def memory_settings(recipe: Recipe) -> tuple[Training, Validation | None]:
 
 
 def plan_recipe(recipe: Recipe, config: PreTrainedConfig, gpus: Mapping[str, float] | None = None) -> advice.Plan:
-    """Peak memory and hours of the recipe on this base, see `advice.plan_gpus`."""
-    recipe.run.resolve(rope.pretrained_window(config))
+    """Peak memory and hours of the recipe on this base, see `advice.plan_gpus`.
+
+    Raises:
+        RopeError: a base that training would refuse too.
+    """
+    lengths = recipe.run.resolve(rope.pretrained_window(config))
+    rope.scaled_config(config, lengths.target_length, recipe.run.rope_scaling_type)
     return advice.plan_gpus(config, *memory_settings(recipe), recipe.run.target_length, gpus)
 
 
