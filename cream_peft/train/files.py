@@ -118,9 +118,10 @@ def _refuse_guess(folder: Path, name: str, found: dict[str, list[Path]]) -> None
     """Refuse a folder where the name of a file, such as training-manual.txt, makes it a split, and would leave others
     of its kind out."""
     taken = {file.resolve() for files in found.values() for file in files}
-    kinds = {FILE_FORMATS[file.suffix] for file in taken}
-    left = [file for file in sorted(folder.rglob("*")) if file.is_file() and FILE_FORMATS.get(file.suffix) in kinds]
-    left = [file for file in left if file.resolve() not in taken and not file.relative_to(folder).name.startswith(".")]
+    same = [file for kind in {file.suffix for file in taken} for file in sorted(folder.rglob(f"*{kind}"))]
+    # Those that datasets never looks at are not meant.
+    seen = (file for file in same if not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts))
+    left = [file for file in seen if file.resolve() not in taken]
     if left:
         some = {split: files[0].name for split, files in found.items()}
         told = ", ".join(f"{file} looks like the split {split!r}" for split, file in some.items())
