@@ -100,9 +100,10 @@ def rows(scaling: str, *strategies: str, seed: int = 0) -> list[Row]:
 TRAINED = ("contiguous", "cream", "pose")
 YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", "ntk", "none"))
 DISTILLED = rows("yarn", "cream+distillation")
-LONGER = rows("yarn", "cream+128 steps", "contiguous+128 steps")
+LONGER = rows("yarn", "cream+128 steps", "contiguous+128 steps", "pose+128 steps")
 MORE_INSIDE = rows("none", "cream+contiguous", "cream+growth", "cream+128 steps", "contiguous+128 steps")
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
+LONGER_AGAIN = rows("yarn", "cream+128 steps", "contiguous+128 steps", seed=1)
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
@@ -120,6 +121,7 @@ ROUNDS = [
     (DISTILLED, ["chats", 4096, 1024, 16_384], 0),
     (LONGER, [16_384, 8192, 1024, 4096, 32_768], 0),
     (LONGER, [1024, 4096], 1),
+    (LONGER_AGAIN, [8192, 16_384, 1024, 4096], 0),
     (INSIDE + MORE_INSIDE, [1024, 4096, 8192], 0),
     *((YARN, [1024, 4096, 16_384], block) for block in (1, 2)),
     (NTK, [1024, 4096, 16_384], 0),
@@ -135,7 +137,7 @@ BUDGETS = {
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
         [(some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
-         for some in (YARN + DISTILLED + LONGER, INSIDE + MORE_INSIDE, NTK, SEEDS, INSIDE_AGAIN)],
+         for some in (YARN + DISTILLED + LONGER, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, INSIDE_AGAIN)],
     ),
 }  # fmt: skip
 
@@ -432,6 +434,7 @@ def table(summary: dict[str, Any]) -> list[str]:
 NAMES = {
     "untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE",
     "cream+128 steps": "CREAM, twice the steps", "contiguous+128 steps": "plain, twice the steps",
+    "pose+128 steps": "PoSE, twice the steps",
 }  # fmt: skip
 FRONT = {"untuned": "RoPE scaling alone", "contiguous+128 steps": "plain fine-tune", "cream+128 steps": "CREAM"}
 """What is drawn, in order: strategy -> what it is called in the picture."""
