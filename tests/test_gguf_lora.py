@@ -196,6 +196,6 @@ def test_the_command_writes_it_and_prints_the_line(adapter, tmp_path, capsys):
         assert "give one of --output" in capsys.readouterr().err
 
 
-def test_vllm_gets_the_largest_rank_of_any_layer(make_adapter):
-    folder, _, _ = make_adapter(r=8, rank_pattern={"q_proj": 20})
+def test_vllm_gets_the_rank_rounded_up_to_one_that_it_takes(make_adapter):
+    folder, _, _ = make_adapter(r=20)
     assert "--max-lora-rank 32 " in vllm_command(folder, Record("owner/base", WINDOW, TARGET, "yarn"), "me/it")

@@ -279,6 +279,8 @@ def test_the_commit_of_the_base_is_recorded_and_loaded_again(
     card = (folder / "README.md").read_text()
     assert f'from_pretrained("o/base", revision="{commit}", config=config)' in card
     assert f"vllm serve o/base --revision {commit}" in card
+    # Unasked, vLLM would look for the base's commit in the adapter's repository.
+    assert "--tokenizer this-repository-or-folder --tokenizer-revision main" in card
     # The branch moves on, and is not followed.
     assert api.upload_file(path_or_fileobj=b"New.", path_in_repo="NEWS", **place).oid != commit
     loaded, _ = load_adapter(folder, load_in_4bit=False)

@@ -48,6 +48,8 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
             f"vllm serve {shlex.quote(record.base_model)}"
             + (f" --revision {shlex.quote(record.base_revision)}" if record.base_revision else ""),
             *scaled,
+            # The adapter's, with the chat template and end token that were trained; unasked, of the base's commit.
+            f"--tokenizer {name}" + (" --tokenizer-revision main" if record.base_revision else ""),
             f"--max-model-len {record.target_length}",
             f"--enable-lora --max-lora-rank {rank} --lora-modules {name.split('/')[-1]}={name}",
         ]
