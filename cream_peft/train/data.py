@@ -137,8 +137,9 @@ def prepare_columns(
     features = Features(dict.fromkeys(beside, Json()))
 
     def around(row: dict[str, Any]) -> dict[str, Any]:
-        missing = {"chat_template_kwargs": {}}
-        return {column: without_nulls(row[column]) or missing.get(column) for column in beside}
+        # Of kwargs TRL makes keyword arguments, which null is none of.
+        empty = {"chat_template_kwargs": {}}
+        return {column: empty.get(column) if row[column] is None else without_nulls(row[column]) for column in beside}
 
     conversation = next((column for column in ("messages", "conversations") if column in columns), None)
     if conversation:
