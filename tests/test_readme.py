@@ -167,11 +167,14 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
         return found[where]["alone_loss"]["interval"][1] < 0
 
     longer = [f"{{}} {name}+128 steps" for name in ("contiguous", "cream")]
-    at = [right(name.format("yarn"), length) for length in (16_384, 1024) for name in longer]
-    assert "fine-tune answers {} right at 16,384 tokens, CREAM {}, but {} and {} at 1,024.".format(*at) in front
+    at = [
+        right(f"yarn {name}+128 steps", length) for length in (16_384, 1024) for name in ("contiguous", "cream", "pose")
+    ]
+    told = "fine-tune answers {} right at 16,384 tokens, CREAM {}, PoSE {}; at 1,024 it is {}, {} and {}."
+    assert told.format(*at) in front
     at = [rows[name.format("none")]["8192"] for name in longer]
     at = [f"{one[key]:.2f}" for key in ("accuracy", "loss of the number alone") for one in at]
-    assert "at 8,192, {} and {} (perhaps chance), with losses of {} and {}".format(*at) in front
+    assert "at 8,192, plain has {} and CREAM {} (perhaps chance), with losses of {} and {}".format(*at) in front
     for length in (8192, 16_384):
         assert surely_lower("yarn", "contiguous+128 steps", length)
         assert found["yarn", "contiguous+128 steps", length]["p_value"] < 0.01
@@ -193,6 +196,12 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     assert (
         len(pose) == 7 and all(one["p_value"] > 0.05 for one in pose) and all(low < 0 < high for low, high in intervals)
     )
+    sooner, *later = (found["yarn", "pose+128 steps", length] for length in (1024, 4096, 8192, 16_384))
+    assert "PoSE** learns the skill sooner" in text and sooner["p_value"] < 0.01 and sooner["difference"] < 0
+    assert sooner["alone_loss"]["interval"][0] > 0
+    assert all(one["p_value"] > 0.05 and abs(one["difference"]) < 0.1 for one in later)
+    assert all(one["alone_loss"]["interval"][0] < 0 < one["alone_loss"]["interval"][1] for one in later)
+    assert all(one["alone_loss"]["difference"] < 0 for one in later[1:])
     by_depth = list(rows["none contiguous+128 steps"]["8192"]["loss by depth"].values())
     assert "loses there is the first quarter" in text and min(by_depth[:2]) > 3 * max(by_depth[2:])
     assert "exact answers may be chance" in text and found["none", "contiguous+128 steps", 8192]["p_value"] > 0.05

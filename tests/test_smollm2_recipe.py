@@ -359,8 +359,9 @@ def test_the_short_table_has_what_is_in_the_front_picture_and_leaves_empty_what_
     assert head == "| | 1,024 | 16,384 |"
     assert lines == [
         "| YaRN: RoPE scaling alone |  |  |", "| YaRN: plain fine-tune |  |  |", "| YaRN: CREAM |  | 1.00 (2.00) |",
+        "| YaRN: PoSE |  |  |",
         "| no scaling: untouched base | 0.50 (-) |  |", "| no scaling: plain fine-tune |  |  |",
-        "| no scaling: CREAM |  |  |",
+        "| no scaling: CREAM |  |  |", "| no scaling: PoSE |  |  |",
     ]  # fmt: skip
 
 

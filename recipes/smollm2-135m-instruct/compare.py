@@ -436,7 +436,10 @@ NAMES = {
     "cream+128 steps": "CREAM, twice the steps", "contiguous+128 steps": "plain, twice the steps",
     "pose+128 steps": "PoSE, twice the steps",
 }  # fmt: skip
-FRONT = {"untuned": "RoPE scaling alone", "contiguous+128 steps": "plain fine-tune", "cream+128 steps": "CREAM"}
+FRONT = {
+    "untuned": "RoPE scaling alone", "contiguous+128 steps": "plain fine-tune", "cream+128 steps": "CREAM",
+    "pose+128 steps": "PoSE",
+}  # fmt: skip
 """What is drawn, in order: strategy -> what it is called in the picture."""
 
 
