@@ -171,7 +171,12 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
         right(f"yarn {name}+128 steps", length) for length in (16_384, 1024) for name in ("contiguous", "cream", "pose")
     ]
     told = "fine-tune answers {} right at 16,384 tokens, CREAM {}, PoSE {}; at 1,024 it is {}, {} and {}."
-    assert told.format(*at) in front
+    assert told.removesuffix(".").format(*at) in front
+    again = [
+        right(f"yarn {name}+128 steps{seed}", 8192) for name in ("cream", "contiguous") for seed in (" seed 1", "")
+    ]
+    assert "at 8,192 a second one has {} right where the first has {} (plain: {} and {})".format(*again) in text
+    assert found["yarn", "contiguous+128 steps", 8192]["seeds"] == [0, 1]
     at = [rows[name.format("none")]["8192"] for name in longer]
     at = [f"{one[key]:.2f}" for key in ("accuracy", "loss of the number alone") for one in at]
     assert "at 8,192, plain has {} and CREAM {} (perhaps chance), with losses of {} and {}".format(*at) in front
