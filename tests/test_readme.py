@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, load_script
 
 from cream_peft.cli import COMMANDS
-from cream_peft.evals.results import Results, mean_by
+from cream_peft.evals.results import Results, comparisons, mean_by
 from cream_peft.model.base import embedded_config
 from cream_peft.plan.advice import training_flops
 from cream_peft.plan.memory import Training
@@ -299,6 +299,13 @@ def test_when_not_to_train_quotes_the_results_that_it_links_to():
     alone, taught = (mean_by(Results.parse(demo[label]).of_task("new_skill"), "length")[2048]
                      for label in ("RoPE scaling alone", "CREAM"))  # fmt: skip
     assert f"{alone:.2f}"[1:] + " right with scaling alone, " + f"{taught:.2f}"[1:] in text
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-seeds", "distillation"])
+def test_the_comparisons_of_published_results_are_those_of_their_cells(name):
+    content = json.loads((TINY / f"results/{name}.json").read_text())
+    results = {label: Results.parse(one) for label, one in content["results"].items()}
+    assert json.loads(json.dumps(comparisons(results))) == content["comparisons"] != []
 
 
 def test_the_figures_of_ten_seeds_equal_their_json():
