@@ -15,7 +15,7 @@ from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase, Stopp
 
 from . import rope
 from .model.adapter import end_token_ids, load_adapter
-from .model.kv_cache import PREFILL_CHUNK, can_crop, new_cache, refuse_unusable
+from .model.kv_cache import PREFILL_CHUNK, can_crop, kv_caches, new_cache, refuse_unusable
 
 Write = Callable[[str], Any]
 WITH_DOCUMENT = "Here is a document. Questions about it follow.\n\n{document}\n\n{question}"
@@ -109,6 +109,7 @@ class Chat:
 
     Raises:
         ChatError: a document that leaves no room for an answer, or a system message without a chat template.
+        ValueError: see `kv_cache.refuse_unusable`.
     """
 
     model: Any
@@ -124,6 +125,7 @@ class Chat:
     def __post_init__(self) -> None:
         self._cache: Cache | None = None
         self._cached: list[int] = []
+        refuse_unusable(self.settings.kv_cache, self.model.config)
         if self.settings.system and not self.tokenizer.chat_template:
             raise ChatError("--system needs a chat template, and this tokenizer has none: leave it out")
         self.tokenizer.model_max_length = 10**30  # it would warn beyond the base's window
@@ -168,7 +170,8 @@ class Chat:
         except KeyboardInterrupt:
             pass  # the tokens that came are the answer
         except (torch.OutOfMemoryError, MemoryError) as error:
-            remedy = "take a shorter document, or --kv_cache quantized"
+            others = [kind for kind in kv_caches(self.model.config)[1:] if kind != self.settings.kv_cache]
+            remedy = "take a shorter document" + "".join(f", or --kv_cache {kind}" for kind in others)
             raise ChatError(f"out of memory with {len(ids):,} tokens in the context: {remedy}") from error
         finally:
             signal.signal(signal.SIGINT, handler)

@@ -1,11 +1,17 @@
 """The 4-bit cache: every token rounded once, as if all were quantized together, and cut back to any length."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache, Qwen3Config
+from families import CONFIGS, tiny
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, QuantizedCache
 
 from cream_peft.model import kv_cache
-from cream_peft.model.kv_cache import AppendingHQQLayer, new_cache
+from cream_peft.model.kv_cache import KV_CACHES, AppendingHQQLayer, kv_caches, new_cache
+from cream_peft.plan import fit
+from cream_peft.plan.advice import advise, as_flags, plan_gpus
+from cream_peft.plan.memory import Reading, Training
 
 CONFIG = LlamaConfig(
     vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
@@ -127,6 +133,38 @@ def test_a_cache_that_this_machine_cannot_have_is_refused_with_a_remedy(monkeypa
     ]:
         with pytest.raises(ValueError, match=line):
             new_cache(CONFIG, kind)
+
+
+def transformers_quantizes(config):
+    try:
+        QuantizedCache("hqq", config)
+    except ValueError:
+        return False
+    return True
+
+
+SLIDING_ALONE = MistralConfig(sliding_window=8, num_hidden_layers=2, max_position_embeddings=8)
+
+
+@pytest.mark.parametrize("config", [*map(tiny, CONFIGS), SLIDING_ALONE], ids=[*CONFIGS, "mistral"])
+def test_a_base_is_planned_and_read_with_the_caches_that_it_can_have_alone(config, monkeypatch):
+    kinds = KV_CACHES if transformers_quantizes(config) else ("default",)
+    length = config.max_position_embeddings
+    assert kv_caches(config) == kinds
+    assert tuple(plan_gpus(config, Training(context_length=length)).evaluation.terms) == kinds
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1, 80 * 2**30))
+    assert fit.fitting_kv_cache(config, Reading(length=length)) == kinds[-1]
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="sliding"):
-        new_cache(Qwen3Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]), "quantized")
+    new_cache(config, kinds[-1])
+    if kinds != KV_CACHES:
+        with pytest.raises(ValueError, match=r"needs full attention in all layers, and this base has (sliding|linear)"):
+            new_cache(config, "quantized")
+
+
+def test_what_has_no_room_is_not_sent_to_a_cache_that_its_base_cannot_have():
+    reading = Reading(length=1_048_576)
+    for family, has_it in (("glm4", True), ("gemma3", False), ("qwen3.5", False)):
+        needed = replace(reading, kv_cache="quantized").terms(tiny(family))["total"]
+        flags = as_flags(advise(tiny(family), needed, reading))
+        assert flags == ("--kv_cache quantized" if has_it else "--lengths 524288"), family

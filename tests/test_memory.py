@@ -19,9 +19,12 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OlmoeConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 from trl.kernels import chunked_logprob
 from trl.models.activation_offloading import OffloadActivations
@@ -33,6 +36,7 @@ from cream_peft.model import kv_cache
 from cream_peft.model.base import EMBEDDED_CONFIGS, GIB, embedded_config
 from cream_peft.model.kv_cache import new_cache
 from cream_peft.plan import memory
+from cream_peft.plan.layers import linear_parameters
 from cream_peft.plan.memory import (
     ATTENTION,
     CUDA_CONTEXT_GIB,
@@ -184,6 +188,9 @@ FINAL_NORM = 4 * TOKENS * 256  # counted among the logits
         (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
         (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 128}),
         (Qwen3Config, {"attention_bias": True}),
+        (Phi3Config, {"pad_token_id": 0}),  # fused linears
+        (Starcoder2Config, {"num_key_value_heads": 2}),  # a feed-forward of two linears, all with a bias
+        (Olmo2Config, {"num_key_value_heads": 2, "pad_token_id": 0}),  # other norms
     ],
 )
 def test_parameters_are_counted_as_the_real_model_has_them(config_class, changes):
@@ -191,6 +198,8 @@ def test_parameters_are_counted_as_the_real_model_has_them(config_class, changes
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
+    linears = [one.weight.numel() for one in model.model.modules() if isinstance(one, torch.nn.Linear)]
+    assert linear_parameters(config) == sum(linears)
 
 
 @pytest.mark.parametrize(
@@ -603,6 +612,8 @@ def test_what_cannot_be_estimated_is_refused_by_name():
         parameter_count(OlmoeConfig())
     with pytest.raises(ValueError, match=r"unknown target module 'c_attn': use all-linear, or some of q_proj"):
         estimate(small(), context_length=512, target_modules=("q_proj", "c_attn"))
+    with pytest.raises(ValueError, match=r"unknown target module 'q_proj': use all-linear, or some of o_proj, q"):
+        estimate(small(Phi3Config, pad_token_id=0), context_length=512)
 
 
 def test_target_modules_may_be_a_single_name_or_all_linear():

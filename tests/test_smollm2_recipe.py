@@ -354,12 +354,16 @@ def test_the_short_table_has_what_is_in_the_front_picture_and_leaves_empty_what_
         piece(compare, compare.Row("none", "untuned"), {0.1: "01"}, what=1024),
         piece(compare, compare.Row("yarn", "cream+128 steps"), {0.1: "11"}, alone=1),
         piece(compare, compare.Row("yarn", "cream"), {0.1: "00"}),
+        *(
+            piece(compare, compare.Row("yarn", "pose+128 steps", seed), {0.1: f"0{seed}"}, alone=1 + seed)
+            for seed in (0, 1)
+        ),
     ]
     head, _, *lines = compare.short_table(compare.summarise(pieces))
     assert head == "| | 1,024 | 16,384 |"
     assert lines == [
         "| YaRN: RoPE scaling alone |  |  |", "| YaRN: plain fine-tune |  |  |", "| YaRN: CREAM |  | 1.00 (2.00) |",
-        "| YaRN: PoSE |  |  |",
+        "| YaRN: PoSE |  | 0.25 (2.50), 2 seeds |",
         "| no scaling: untouched base | 0.50 (-) |  |", "| no scaling: plain fine-tune |  |  |",
         "| no scaling: CREAM |  |  |", "| no scaling: PoSE |  |  |",
     ]  # fmt: skip

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from ..locks import locked
-from ..model.kv_cache import PREFILL_CHUNK
+from ..model.kv_cache import PREFILL_CHUNK, refuse_unusable
 from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
 from ..plan.memory import Reading
@@ -136,6 +136,8 @@ def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
     fed = [model.context_length for model in models if model.context_length]
     for model in models:
         refuse_other_vocabulary(options.tasks, model.config, model.spec.name)
+        if options.kv_cache != "auto":
+            refuse_unusable(options.kv_cache, model.config)
         window, target = model.settings.pretrained_window or 0, model.settings.target_length or 0
         # What was taught within the window is asked from the length on that it was taught at.
         first = min(fed, default=window) if target <= window else window

@@ -11,6 +11,8 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 from transformers.cache_utils import DynamicLayer, HQQQuantizedLayer
 from transformers.utils import is_hqq_available
 
+from ..families import FULL, SLIDING
+
 KV_CACHES = ("default", "quantized")
 
 # Tokens of a document that are read at once: attention then needs this times the length, never the length squared.
@@ -77,10 +79,22 @@ class AppendingHQQLayer(HQQQuantizedLayer):
         self._pieces, self.cumulative_length = [], 0
 
 
-def refuse_unusable(kv_cache: str) -> None:
-    """Raises a ValueError if `kv_cache` is no kind of cache, or needs what this machine lacks."""
+def kv_caches(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The kinds of cache that a base can have: in 4 bits only one whose layers all see everything."""
+    return KV_CACHES if set(_layer_types(config)) <= {FULL} else KV_CACHES[:1]
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    return getattr(config, "layer_types", None) or [SLIDING if getattr(config, "sliding_window", None) else FULL]
+
+
+def refuse_unusable(kv_cache: str, config: PreTrainedConfig | None = None) -> None:
+    """Raises a ValueError if `kv_cache` is no kind of cache, or needs what this machine or the base lacks."""
     if kv_cache not in KV_CACHES:
         raise ValueError(f"unknown kv_cache {kv_cache!r}: use one of {', '.join(KV_CACHES)}")
+    if config is not None and kv_cache not in kv_caches(config):
+        other = sorted(set(_layer_types(config)) - {FULL})[0]
+        raise ValueError(f"kv_cache {kv_cache} needs full attention in all layers, and this base has {other}: omit it")
     if kv_cache == "quantized" and not is_hqq_available():
         raise ValueError("kv_cache quantized needs HQQ: run `pip install hqq`")
 
@@ -91,10 +105,10 @@ def new_cache(config: PreTrainedConfig, kv_cache: str = "default") -> Cache:
     Raises:
         ValueError: see `refuse_unusable`.
     """
-    refuse_unusable(kv_cache)
+    refuse_unusable(kv_cache, config)
     if kv_cache != "quantized":
         return DynamicCache(config=config)
-    cache = QuantizedCache("hqq", config)  # which refuses sliding windows
+    cache = QuantizedCache("hqq", config)
     cache.layers = [AppendingHQQLayer() for _ in cache.layers]
     return cache
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..model.kv_cache import KV_CACHES
+from ..model.kv_cache import kv_caches
 from ..terminal import table
 from .gpus import GPUS, SHOWN
 from .layers import attention_widths, inner_width, linear_parameters, target_linears, used_parameters
@@ -70,14 +70,14 @@ def training_flops(config: PreTrainedConfig, training: Training) -> dict[str, fl
 
 
 def advise(config: PreTrainedConfig, gib: float, settings: Settings) -> dict[str, Any] | None:
-    """The changes, taken in the order of `settings.savings()`, with which the settings fit into `gib` GiB, without
-    those that are not needed: {} if none is needed, None if all are not enough."""
+    """The changes, in the order of `settings.savings(config)`, with which they fit into `gib` GiB, without those
+    that are not needed: {} if none is needed, None if all are not enough."""
 
     def fits(changes: Mapping[str, Any]) -> bool:
         return replace(settings, **changes).terms(config)["total"] <= gib
 
     changes: dict[str, Any] = {}
-    for saving in [{}, *settings.savings()]:
+    for saving in [{}, *settings.savings(config)]:
         changes |= saving
         if fits(changes):
             break
@@ -179,7 +179,7 @@ def plan_gpus(
     length). validation is None where a run computes no loss of held-out documents."""
     loading = {name: getattr(training, name) for name in ("load_in_4bit", "lora_r", "target_modules")}
     reading = Reading(length=target_length or training.context_length, **loading)
-    caches = {cache: replace(reading, kv_cache=cache) for cache in KV_CACHES}
+    caches = {cache: replace(reading, kv_cache=cache) for cache in kv_caches(config)}
     whole = {name: replace(cache, load_in_4bit=False).terms(config)["total"] for name, cache in caches.items()}
     read = {name: cache.terms(config) for name, cache in caches.items()}
     flops, tokens = training_flops(config, training), training.context_length * training.per_device_train_batch_size

@@ -11,6 +11,7 @@ from transformers.utils import is_hqq_available
 
 from ..errors import OUT_OF_MEMORY, is_out_of_memory
 from ..model.base import GIB
+from ..model.kv_cache import kv_caches
 from .advice import out_of_memory_note
 from .memory import Reading
 
@@ -50,7 +51,7 @@ def reading_explained(config: PreTrainedConfig, reading: Reading) -> AbstractCon
 def fitting_kv_cache(config: PreTrainedConfig, reading: Reading) -> str:
     """The KV cache for a document in what the GPU has free, the model being loaded: default (16-bit) where it fits or
     nothing else can be had, else quantized (4-bit). On a CPU always default."""
-    if not torch.cuda.is_available() or not is_hqq_available():
+    if not torch.cuda.is_available() or not is_hqq_available() or "quantized" not in kv_caches(config):
         return "default"
     terms = reading.terms(config)
     needed = sum(terms[name] for name in ("kv_cache", "attention", "activations", "logits"))

@@ -1,8 +1,4 @@
-"""What a base consists of, from its config alone: the linears of its layers, and the rest.
-
-Dense decoders with equal layers are counted by formula. The families of BUILT, with experts, other layers between, or
-fused linears, are built without data, and counted.
-"""
+"""What a base consists of, from its config alone: it is built without data, and counted."""
 
 import json
 from collections.abc import Sequence
@@ -16,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from ..families import FAMILIES, far_layer, head_size
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-BUILT = (*FAMILIES, "qwen2_moe", "qwen3_moe", "mixtral")
-"""Experts are one tensor a layer in transformers 5, no linears: bitsandbytes leaves them in 16 bits."""
+MIXTURES = (*FAMILIES, "qwen2_moe", "qwen3_moe", "mixtral")
+"""Whose experts are planned. They are one tensor a layer in transformers 5, no linears: bitsandbytes leaves them in 16
+bits."""
 
 Linears = dict[str, tuple[int, int]]
 """(in features, out features) by name."""
@@ -79,6 +76,14 @@ def _built(config: str) -> Built:
 
 
 def _count(config: PreTrainedConfig) -> Built:
+    if getattr(config, "enable_moe_block", False):
+        raise ValueError("memory of a Gemma 4 with experts cannot be estimated: take one without")
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    problems = [f"no {name}" for name in needed if getattr(config, name, None) is None]
+    problems += [name for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
+    if config.model_type not in MIXTURES and problems:
+        reason = f"memory of model_type {config.model_type!r} cannot be estimated, its config has {problems[0]}"
+        raise ValueError(f"{reason}: use a dense decoder (llama, mistral, qwen3) or one of {', '.join(MIXTURES)}")
     fields = config.to_dict()
     # How the base was before it was scaled has no say in it.
     fields.pop("cream_unscaled", None)
@@ -88,14 +93,13 @@ def _count(config: PreTrainedConfig) -> Built:
 def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:
     """Features of the queries, with the gate or what a linear-attention layer makes in their place, and of the keys."""
     size = head_size(config)
-    queries = config.num_attention_heads * size
-    if config.model_type in BUILT:
-        made = ("q_proj", "in_proj")
-        queries = max(
-            sum(outputs for name, (_, outputs) in layer.items() if name.split(".")[-1].startswith(made))
-            for layer in _count(config).layers
-        )
-    return queries, far_layer(config).num_key_value_heads * size
+    made = ("q_proj", "in_proj")
+    queries = (
+        sum(outputs for name, (_, outputs) in layer.items() if name.split(".")[-1].startswith(made))
+        for layer in _count(config).layers
+    )
+    # Where they are fused with keys and values, there is no gate.
+    return max(config.num_attention_heads * size, *queries), far_layer(config).num_key_value_heads * size
 
 
 def experts_used(config: PreTrainedConfig) -> int:
@@ -145,27 +149,13 @@ def running_width(config: PreTrainedConfig) -> int:
 
 
 def linears_of_a_layer(config: PreTrainedConfig) -> Linears:
-    """The linears of a decoder layer, the same in every layer; in BUILT, all that any layer has."""
-    if getattr(config, "enable_moe_block", False):
-        raise ValueError("memory of a Gemma 4 with experts cannot be estimated: take one without")
-    if config.model_type in BUILT:
-        return {name.split(".")[-1]: sizes for layer in _count(config).layers for name, sizes in layer.items()}
-    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-    problems = [f"no {name}" for name in needed if getattr(config, name, None) is None]
-    problems += [name for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
-    if problems:
-        reason = f"memory of model_type {config.model_type!r} cannot be estimated, its config has {problems[0]}"
-        raise ValueError(f"{reason}: use a dense decoder (llama, mistral, qwen2, qwen3) or one of {', '.join(BUILT)}")
-    hidden, inner, (queries, keys) = config.hidden_size, config.intermediate_size, attention_widths(config)
-    attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
-    feed_forward = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
-    return attention | {"o_proj": (queries, hidden)} | feed_forward
+    """The linears of a decoder layer: all that any layer has."""
+    return {name.split(".")[-1]: sizes for layer in _count(config).layers for name, sizes in layer.items()}
 
 
 def linear_sizes(config: PreTrainedConfig) -> list[int]:
     """Parameters of each linear of the decoder, which are quantized."""
-    equal = [linears_of_a_layer(config)] * config.num_hidden_layers
-    layers, outside, _, _ = _count(config) if config.model_type in BUILT else (equal, (), 0, 0)
+    layers, outside, _, _ = _count(config)
     return [*(inputs * outputs for layer in layers for inputs, outputs in layer.values()), *outside]
 
 
@@ -208,19 +198,12 @@ def embedding_parameters(config: PreTrainedConfig) -> int:
 
 def other_parameters(config: PreTrainedConfig) -> int:
     """Biases, norms and experts, which are not quantized."""
-    if config.model_type in BUILT:
-        return _count(config).parameters - linear_parameters(config) - embedding_parameters(config)
-    biased = ("q_proj", "k_proj", "v_proj") if config.model_type == "qwen2" else ()
-    biased += ("q_proj", "k_proj", "v_proj", "o_proj") if getattr(config, "attention_bias", False) else ()
-    biased += ("gate_proj", "up_proj", "down_proj") if getattr(config, "mlp_bias", False) else ()
-    biases = sum(linears_of_a_layer(config)[name][1] for name in biased)
-    head_norms = 2 * attention_widths(config)[0] // config.num_attention_heads if config.model_type == "qwen3" else 0
-    return config.num_hidden_layers * (biases + 2 * config.hidden_size + head_norms) + config.hidden_size
+    return _count(config).parameters - linear_parameters(config) - embedding_parameters(config)
 
 
 def parameter_count(config: PreTrainedConfig) -> int:
     """Parameters of the base, embeddings and head included."""
-    return linear_parameters(config) + other_parameters(config) + embedding_parameters(config)
+    return _count(config).parameters
 
 
 def target_linears(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> Linears:
@@ -235,17 +218,12 @@ def target_linears(config: PreTrainedConfig, target_modules: str | Sequence[str]
 
 def target_widths(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> int:
     """In and out features, summed over all linears of all layers that get an adapter."""
-    targets = target_linears(config, target_modules)
-    if config.model_type not in BUILT:
-        return config.num_hidden_layers * sum(map(sum, targets.values()))
-    layers = _count(config).layers
+    targets, layers = target_linears(config, target_modules), _count(config).layers
     return sum(sum(sizes) for layer in layers for name, sizes in layer.items() if name.split(".")[-1] in targets)
 
 
 def adapted_layers(config: PreTrainedConfig, target_modules: str | Sequence[str]) -> int:
     """Layers with a linear that gets an adapter."""
-    if config.model_type not in BUILT:
-        return config.num_hidden_layers
     targets = target_linears(config, target_modules)
     return sum(any(name.split(".")[-1] in targets for name in layer) for layer in _count(config).layers)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from ..model.base import GIB
-from ..model.kv_cache import PREFILL_CHUNK
+from ..model.kv_cache import PREFILL_CHUNK, kv_caches
 from .layers import (
     ATTENTION,
     attention_widths,
@@ -151,7 +151,7 @@ class Training(Loading):
     optim: str = "adamw_torch"
     phases: ClassVar[Phases] = (("recomputation", "quantization"), ("logits",))
 
-    def savings(self) -> list[dict[str, Any]]:
+    def savings(self, config: PreTrainedConfig) -> list[dict[str, Any]]:
         """Changes that take less memory, what costs least first."""
         here = [{"gradient_checkpointing": True}, {"per_device_train_batch_size": 1}]
         there = [{"activation_offloading": True}, {"optim": "paged_adamw_8bit"}]
@@ -234,7 +234,7 @@ class Validation(Loading):
     per_device_eval_batch_size: int = 1
     optim: str = "adamw_torch"
 
-    def savings(self) -> list[dict[str, Any]]:
+    def savings(self, config: PreTrainedConfig) -> list[dict[str, Any]]:
         """Changes that take less memory, what costs least first."""
         return [{"per_device_eval_batch_size": 1}, *_halved("eval_length", self.eval_length)]
 
@@ -273,9 +273,10 @@ class Reading(Loading):
     chunk_length: int = PREFILL_CHUNK
     phases: ClassVar[Phases] = (("activations", "quantization"), ("attention",))
 
-    def savings(self) -> list[dict[str, Any]]:
+    def savings(self, config: PreTrainedConfig) -> list[dict[str, Any]]:
         """Changes that take less memory, what costs least first."""
-        return [{"load_in_4bit": True}, {"kv_cache": "quantized"}, *_halved("length", self.length)]
+        caches = [{"kv_cache": kind} for kind in kv_caches(config)[1:]]
+        return [{"load_in_4bit": True}, *caches, *_halved("length", self.length)]
 
     def terms(self, config: PreTrainedConfig) -> Terms:
         """GiB by term. attention is adding to a layer's cache and attending to it, activations, with quantization, a

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -100,10 +101,11 @@ def rows(scaling: str, *strategies: str, seed: int = 0) -> list[Row]:
 TRAINED = ("contiguous", "cream", "pose")
 YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", "ntk", "none"))
 DISTILLED = rows("yarn", "cream+distillation")
-LONGER = rows("yarn", "cream+128 steps", "contiguous+128 steps", "pose+128 steps")
+LONGEST = ("cream+128 steps", "contiguous+128 steps", "pose+128 steps")
+LONGER = rows("yarn", *LONGEST)
 MORE_INSIDE = rows("none", "cream+contiguous", "cream+growth", "cream+128 steps", "contiguous+128 steps")
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
-LONGER_AGAIN = rows("yarn", "cream+128 steps", "contiguous+128 steps", seed=1)
+LONGER_AGAIN = [row for seed in (1, 2) for row in rows("yarn", *LONGEST, seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
@@ -448,16 +450,24 @@ def drawn(scaling: str, names: dict[str, str]) -> dict[str, str]:
     return names | ({"untuned": "untouched base"} if scaling == "none" else {})
 
 
+def over_seeds(found: list[dict[str, Any]]) -> str:
+    """A cell of the short table, empty of what was not run: accuracy, and the loss of the number alone."""
+    if not found:
+        return ""
+    accuracies, losses = ([at[key] for at in found] for key in ("accuracy", "loss of the number alone"))
+    asked = [at["questions"] for at in found]
+    loss = "-" if None in losses else f"{fmean(losses, asked):.2f}"
+    return f"{fmean(accuracies, asked):.2f} ({loss})" + (f", {len(found)} seeds" if len(found) > 1 else "")
+
+
 def short_table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: the rows of FRONT beyond and within the window: accuracy, and the loss of the number alone."""
-    lengths, known = lengths_of(summary), {row["name"]: row for row in summary["rows"]}
+    """Markdown: the rows of FRONT beyond and within the window, over all seeds."""
+    lengths = lengths_of(summary)
     lines = [f"| | {' | '.join(f'{length:,}' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
     for scaling, where in (("yarn", "YaRN"), ("none", "no scaling")):
         for strategy, name in drawn(scaling, FRONT).items():
-            found = [known.get(f"{scaling} {strategy}", {}).get(str(length)) for length in lengths]
-            cells = [
-                f"{at['accuracy']:.2f} ({losses_of(at, 'loss of the number alone')})" if at else "" for at in found
-            ]
+            mine = [row for row in summary["rows"] if (row["scaling"], row["strategy"]) == (scaling, strategy)]
+            cells = [over_seeds([row[str(length)] for row in mine if str(length) in row]) for length in lengths]
             lines.append(f"| {where}: {name} | {' | '.join(cells)} |")
     return lines
 
@@ -498,11 +508,11 @@ def price_table(summary: dict[str, Any]) -> list[str]:
 
 
 def results_of(pieces: list[dict[str, Any]], scaling: str, names: dict[str, str]) -> list[Results]:
-    """The first seed's results under a RoPE scaling, as `cream-peft plot` draws them."""
+    """The results of all seeds under a RoPE scaling, as `cream-peft plot` draws them."""
     found = []
     for strategy, name in drawn(scaling, names).items():
-        row = Row(scaling, strategy)
-        mine = [piece for piece in pieces if Row(**piece["row"]) == row and isinstance(piece["what"], int)]
+        asked = [piece for piece in pieces if isinstance(piece["what"], int)]
+        mine = [one for one in asked if (one["row"]["scaling"], one["row"]["strategy"]) == (scaling, strategy)]
         lengths = sorted({piece["what"] for piece in mine})
         cells = [cell for what in lengths for cell in pooled([piece for piece in mine if piece["what"] == what])]
         if cells:
