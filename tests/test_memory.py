@@ -610,6 +610,9 @@ def test_what_cannot_be_estimated_is_refused_by_name():
         estimate(GPT2Config(), context_length=512)
     with pytest.raises(ValueError, match=r"'olmoe' cannot be estimated, its config has num_local_experts"):
         parameter_count(OlmoeConfig())
+    own = type("OwnConfig", (LlamaConfig,), {"model_type": "own"})  # of a base with code of its own
+    with pytest.raises(ValueError, match=r"'own' cannot be estimated: transformers has no decoder of that type$"):
+        parameter_count(own())
     with pytest.raises(ValueError, match=r"unknown target module 'c_attn': use all-linear, or some of q_proj"):
         estimate(small(), context_length=512, target_modules=("q_proj", "c_attn"))
     with pytest.raises(ValueError, match=r"unknown target module 'q_proj': use all-linear, or some of o_proj, q"):

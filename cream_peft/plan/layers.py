@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..families import FAMILIES, far_layer, head_size
 
@@ -81,8 +81,11 @@ def _count(config: PreTrainedConfig) -> Built:
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     problems = [f"no {name}" for name in needed if getattr(config, name, None) is None]
     problems += [name for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
+    reason = f"memory of model_type {config.model_type!r} cannot be estimated"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{reason}: transformers has no decoder of that type")
     if config.model_type not in MIXTURES and problems:
-        reason = f"memory of model_type {config.model_type!r} cannot be estimated, its config has {problems[0]}"
+        reason += f", its config has {problems[0]}"
         raise ValueError(f"{reason}: use a dense decoder (llama, mistral, qwen3) or one of {', '.join(MIXTURES)}")
     fields = config.to_dict()
     # How the base was before it was scaled has no say in it.
