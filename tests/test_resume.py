@@ -401,8 +401,11 @@ def test_the_newest_checkpoint_is_of_the_last_run_not_of_the_one_it_overwrote(ru
 
 @pytest.mark.parametrize("stopped_at", range(8))
 def test_a_final_save_that_is_killed_leaves_no_mixture(stopped_at, finished, tmp_path, monkeypatch):
-    older = {name: f"older {name}".encode() for name in ("adapter_model.safetensors", "adapter_config.json", "x.jinja")}
-    older |= {"cream.json": b"{}", "mine.txt": b"stays"}
+    older = {
+        name: f"older {name}".encode() for name in ("adapter_model.safetensors", "adapter_config.json", "vocab.txt")
+    }
+    mine = dict.fromkeys(("mine.txt", "mine.jinja", "other_lora.safetensors"), b"stays")
+    older |= {"cream.json": b"{}"} | mine
     for name, content in older.items():
         (tmp_path / name).write_bytes(content)
     calls, replace = [], os.replace
@@ -429,7 +432,7 @@ def test_a_final_save_that_is_killed_leaves_no_mixture(stopped_at, finished, tmp
         save()
         assert Record.read(tmp_path, "run").steps == 4
         whole = {name: content for name, content in contents(finished).items() if name.parts[0][:5] != "check"}
-        assert contents(tmp_path) == whole | {Path("mine.txt"): b"stays"}
+        assert contents(tmp_path) == whole | {Path(name): content for name, content in mine.items()}
 
 
 def test_weights_beside_another_cream_json_are_wrong(run):

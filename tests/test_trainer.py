@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +20,13 @@ import cream_peft
 from cream_peft import CREAMConfig, CREAMTrainer, load_adapter, rope
 from cream_peft.model.base import keep_4bit_trainable_on_cpu, quantization_config
 from cream_peft.model.record import Record, is_adapter, model_sha256
-from cream_peft.tiny import base_folder
+from cream_peft.tiny import TINY_ID, base_folder
 from cream_peft.train.collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 from cream_peft.train.config import default_learning_rate
 from cream_peft.train.preflight import PositionError
 from cream_peft.train.recipe import RecipeError, parse_recipe
 from cream_peft.train.run import run_recipe
+from cream_peft.train.saving import refuse_output
 from cream_peft.train.watch import TrainingError
 
 
@@ -636,3 +638,44 @@ def test_a_recipe_trains_an_adapter_further(adapter, tmp_path):
         run_recipe(parse_recipe([*arguments, "--output_dir", str(adapter)]))
     with pytest.raises(ValueError, match="target_length=1024, and the adapter reached 2048"):
         run_recipe(parse_recipe([*arguments, "--target_length", "1024"]))
+
+
+def test_a_run_does_not_take_the_place_of_its_base_or_of_a_model_that_no_run_wrote(
+    make_model, make_config, make_documents, tiny_tokenizer, tmp_path
+):
+    base, weights, elsewhere = (tmp_path / name for name in ("base", "weights", "elsewhere"))
+    make_model().save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    shutil.copytree(base, weights)
+    (weights / "config.json").unlink()
+    before = {path: path.read_bytes() for path in (*base.iterdir(), *weights.iterdir())}
+    words = [
+        "--max_steps",
+        "1",
+        "--dataset_name",
+        TINY_ID,
+        "--model_name_or_path",
+        str(base),
+        "--target_length",
+        "1024",
+    ]
+    link = tmp_path / "link"
+    link.symlink_to(base)
+    for folder, line in (
+        (base, "is the base"),
+        (link, "is the base"),
+        (weights, "holds model.safetensors, which no run"),
+    ):
+        with pytest.raises(ValueError, match=f"output_dir={folder} {line}.*: choose another"):
+            run_recipe(parse_recipe([*words, "--output_dir", str(folder)]))
+        with pytest.raises(ValueError, match=f"output_dir={folder} {line}.*: choose another"):
+            CREAMTrainer(str(base), make_config(output_dir=str(folder)), train_dataset=make_documents())
+    # A run's own folder is overwritten, killed or not, and whatever else lies in a new one stays.
+    for name in ("cream.json", ".saving", "checkpoint-2"):
+        shutil.copytree(weights, elsewhere / name)
+        (elsewhere / name / name).mkdir()
+        refuse_output(elsewhere / name, str(base))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/template.jinja").touch()
+    refuse_output(tmp_path / "new", str(base))
+    assert {path: path.read_bytes() for path in before} == before

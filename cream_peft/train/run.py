@@ -26,6 +26,7 @@ from .data import load_data, summary_of
 from .distillation import refuse_distillation
 from .machine import base_config, check_machine, find_adapter, memory_explained, refuse_separate_runs
 from .recipe import Recipe, RecipeError
+from .saving import refuse_output
 from .trainer import CREAMTrainer
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def run_recipe(recipe: Recipe) -> RunSummary:
         raise RecipeError("model_init_kwargs is for Python: a recipe has dtype, attn_implementation, model_revision")
     _check_reporting(recipe)
     adapter, folder, run = find_adapter(recipe), Path(str(recipe.run.output_dir)), recipe.run
+    refuse_output(folder, recipe.model.model_name_or_path)
     config = adapter.base_config if adapter else base_config(recipe)
     run.resolve(pretrained_window(config))
     refuse_distillation(run, recipe.model.use_peft and not adapter)

@@ -27,6 +27,7 @@ from ..model.base import make_tokenizer_readable
 from ..model.record import (
     BASE_FOLDER,
     FILE,
+    TOKENIZER_FILES,
     AdapterError,
     Best,
     Positions,
@@ -51,7 +52,8 @@ from .config import FIXED_SETTINGS, KEPT_SETTINGS, CREAMConfig, Lengths
 logger = logging.getLogger(__name__)
 
 ASIDE = ".saving"
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "*.jinja")
+REPLACED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
+REPLACED += ("model-*-of-*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
 """What an earlier save may have left that the new one has not."""
 SAMPLED_ROWS = 16
 
@@ -66,6 +68,21 @@ def rows_identity(dataset: Any) -> str | None:
         for column in sorted(set(row) - {ROW_COLUMN}):
             digest.update(column.encode() + json.dumps(np.asarray(row[column]).tolist(), default=str).encode())
     return f"{len(dataset):,} rows, sha256 {digest.hexdigest()[:16]}"
+
+
+def refuse_output(folder: Path, base: str | None) -> None:
+    """Refuse to save where the base is, or where a model lies that no run wrote: what is saved takes its place.
+
+    Raises:
+        ValueError: saying what is there.
+    """
+    if base and Path(base).is_dir() and Path(base).resolve() == folder.resolve():
+        raise ValueError(f"output_dir={folder} is the base, which would be overwritten: choose another")
+    if not any(path for name in (FILE, ASIDE, "checkpoint-*") for path in folder.glob(name)):
+        for path in (path for pattern in REPLACED for path in folder.glob(pattern)):
+            raise ValueError(
+                f"output_dir={folder} holds {path.name}, which no run wrote and a run would replace: choose another"
+            )
 
 
 @contextmanager

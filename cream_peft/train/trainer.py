@@ -35,6 +35,7 @@ from .config import CREAMConfig, default_learning_rate
 from .data import fit_short_documents, prepare_columns, report_unlabelled, training_chat_template, with_labels
 from .distillation import distil, refuse_distillation
 from .preflight import check_positions
+from .saving import refuse_output
 from .watch import StopIfNotFinite, digest, refuse_useless
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class CREAMTrainer(ResumingTrainer):
         self.recipe: dict[str, Any] = {}
         self.seconds: float | None = None
         base = self._scaled_model(model, args, quantization_config)
+        refuse_output(Path(str(args.output_dir)), base.config._name_or_path)
         is_peft = peft_config is not None or isinstance(base, PeftModel)
         if args.learning_rate is None:
             args.learning_rate = default_learning_rate(base.config.get_text_config().hidden_size, is_peft)
