@@ -47,6 +47,8 @@ def locked(path: Path, refusal: str) -> Generator[None]:
             try:
                 yield
             finally:
+                if not fcntl:  # Windows removes no file that is open
+                    file.close()
                 path.unlink(missing_ok=True)
     finally:
         if is_new:

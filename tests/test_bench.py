@@ -94,7 +94,8 @@ def test_bench_takes_real_steps_on_an_architecture_without_weights(architecture,
 def test_a_recipe_keeps_its_settings_but_those_that_save_publish_or_evaluate():
     recipe = Path(__file__).parents[1] / "recipes/llama-2-7b-chat/cream-4k-32k-qlora.yaml"
     written = parse_recipe(["--config", str(recipe)])
-    taken = bench.parse_bench(["--config", str(recipe), "--lora_r", "4"], steps=7)
+    taken = bench.parse_bench(["--config", str(recipe), "--lora_r", "4", "--eval_on_start", "true"], steps=7)
+    assert written.run.evaluates and not taken.run.evaluates
     assert written.run.assistant_only_loss and not taken.run.assistant_only_loss
     assert taken.run.eval_strategy == taken.run.save_strategy == "no" and taken.run.max_steps == 7
     assert written.run.gradient_accumulation_steps > taken.run.gradient_accumulation_steps == 2

@@ -15,15 +15,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from cream_peft import cli, errors
 from cream_peft.commands import evaluate_parser
+from cream_peft.model import base
 from cream_peft.model.base import embedded_config
 from cream_peft.plan import advice as plan
 from cream_peft.plan import fit, memory
 from cream_peft.plan.advice import in_words
 from cream_peft.plan.gpus import GPUS, find_gpu, parse_gpu
 from cream_peft.plan.memory import ATTENTION, Reading, Training, Validation
+from cream_peft.rope import pretrained_window
+from cream_peft.tiny import TINY_ID
 from cream_peft.train import machine
 from cream_peft.train import run as train
-from cream_peft.train.recipe import parse_recipe
+from cream_peft.train.recipe import RecipeError, parse_recipe
 
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 LLAMA2, LLAMA2_13B, QWEN3 = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-13b-hf", "Qwen/Qwen3-8B-Base"
@@ -468,3 +471,49 @@ def test_a_base_that_cannot_be_planned_still_gets_the_general_line(tmp_path, mon
     with pytest.raises(KeyError) as other, machine.memory_explained(recipe, config):
         raise KeyError("x")
     assert not getattr(other.value, "__notes__", [])
+
+
+def test_a_small_gpu_does_not_refuse_a_run_that_is_sharded_or_on_the_cpu(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fit, "allowed_gib", lambda: 0.1)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    recipe = tiny_run(tmp_path, "--per_device_train_batch_size", "4096")
+    config = machine.base_config(recipe)
+    recipe.run.resolve(pretrained_window(config))
+    with pytest.raises(RecipeError, match="this recipe does not fit"):
+        machine.check_machine(recipe, config)
+    on_cpu = tiny_run(tmp_path, "--per_device_train_batch_size", "4096", "--use_cpu", "true")
+    on_cpu.run.resolve(pretrained_window(config))
+    machine.check_machine(on_cpu, config)
+    assert not caplog.messages
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        with monkeypatch.context() as launched:
+            launched.setenv(name, "true")
+            machine.check_machine(recipe, config)
+            with pytest.raises(MemoryError) as caught, machine.memory_explained(recipe, config):
+                raise MemoryError
+        assert errors.explain(caught.value) == errors.WHAT_TAKES_LESS
+        assert "memory is not planned: the plan is of one GPU" in caplog.messages.pop()
+
+
+def test_use_cpu_keeps_the_model_off_a_gpu_that_is_there(tmp_path, monkeypatch):
+    asked = {}
+
+    class Stop(Exception):
+        pass
+
+    def from_pretrained(*arguments, **options):
+        asked.update(options)
+        raise Stop
+
+    monkeypatch.setattr(base.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    for use_cpu in (True, False):
+        recipe = tiny_run(tmp_path, "--use_cpu", str(use_cpu), "--load_in_4bit", "false")
+        with monkeypatch.context() as there:
+            there.setattr("torch.cuda.is_available", lambda: True)
+            there.setattr("torch.cuda.current_device", lambda: 0)
+            there.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+            with pytest.raises(Stop):
+                base.load_base(TINY_ID, **base.base_options(recipe.model, use_cpu))
+        assert asked["device_map"] == {"": "cpu" if use_cpu else 0}
+        assert asked["dtype"] == (torch.float32 if use_cpu else torch.bfloat16)

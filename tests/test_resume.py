@@ -404,7 +404,7 @@ def test_a_final_save_that_is_killed_leaves_no_mixture(stopped_at, finished, tmp
     older = {
         name: f"older {name}".encode() for name in ("adapter_model.safetensors", "adapter_config.json", "vocab.txt")
     }
-    mine = dict.fromkeys(("mine.txt", "mine.jinja", "other_lora.safetensors"), b"stays")
+    mine = dict.fromkeys(("mine.txt", "mine.jinja"), b"stays")
     older |= {"cream.json": b"{}"} | mine
     for name, content in older.items():
         (tmp_path / name).write_bytes(content)

@@ -78,6 +78,10 @@ def read_config(name: str, config: PreTrainedConfig | None = None, **kwargs: Any
     return decoder_config(found)
 
 
+CPU = {"": "cpu"}
+"""Where a model is loaded that is to stay off a GPU."""
+
+
 def default_dtype() -> torch.dtype:
     """bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU."""
     if not torch.cuda.is_available():
@@ -97,12 +101,12 @@ def expand_cuda_segments() -> None:
     change("expandable_segments:True")
 
 
-def default_attention(dtype: torch.dtype, model_type: str = "") -> str:
+def default_attention(dtype: torch.dtype, model_type: str, on_gpu: bool) -> str:
     """flash_attention_2 where it is installed and can run, else sdpa. gpt-oss, whose attention has sinks, has neither:
     flex_attention on a GPU, which holds no matrix of scores, else eager."""
     if family_of(model_type).has_sinks:
-        return "flex_attention" if torch.cuda.is_available() else "eager"
-    can_run = torch.cuda.is_available() and dtype != torch.float32
+        return "flex_attention" if on_gpu else "eager"
+    can_run = on_gpu and dtype != torch.float32
     return "flash_attention_2" if can_run and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
@@ -119,13 +123,15 @@ def quantization_config(
     )
 
 
-def base_options(arguments: Any) -> dict[str, Any]:
+def base_options(arguments: Any, use_cpu: bool = False) -> dict[str, Any]:
     """`load_base`'s options of a recipe's model arguments (TRL's ModelConfig names)."""
     # Weights that are all trained are kept in fp32: in bf16 most updates are rounded away.
-    usual = default_dtype() if arguments.use_peft else torch.float32
+    usual = default_dtype() if arguments.use_peft and not use_cpu else torch.float32
     dtype = getattr(torch, arguments.dtype) if arguments.dtype not in (None, "auto") else usual
     options = {"dtype": dtype, "load_in_4bit": arguments.load_in_4bit}
     options["attn_implementation"] = arguments.attn_implementation
+    if use_cpu:
+        options["device_map"] = CPU
     if arguments.load_in_4bit:
         storage = getattr(torch, arguments.bnb_4bit_quant_storage or "", None)
         kind, double = arguments.bnb_4bit_quant_type, arguments.use_bnb_nested_quant
@@ -206,7 +212,8 @@ def load_base(
     if load_in_4bit:
         kwargs.setdefault("quantization_config", quantization_config(dtype))
     # ZeRO-3 places the shards itself.
-    if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():
+    on_gpu = torch.cuda.is_available() and kwargs.get("device_map") != CPU
+    if on_gpu and not is_deepspeed_zero3_enabled():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
     # The auto class takes no weights without a name.
     is_given = "state_dict" in kwargs
@@ -217,7 +224,7 @@ def load_base(
             None if is_given else source,
             config=scaled,
             dtype=dtype,
-            attn_implementation=attn_implementation or default_attention(dtype, scaled.model_type),
+            attn_implementation=attn_implementation or default_attention(dtype, scaled.model_type, on_gpu),
             **kwargs,
         )
     # transformers keeps the path it loaded from; the embedded model goes by its name.

@@ -30,7 +30,8 @@ from .trainer import CREAMTrainer
 MOST_ACCUMULATION = 2
 """With two micro-batches a step gradients are there during a forward pass, as in a long one; more only take longer."""
 FIXED = "--save_strategy no --eval_strategy no --logging_strategy no --load_best_model_at_end false --report_to none "
-FIXED += "--push_to_hub false --assistant_only_loss false --short_documents shrink --disable_tqdm true"
+FIXED += "--eval_on_start false --push_to_hub false --assistant_only_loss false --short_documents shrink "
+FIXED += "--disable_tqdm true"
 """Keys of a recipe that would save, publish, or need a tokenizer and documents of their own."""
 OWN_OPTIONS = {"max_steps": "--steps", "gpu": "--memory_limit"}
 """Options of train and plan -> what bench has instead."""
@@ -96,7 +97,7 @@ def random_weights(config: PreTrainedConfig, dtype: torch.dtype, load_in_4bit: b
 
 def load_random(recipe: Recipe, config: PreTrainedConfig) -> Any:
     """The recipe's base as training loads it, scaled and quantized, but with random weights."""
-    options, run = base_options(recipe.model), recipe.run
+    options, run = base_options(recipe.model, recipe.run.use_cpu), recipe.run
     options |= {"target_length": run.target_length, "rope_scaling_type": run.rope_scaling_type}
     weights = random_weights(config, options["dtype"], options["load_in_4bit"])
     return load_base(recipe.model.model_name_or_path or "", config=config, state_dict=weights, **options)

@@ -6,7 +6,7 @@ import logging
 import os
 import traceback
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,10 +77,17 @@ def base_config(recipe: Recipe) -> PreTrainedConfig:
         return read_config(name, revision=recipe.model.model_revision, trust_remote_code=recipe.run.trust_remote_code)
 
 
+def _allowed_gib(recipe: Recipe) -> float | None:
+    return None if recipe.run.use_cpu else fit.allowed_gib()
+
+
 def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Refuse at once a base that cannot be scaled as asked (lengths resolved), and what this machine cannot train."""
     rope.scaled_config(config, recipe.run.target_length or 0, recipe.run.rope_scaling_type)
-    gib = fit.allowed_gib()
+    gib = _allowed_gib(recipe)
+    if is_sharded(recipe.run):
+        logger.warning("memory is not planned: the plan is of one GPU, and each process has a part of the model here")
+        return
     try:
         parameters, planned = memory.parameter_count(config), memory_settings(recipe) if gib is not None else ()
         # The context exists by now.
@@ -97,6 +104,12 @@ def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
             f"{recipe.model.model_name_or_path} has {parameters / 1e9:.1f} billion parameters and this machine has "
             "no CUDA GPU: `make demo` shows the method on a CPU, `cream-peft plan` shows which GPU the recipe fits"
         )
+
+
+def is_sharded(run: CREAMConfig) -> bool:
+    """Whether FSDP or DeepSpeed gives each process a part of the model; `accelerate launch` sets the environment."""
+    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED"))
+    return bool(run.fsdp or run.deepspeed) or "true" in asked
 
 
 def refuse_separate_runs(run: CREAMConfig) -> None:
@@ -157,7 +170,8 @@ def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContex
         training, validation = memory_settings(recipe)
         held_out = validation if "evaluation_loop" in frames else None
         where = " while the loss of held-out documents was computed" if held_out else ""
-        line = advice.out_of_memory_note(config, held_out or training, fit.allowed_gib())
+        line = advice.out_of_memory_note(config, held_out or training, _allowed_gib(recipe))
         return f"{where}: {line}; `cream-peft plan` shows every term"
 
-    return fit.explained(say)
+    # The plan is of one process that has all of the model.
+    return nullcontext() if is_sharded(recipe.run) else fit.explained(say)

@@ -164,7 +164,7 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
     run, name = recipe.run, str(recipe.model.model_name_or_path)
     tokenizer = _load_tokenizer(recipe, name, adapter)
     documents, held_out = load_data(recipe, tokenizer, config.get_text_config().vocab_size)
-    options = base_options(recipe.model)
+    options = base_options(recipe.model, run.use_cpu)
     if adapter:
         model, _ = adapter.load(is_trainable=True, **options)
     else:

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from .. import rope
 from ..model.attention import use_repeating_sdpa
 from ..model.base import (
+    CPU,
     check_module_names,
     keep_4bit_trainable_on_cpu,
     keep_adapter_in_fp32,
@@ -181,6 +182,8 @@ class CREAMTrainer(ResumingTrainer):
             if quantization_config is not None:
                 options["quantization_config"] = quantization_config
             options.setdefault("trust_remote_code", args.trust_remote_code)
+            if args.use_cpu:
+                options = {"device_map": CPU, "dtype": torch.float32} | options
             model = load_base(model, load_in_4bit=False, **options)
             args.model_init_kwargs = None
         use_repeating_sdpa()
