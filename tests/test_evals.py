@@ -413,6 +413,12 @@ def test_the_kv_cache_is_chosen_by_what_the_gpu_has_free(monkeypatch):
     for chunk, kind in ((512, "default"), (65_536, "quantized")):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (17 * 2**30, 80 * 2**30))
         assert fit.fitting_kv_cache(llama, Reading(length=32_768, chunk_length=chunk)) == kind
+    # What an earlier model left to torch's allocator is free.
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 22 * 2**30)
+    for allocated, kind in ((4, "default"), (22, "quantized")):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (2**30, 24 * 2**30))
+        monkeypatch.setattr("torch.cuda.memory_allocated", lambda allocated=allocated: allocated * 2**30)
+        assert fit.fitting_kv_cache(llama, Reading(length=32_768)) == kind
     monkeypatch.setattr(fit, "is_hqq_available", lambda: False)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (12 * 2**30, 80 * 2**30))
     assert fit.fitting_kv_cache(llama, Reading(length=32_768)) == "default"  # nothing else can be had
@@ -424,6 +430,20 @@ def test_the_kv_cache_is_chosen_for_the_chunks_that_are_read(tiny_tokenizer, mon
     for options in ({"chunk_length": 64}, {}):
         cream_peft.evaluate(load_base(TINY_ID), tiny_tokenizer, "kv_retrieval", 256, samples=1, depths=[0.0], **options)
     assert [(one.length, one.chunk_length) for one in seen] == [(256, 64), (256, PREFILL_CHUNK)]
+
+
+def test_models_that_were_read_into_different_caches_are_told_apart(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("hqq")
+    words = ["evaluate", "--tasks", "kv_retrieval", "--lengths", "256", "--samples", "1", "--depths", "0", "--no_4bit"]
+    words += ["--compare", "a=cream-peft-tiny", "b=cream-peft-tiny+ntk", "--output_dir"]
+    for number, kinds in enumerate((("default", "default"), ("default", "quantized"))):
+        chosen = iter(kinds)
+        monkeypatch.setattr("cream_peft.evals.run.fitting_kv_cache", lambda *_, chosen=chosen: next(chosen))
+        caplog.clear()
+        assert cli.main([*words, str(tmp_path / str(number))]) == 0
+        said = [line for line in caplog.messages if "KV caches" in line]
+        assert len(said) == number
+    assert "(a: default, b: quantized)" in said[0]
 
 
 def test_the_papers_table_has_its_source_and_its_means(capsys):

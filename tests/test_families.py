@@ -19,6 +19,7 @@ from families import (
     whole,
 )
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cohere2Config
 
@@ -28,6 +29,7 @@ from cream_peft.evals.answers import scored_answers
 from cream_peft.evals.prompts import Prompt
 from cream_peft.families import family_of, far_parameters
 from cream_peft.model.base import GIB, load_base
+from cream_peft.model.check import check_adapter
 from cream_peft.plan.layers import ATTENTION, cached_tokens, parameter_count
 from cream_peft.plan.memory import Training
 from cream_peft.publish.merge import merge_adapter
@@ -292,6 +294,30 @@ def test_an_adapter_is_trained_loaded_and_merged(run, tmp_path):
     merge_adapter(adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(merged, FAR), trained, atol=2e-3, rtol=0)
+
+
+def test_a_merged_model_is_found_whole_and_told_from_one_that_is_not(run, tmp_path):
+    family, _, adapter = run
+    merge_adapter(adapter, tmp_path / "merged")
+    path = tmp_path / "merged/model.safetensors"
+    stored = load_file(path)
+
+    def found(**tensors):
+        save_file({name: one for name, one in (stored | tensors).items() if one is not None}, path, {"format": "pt"})
+        return next(row for row in check_adapter(tmp_path / "merged") if row.item == "weights")
+
+    assert found().verdict == "ok"
+    # Layers for several tokens at once, which transformers does not read.
+    has_more = family in ("qwen3.5", "qwen3.5-moe", "qwen3-next")
+    assert found(**{"mtp.fc.weight": torch.ones(3)}).verdict == ("ok" if has_more else "wrong")
+    norm = next(name for name in stored if "layers.1." in name and "norm" in name)
+    row = found(**{norm: None})
+    assert (row.verdict, row.found) == ("wrong", f"{norm} is missing, and config.json asks for it: merge again")
+    row = found(**{norm: torch.ones(5)})
+    assert row.verdict == "wrong" and row.found.startswith(f"{norm} is [5], and config.json asks for [")
+    for name in (name for name in stored if ".experts." in name):
+        assert found(**{name: None}).verdict == "wrong"
+        break
 
 
 def test_a_document_read_in_pieces_into_the_cache_has_the_logits_of_one_pass(run):

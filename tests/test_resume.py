@@ -540,6 +540,9 @@ def test_all_results_files_are_checked_before_a_model_is_measured(tmp_path, caps
     assert Results.read(tmp_path / "b.json") == before
     assert cli.main([*common, "a b=cream-peft-tiny", "a-b=cream-peft-tiny+ntk"]) == 2
     assert "two labels have one results file (a b, a-b): choose others" in capsys.readouterr().err
+    words = ["lm-eval", "--tasks", "arc_easy", "--output_dir", str(tmp_path), "--compare"]
+    assert cli.main([*words, "a b=cream-peft-tiny", "a-b=cream-peft-tiny+ntk"]) == 2
+    assert "two labels have one results file (a b, a-b): choose others" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json"]
 
 

@@ -24,7 +24,7 @@ from ..locks import locked
 from ..model.record import machine, versions
 from ..model.secrets import without_secrets
 from ..terminal import table
-from .models import open_models
+from .models import open_models, results_files
 from .presets import (
     INSTALL,
     PRESETS,
@@ -37,7 +37,7 @@ from .presets import (
     longbench_cut,
     preset_means,
 )
-from .results import file_name, write_whole
+from .results import write_whole
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 LEFT_OUT = ("pretty_env_info", "git_hash", "upper_git_hash")
@@ -273,14 +273,15 @@ def run_lm_eval(
     models = open_models(
         compare, target_length=target_length, base_model=base_model, load_in_4bit=load_in_4bit, within_window=True
     )
+    files = results_files(models, output_dir, f"-{preset}" if preset else "")
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     for opened in models:
         known = {key: value for key, value in asdict(opened.settings).items() if value is not None and key != "options"}
         header = {"model": opened.base, "adapter": opened.spec.name if opened.adapter else None, **known}
-        path = Path(output_dir) / file_name(opened.spec.label + (f"-{preset}" if preset else ""))
+        path = files[opened.spec.label]
         refusal = f"{path} is being written by another `cream-peft lm-eval`: wait, or choose another --output_dir"
         with locked(path.with_name(f".{path.name}.lock"), refusal):
-            model, tokenizer = opened.load()
             asked = tasks.split(",") if tasks else []
-            found[opened.spec.label] = run_harness(model, tokenizer, asked, header=header, path=path, **options)
+            # Held by no name, the model makes room for the next one.
+            found[opened.spec.label] = run_harness(*opened.load(), asked, header=header, path=path, **options)
     return found

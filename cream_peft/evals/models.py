@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +18,7 @@ from ..model.base import load_base, load_tokenizer, read_config, resolve_base
 from ..model.check import check_weights
 from ..model.fingerprint import digest
 from ..model.record import Record, adapter_sha256, is_adapter
-from .results import Settings
+from .results import Settings, file_name
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ class OpenedModel:
     """Tokens of a training example, of what was trained within the window of its base."""
 
     def load(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-        """The model with its RoPE scaled, and its tokenizer."""
+        """The model with its RoPE scaled, and its tokenizer. What nobody holds any longer makes room for it."""
+        # A 4-bit model refers to itself.
+        gc.collect()
+        torch.cuda.empty_cache()
         in_4bit = bool(self.settings.load_in_4bit)
         if self.adapter:
             return self.adapter.load(in_4bit)
@@ -75,6 +80,19 @@ class OpenedModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone."""
         return self.adapter.tokenizer() if self.adapter else load_tokenizer(self.spec.name)
+
+
+def results_files(opened: Iterable[OpenedModel], output_dir: str, ending: str = "") -> dict[str, Path]:
+    """Label -> the file of a model's results.
+
+    Raises:
+        ValueError: if two have one file.
+    """
+    labels = [model.spec.label for model in opened]
+    files = {label: Path(output_dir) / file_name(label + ending) for label in labels}
+    if len(set(files.values())) < len(files):
+        raise ValueError(f"two labels have one results file ({', '.join(files)}): choose others, LABEL=MODEL")
+    return files
 
 
 def _is_adapter(name: str) -> bool:

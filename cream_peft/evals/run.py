@@ -21,10 +21,10 @@ from ..model.record import machine, versions
 from ..plan.fit import fitting_kv_cache, reading_explained
 from ..plan.memory import Reading
 from ..tiny.documents import VOCABULARY_SIZE
-from .models import OpenedModel, open_models
+from .models import OpenedModel, open_models, results_files
 from .options import EvaluateOptions
 from .prompts import read_texts
-from .results import Cell, Results, file_name
+from .results import Cell, Results
 from .tasks import TASKS, Task
 
 logger = logging.getLogger(__name__)
@@ -233,9 +233,7 @@ def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None
         LockedError: if another process writes one of the files.
     """
     found = _opened(options)
-    files = {opened.spec.label: Path(options.output_dir) / file_name(opened.spec.label) for opened, _ in found}
-    if len(set(files.values())) < len(files):
-        raise ValueError(f"two labels have one results file ({', '.join(files)}): choose others, LABEL=MODEL")
+    files = results_files((opened for opened, _ in found), options.output_dir)
     texts = Texts.of(options, documents, (length for _, lengths in found for length in lengths))
     with ExitStack() as locks:
         for path in files.values():
@@ -246,10 +244,24 @@ def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None
             # Which cache fits is known once the model is loaded.
             unknown = "kv_cache of " if options.kv_cache == "auto" else ""
             _with_earlier(planned, files[opened.spec.label], options.tasks, options.overwrite, unknown)
-        return {
+        results = {
             opened.spec.label: measure(opened, *opened.load(), lengths, options, texts, files[opened.spec.label])
             for opened, lengths in found
         }
+    _say_other_caches(results)
+    return results
+
+
+def _say_other_caches(results: dict[str, Results]) -> None:
+    caches = {
+        label: own["kv_cache"]
+        for label, one in results.items()
+        for own in one.settings.options.values()
+        if "kv_cache" in own
+    }
+    if len(set(caches.values())) > 1:
+        told = ", ".join(f"{label}: {kind}" for label, kind in caches.items())
+        logger.warning("the models had different KV caches (%s), which tell in their answers: set --kv_cache", told)
 
 
 def write_prompts(options: EvaluateOptions, folder: Path) -> None:

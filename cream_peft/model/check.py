@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from .. import rope
 from ..errors import explain
-from ..families import far_parameters
+from ..families import far_parameters, key_mapping
 from .adapter import Adapter, adapter_folder, open_adapter
 from .base import load_tokenizer
-from .fingerprint import shape_in, weight_files
+from .fingerprint import weight_files
 from .misfit import read_peft_config, read_scaled_config, refuse_misfit
 from .record import Record, is_adapter
 
@@ -98,19 +99,25 @@ def _mixture(folder: Path, record: Record) -> list[Finding]:
 
 
 def _check_whole(folder: Path, config: PreTrainedConfig) -> Finding:
-    """Whether a model's files hold the tensors that its config asks for, and all of them are finite."""
-    item, files = "weights", weight_files(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    # Of experts, transformers makes other tensors than the files hold.
-    wanted = {name: list(one.shape) for name, one in model.state_dict().items() if ".experts." not in name}
-    found = {name: shape_in(files[name], name) for name in files if ".experts." not in name}
-    if config.tie_word_embeddings:
-        wanted = {name: shape for name, shape in wanted.items() if name in found or not name.endswith("lm_head.weight")}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            there, asked = found.get(name, "missing"), wanted.get(name, "no such tensor")
-            return Finding(item, "wrong", f"{name} is {there}, and config.json asks for {asked}: merge again")
+    """Whether a model's files hold the tensors that its config asks for, as transformers loads them, and all of them
+    are finite."""
+    item, files, shown = "weights", weight_files(folder), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        loader: Any = AutoModelForCausalLM
+        _, found = loader.from_pretrained(
+            folder, config=copy.deepcopy(config), device_map="meta", trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **key_mapping(config),
+        )  # fmt: skip
+    except RuntimeError:
+        return Finding(item, "wrong", "some of an expert are missing: merge again")
+    finally:
+        transformers_logging.set_verbosity(shown)
+    wrong: dict[str, tuple[Any, Any]] = dict.fromkeys(found["missing_keys"], ("missing", "it"))
+    wrong |= dict.fromkeys(found["unexpected_keys"], ("there", "no such tensor"))
+    wrong |= {name: (list(there), list(asked)) for name, there, asked in found["mismatched_keys"]}
+    for name, (there, asked) in sorted(wrong.items()):
+        return Finding(item, "wrong", f"{name} is {there}, and config.json asks for {asked}: merge again")
     for path in sorted(set(files.values())):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict

@@ -44,12 +44,6 @@ def stored_name(opened: Any, name: str) -> str:
     return next((stored for stored in opened.keys() if decoder_name(stored) == name), name)  # noqa: SIM118
 
 
-def shape_in(file: Path, name: str) -> list[int]:
-    """The shape of a tensor in a safetensors file."""
-    with safe_open(file, "pt") as opened:
-        return opened.get_slice(stored_name(opened, name)).get_shape()
-
-
 def spread(tensor: Any, shape: Iterable[int], count: int) -> list[float] | None:
     """`count` values spread over a tensor, or over a slice of a safetensors file, of this shape."""
     rows, *rest = shape

@@ -55,4 +55,6 @@ def fitting_kv_cache(config: PreTrainedConfig, reading: Reading) -> str:
         return "default"
     terms = reading.terms(config)
     needed = sum(terms[name] for name in ("kv_cache", "attention", "activations", "logits"))
-    return "default" if needed <= torch.cuda.mem_get_info()[0] / GIB else "quantized"
+    # What an earlier model had is kept by torch's allocator, and is free for this one.
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return "default" if needed <= (torch.cuda.mem_get_info()[0] + kept) / GIB else "quantized"
