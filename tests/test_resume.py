@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from cream_peft import CREAMTrainer, cli
@@ -23,10 +24,10 @@ from cream_peft.model.check import check_adapter
 from cream_peft.model.record import AdapterError, Record, adapter_sha256
 from cream_peft.tiny import base_folder
 from cream_peft.train.checkpoints import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
-from cream_peft.train.collator import CREAMDataCollator
+from cream_peft.train.collator import ROW_COLUMN, CREAMDataCollator
 from cream_peft.train.recipe import RecipeError, parse_recipe
 from cream_peft.train.run import run_recipe
-from cream_peft.train.saving import saved_whole
+from cream_peft.train.saving import rows_identity, saved_whole
 
 TRAIN = ["--max_steps", "9", "--save_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4",
          "--held_out_documents", "8", "--eval_strategy", "steps", "--eval_steps", "2"]  # fmt: skip
@@ -163,6 +164,32 @@ def test_more_steps_another_batch_and_learning_rate_are_fine_and_said_in_one_lin
     # What that line says.
     groups = torch.load(run / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"]
     assert {group["initial_lr"] for group in groups} == {0.01}
+
+
+def test_documents_are_told_apart_by_every_row_and_not_by_where_they_lie(tmp_path):
+    rows = [{"input_ids": [number % 300, 7, *range(number % 5)], "labels": [1]} for number in range(2500)]
+    found = rows_identity(Dataset.from_list(rows))
+    assert found.startswith("2,500 rows, sha256 ")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    numbered = Dataset.from_list([{"labels": [1], ROW_COLUMN: number} | row for number, row in enumerate(rows)])
+    shuffled = Dataset.from_list([rows[-1], *rows[:-1]]).select([*range(1, 2500), 0])
+    for same in (Dataset.load_from_disk(tmp_path / "saved"), numbered, shuffled):
+        assert rows_identity(same) == found
+    for number in (0, 1, 777, 1000, 2499):
+        changed = [*rows]
+        changed[number] = rows[number] | {"input_ids": [299, *rows[number]["input_ids"][1:]]}
+        assert rows_identity(Dataset.from_list(changed)) != found
+    assert rows_identity(Dataset.from_list(rows).rename_column("labels", "mask")) != found
+
+
+def test_another_number_of_processes_is_said(run, caplog):
+    for checkpoint in run.glob("checkpoint-*"):
+        content = json.loads((checkpoint / "cream.json").read_text())
+        assert content["settings"]["world_size"] == 1
+        content["settings"]["world_size"] = 2
+        (checkpoint / "cream.json").write_text(json.dumps(content))
+    assert resume(run, "--max_steps", "5").loss is not None
+    assert "was trained with world_size=2, now 1; the optimizer keeps" in caplog.text
 
 
 def test_a_learning_rate_that_was_left_open_is_compared_too(run, caplog):

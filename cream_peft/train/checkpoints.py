@@ -206,7 +206,7 @@ def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
     # Earlier versions recorded the recipe alone.
     recipe = checkpoint.record.recipe and defaults | checkpoint.record.recipe
     then = checkpoint.record.settings or recipe
-    pairs = [(key, then[key], getattr(args, key)) for key in KEPT_SETTINGS if then]
+    pairs = [(key, then.get(key), getattr(args, key)) for key in KEPT_SETTINGS if then]
     changed = [f"{key}={was}, now {new}" for key, was, new in pairs if was not in (None, new)]
     if changed:
         logger.warning(

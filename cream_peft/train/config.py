@@ -68,7 +68,7 @@ def documented(kind: Kind) -> Kind:
     return kind
 
 
-KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 """What a resumed run may change, with one line that says so."""
 FIXED_SETTINGS = ("optim", "lr_scheduler_type", "weight_decay")
 """What it may not: the saved optimizer and schedule go on with their own, or cannot."""

@@ -14,7 +14,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedConfig
@@ -55,18 +54,19 @@ ASIDE = ".saving"
 REPLACED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
 REPLACED += ("model-*-of-*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
 """What an earlier save may have left that the new one has not."""
-SAMPLED_ROWS = 16
+ROWS_AT_ONCE = 1000
 
 
 def rows_identity(dataset: Any) -> str | None:
-    """The number of rows and a digest of some of them; None of a stream."""
+    """The number of rows and a digest of them; None of a stream."""
     if not isinstance(dataset, Dataset) or not len(dataset):
         return None
-    digest = sha256()
-    for index in np.linspace(0, len(dataset) - 1, SAMPLED_ROWS).astype(int).tolist():
-        row = dataset[index]
-        for column in sorted(set(row) - {ROW_COLUMN}):
-            digest.update(column.encode() + json.dumps(np.asarray(row[column]).tolist(), default=str).encode())
+    digest, columns = sha256(), sorted(set(dataset.column_names) - {ROW_COLUMN})
+    digest.update(json.dumps(columns).encode())
+    for table in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
+        # Arrow's own form has no more than the rows, wherever they lie in a file.
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
     return f"{len(dataset):,} rows, sha256 {digest.hexdigest()[:16]}"
 
 
