@@ -76,7 +76,7 @@ tiny-base: $(READY)  ## pretrain the embedded tiny model again (under 5 minutes)
 ##@ developing
 
 # Two at a time, a thread each: most of a test's time is one thread's.
-test: lint  ## lint, and the fast tests (5 minutes on two cores)
+test: lint  ## lint, and the fast tests (5 to 8 minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(READY)  ## the tests that take longer

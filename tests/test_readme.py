@@ -346,7 +346,7 @@ def test_the_figures_of_distillation_equal_their_json_and_its_cost_the_plan():
 def test_the_figures_of_speed_equal_their_json():
     text, bench = page("recipes/cream-peft-tiny"), json.loads((TINY / "results/bench-cpu.json").read_text())
     ratio, times = bench["trainer"]["ratio_of_medians"], bench["answers"]["one document"]["median_times_faster"]
-    assert f"takes {ratio:.2f} times as long" in text and f"takes {ratio:.2f} times as long" in README
+    assert f"takes {ratio:.2f} times as long" in text
     first = [bench["trainer"][f"ratio_when_{name}_trainer_goes_first"] for name in ("cream", "sft")]
     assert "({:.2f} and {:.2f}, ".format(*first) in text and f"median of {bench['trainer']['steps']} steps" in text
     assert f"{bench['sampler']['median_times_faster']:.0f} times faster than the authors'" in text

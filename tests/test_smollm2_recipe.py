@@ -197,12 +197,13 @@ def test_every_piece_is_planned_once_and_what_says_most_comes_first(compare):
         assert len(set(planned)) == len(planned)
         seeds = {row.seed for row, _, _ in planned if (row.scaling, row.strategy) == ("yarn", "pose")}
         assert seeds == {0, 1, 2}
+        first = list(compare.planned(budget, True, None))
+        shown = {"yarn untuned", "yarn contiguous", "yarn cream"}
+        # All three are asked where the effect shows before anything that takes long.
+        assert {row.name for row, what, _ in first[:3]} == shown and {what for _, what, _ in first[:3]} == {8192}
+        asked = {what for _, what, _ in first}
+        assert {row.name for row, _, _ in first} == shown and asked == {1024, 4096, 8192, 16_384}
     cpu = compare.BUDGETS["cpu"]
-    first = list(compare.planned(cpu, True, None))
-    shown = {"yarn untuned", "yarn contiguous", "yarn cream"}
-    # All three are asked where the effect shows before anything that takes long.
-    assert {row.name for row, what, _ in first[:3]} == shown and {what for _, what, _ in first[:3]} == {8192}
-    assert {row.name for row, _, _ in first} == shown and {what for _, what, _ in first} == {1024, 4096, 8192, 16_384}
     documents = [what for row, what, block in compare.planned(cpu, False, ["yarn cream"]) if isinstance(what, int)]
     asked = {length: documents.count(length) * cpu.documents[length] for length in documents}
     assert asked[16_384] == 12 and asked[32_768] == 6

@@ -625,6 +625,17 @@ def test_a_second_stage_has_the_tokenizer_and_the_chat_template_of_the_first(
         assert (found.chat_template, found.eos_token) == ("{{ messages }}", ".07")
 
 
+def test_a_window_that_is_the_whole_target_is_said_to_leave_nothing_to_draw(
+    make_model, make_config, make_documents, tiny_tokenizer, lora, caplog
+):
+    for lengths, said in (((64, 64), 1), ((32, 64), 0), ((64, 512), 0)):
+        caplog.clear()
+        config = make_config(context_length=lengths[0], target_length=lengths[1])
+        own = {"train_dataset": make_documents(), "processing_class": tiny_tokenizer, "peft_config": lora()}
+        CREAMTrainer(make_model(), config, **own)
+        assert len([line for line in caplog.messages if "no other positions to draw" in line]) == said
+
+
 def test_a_recipe_trains_an_adapter_further(adapter, tmp_path):
     arguments = ["--adapter_name_or_path", str(adapter), "--max_steps", "1", "--output_dir", str(tmp_path / "second")]
     arguments += ["--dataset_name", "cream-peft-tiny", "--per_device_train_batch_size", "2", "--context_length", "128"]

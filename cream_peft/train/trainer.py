@@ -203,6 +203,12 @@ class CREAMTrainer(ResumingTrainer):
                 )
         self.pretrained_window = rope.pretrained_window(unscaled)
         self.lengths = args.resolve(self.pretrained_window)
+        if self.lengths.context_length == self.lengths.target_length and args.position_strategy != "contiguous":
+            logger.warning(
+                "context_length is target_length, %s tokens: there are no other positions to draw than a plain "
+                "fine-tune's. Set context_length to the length of your examples, or target_length beyond it",
+                f"{self.lengths.target_length:,}",
+            )
         self.scaled_config = rope.scaled_config(unscaled, self.lengths.target_length, args.rope_scaling_type)
         rope.apply_scaling(model, self.scaled_config)
         model.unscaled_config = unscaled

@@ -138,8 +138,8 @@ BUDGETS = {
     "cpu": Budget(32_768, ON_A_CPU, ("--no_4bit",), {1024: 4, 4096: 4, 8192: 4, 16_384: 4, 32_768: 2}, ROUNDS),
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
-        [(some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
-         for some in (YARN + DISTILLED + LONGER, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, INSIDE_AGAIN)],
+        [*FIRST, *((some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
+         for some in (YARN + DISTILLED + LONGER, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, INSIDE_AGAIN))],
     ),
 }  # fmt: skip
 
@@ -286,11 +286,15 @@ def unique(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def planned(budget: Budget, first: bool, only: list[str] | None) -> Iterator[tuple[Row, int | str, int]]:
-    """The pieces, in order."""
-    for some, things, block in budget.rounds[: len(FIRST) if first else None]:
-        for row in some:
-            if only is None or row.name in only:
-                yield from ((row, what, block) for what in things)
+    """The pieces, in order, each once."""
+    rounds = budget.rounds[: len(FIRST) if first else None]
+    yield from dict.fromkeys(
+        (row, what, block)
+        for some, things, block in rounds
+        for row in some
+        for what in things
+        if only is None or row.name in only
+    )
 
 
 def pooled(pieces: list[dict[str, Any]]) -> list[Cell]:
