@@ -517,3 +517,23 @@ def test_use_cpu_keeps_the_model_off_a_gpu_that_is_there(tmp_path, monkeypatch):
                 base.load_base(TINY_ID, **base.base_options(recipe.model, use_cpu))
         assert asked["device_map"] == {"": "cpu" if use_cpu else 0}
         assert asked["dtype"] == (torch.float32 if use_cpu else torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--lora_modules_to_save", "lm_head"), "lora_modules_to_save"),
+        (("--use_dora", "true"), "use_dora"),
+        (("--attn_implementation", "eager"), "attn_implementation: eager"),
+        (("--dtype", "float32"), "dtype: float32"),
+        ((), None),
+    ],
+)
+def test_what_takes_memory_that_is_not_planned_is_said(option, said, tmp_path, monkeypatch, caplog):
+    recipe = tiny_run(tmp_path, *option)
+    config = machine.base_config(recipe)
+    last = machine.plan_recipe(recipe, config).advice[-1:]
+    assert (f"not planned, and takes more: {said}" in last) == bool(said)
+    monkeypatch.setattr(fit, "allowed_gib", lambda: 80.0)
+    machine.check_machine(recipe, config)
+    assert caplog.messages == ([f"not planned, and takes more memory: {said}"] if said else [])

@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,6 +97,8 @@ def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
     except ValueError as error:
         logger.warning("memory is not planned: %s", error)
         return
+    if more := not_planned(recipe) if gib is not None else []:
+        logger.warning("not planned, and takes more memory: %s", ", ".join(more))
     if short:
         line = advice.out_of_memory_note(config, short[0], gib)
         raise RecipeError(f"this recipe does not fit: {line}; `cream-peft plan` shows every term")
@@ -151,6 +154,16 @@ def memory_settings(recipe: Recipe) -> tuple[Training, Validation | None]:
     return training, Validation(eval_length=run.eval_length or 0, per_device_eval_batch_size=batch, **shared)
 
 
+def not_planned(recipe: Recipe) -> list[str]:
+    """The keys of the recipe that take memory of which the plan knows nothing."""
+    model = recipe.model
+    names = ("lora_modules_to_save", "lora_target_parameters", "use_dora") if model.use_peft else ()
+    keys = [name for name in names if getattr(model, name)]
+    keys += ["attn_implementation: eager"] if model.attn_implementation == "eager" else []
+    keys += ["dtype: float32"] if model.use_peft and model.dtype == "float32" else []
+    return keys
+
+
 def plan_recipe(recipe: Recipe, config: PreTrainedConfig, gpus: Mapping[str, float] | None = None) -> advice.Plan:
     """Peak memory and hours of the recipe on this base, see `advice.plan_gpus`.
 
@@ -159,7 +172,13 @@ def plan_recipe(recipe: Recipe, config: PreTrainedConfig, gpus: Mapping[str, flo
     """
     lengths = recipe.run.resolve(rope.pretrained_window(config))
     rope.scaled_config(config, lengths.target_length, recipe.run.rope_scaling_type)
-    return advice.plan_gpus(config, *memory_settings(recipe), recipe.run.target_length, gpus)
+    planned = advice.plan_gpus(config, *memory_settings(recipe), recipe.run.target_length, gpus)
+    more = not_planned(recipe)
+    return (
+        replace(planned, advice=[*planned.advice, f"not planned, and takes more: {', '.join(more)}"])
+        if more
+        else planned
+    )
 
 
 def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContextManager[None]:
