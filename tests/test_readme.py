@@ -151,7 +151,10 @@ def test_the_tables_of_smollm2_are_what_its_script_makes_of_the_committed_pieces
 
 
 def test_what_the_pages_say_of_smollm2_is_in_its_json():
-    summary = json.loads((SMOLLM2 / "results/skill/skill.json").read_text())
+    summary, compare = (
+        json.loads((SMOLLM2 / "results/skill/skill.json").read_text()),
+        load_script(SMOLLM2 / "compare.py"),
+    )
     text, front = (" ".join(one.split()) for one in (page("recipes/smollm2-135m-instruct"), README))
     rows = {row["name"]: row for row in summary["rows"]}
     found = {
@@ -167,16 +170,30 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
         return found[where]["alone_loss"]["interval"][1] < 0
 
     longer = [f"{{}} {name}+128 steps" for name in ("contiguous", "cream")]
-    at = [
-        right(f"yarn {name}+128 steps", length) for length in (16_384, 1024) for name in ("contiguous", "cream", "pose")
-    ]
-    told = "fine-tune answers {} right at 16,384 tokens, CREAM {}, PoSE {}; at 1,024 it is {}, {} and {}."
-    assert told.removesuffix(".").format(*at) in front
-    again = [
-        right(f"yarn {name}+128 steps{seed}", 8192) for name in ("cream", "contiguous") for seed in (" seed 1", "")
-    ]
-    assert "at 8,192 a second one has {} right where the first has {} (plain: {} and {})".format(*again) in text
+    seeds = {
+        name: [right(f"yarn {name}+128 steps{seed}", 8192) for seed in ("", " seed 1", " seed 2")[:count]]
+        for name, count in (("contiguous", 2), ("cream", 3), ("pose", 2))
+    }
+    pooled = {
+        line.split("|")[1].strip(): line.split("|")[4].split()[0]
+        for line in compare.short_table(summary)
+        if "seeds" in line
+    }
+    at = [right(f"yarn {name}+128 steps", 1024) for name in seeds]
+    shown = [pooled[f"YaRN: {name}"] for name in ("plain fine-tune", "CREAM", "PoSE")]
+    told = (
+        "fine-tune answers {} right at 8,192 tokens (two seeds), CREAM {} (three, {} to {}), PoSE {} (two); at 1,024 "
+        "it is {}, {} and {} (one)."
+    )
+    assert told.format(*shown[:2], min(seeds["cream"]), max(seeds["cream"]), shown[2], *at) in front
+    assert (
+        "at 8,192 three have {}, {} and {} right (plain: {} and {})".format(*seeds["cream"], *seeds["contiguous"])
+        in text
+    )
+    assert "at 8,192 two have {} and {} right".format(*seeds["pose"]) in text
+    assert seeds["cream"][0] == max(seeds["cream"]) and "16,384 is that of the best" in text
     assert found["yarn", "contiguous+128 steps", 8192]["seeds"] == [0, 1]
+    assert found["yarn", "pose+128 steps", 8192]["seeds"] == [0, 1]
     at = [rows[name.format("none")]["8192"] for name in longer]
     at = [f"{one[key]:.2f}" for key in ("accuracy", "loss of the number alone") for one in at]
     assert "at 8,192, plain has {} and CREAM {} (perhaps chance), with losses of {} and {}".format(*at) in front

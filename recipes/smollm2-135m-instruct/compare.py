@@ -544,7 +544,8 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     tiny = json.loads((HERE.parent / "cream-peft-tiny/results/demo.json").read_text(encoding="utf-8"))["results"]
     panels = [Results.parse(one) for one in tiny.values()]
     panels += results_of(pieces, "yarn", FRONT)
-    title = "A skill taught on short examples (left 256 tokens, right 1,000), asked in longer documents"
+    title = "A skill taught on short examples (left 256 tokens, right 1,000), asked in longer documents;\n"
+    title += "where several seeds were run, their mean"
     save(tasks_figure(panels, title), RESULTS / "front.png")
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
