@@ -19,6 +19,7 @@ from hub_server import Hub, Repository
 from transformers import GPT2Config, LlamaConfig
 
 from cream_peft import cli, errors, terminal
+from cream_peft.plan import fit
 from cream_peft.tiny import base_folder
 from cream_peft.train import run as train
 
@@ -322,11 +323,13 @@ def test_ctrl_c_says_how_to_resume_and_exits_with_130(command, monkeypatch, caps
 
 
 def test_too_little_gpu_memory_is_said_before_anything_is_loaded(line_of, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (5 * 2**30, 8 * 2**30))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: 1.0, raising=False)
-    line = line_of(["train", "--config", "llama-2.yaml", "--use_cpu", "true"])
+    with monkeypatch.context() as there:
+        there.setattr(torch.cuda, "is_available", lambda: True)
+        there.setattr(torch.cuda, "mem_get_info", lambda *_: (5 * 2**30, 8 * 2**30))
+        there.setattr(torch.cuda, "get_per_process_memory_fraction", lambda *_: 1.0, raising=False)
+        allowed = fit.allowed_gib()
+    monkeypatch.setattr(fit, "allowed_gib", lambda: allowed)
+    line = line_of(["train", "--config", "llama-2.yaml"])
     assert re.search(r"the plan is [5-9]\.\d GiB, most for weights .* has 5\.0 GiB for it: set \w+: \w+", line)
     assert "`cream-peft plan`" in line
 

@@ -118,6 +118,8 @@ def run_case(gpu: PaperGPU, case: dict[str, Any], layers: int | None) -> dict[st
     start, recipe = time.perf_counter(), bench.parse_bench(arguments, STEPS)
     config = base_config(recipe)
     config.num_hidden_layers = layers or config.num_hidden_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
     recipe.run.resolve(pretrained_window(config))
     with gpu:
         result = read_case(gpu, recipe, config, case["cache"]) if "cache" in case else train_case(gpu, recipe, config)
