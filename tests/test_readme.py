@@ -271,6 +271,9 @@ def test_the_planned_figures_equal_what_plan_wrote():
     text = page("recipes/llama-2-7b")
     for row, name in rows.items():
         assert f"{row} | {without_context(name, 'terms'):.2f} GiB |" in text
+    held_out = [without_context(f"{size}-low", "validation") for size in ("7b", "13b")]
+    told = "the held-out loss takes more than the step: {:.2f} GiB (7B) and {:.2f} GiB (13B)"
+    assert told.format(*held_out) in " ".join(text.split())
     cards = {card["card"]: card["hours"] for card in json.loads(plan_of("7b-default").read_text())["cards"]}
     hours = [f"{least:.0f} to {most:.0f}" for least, most in (cards["RTX 4090 24GB"], cards["H100 80GB"])]
     told = "takes {} hours on an RTX 4090, {:.0f} on an A100 and {} on an H100"
@@ -305,6 +308,8 @@ def test_when_not_to_train_quotes_the_results_that_it_links_to():
               if (found := row.get("multikey_needle at 16384"))}  # fmt: skip
     alone, on_top = losses["yarn", "untuned", 0], losses["yarn", "cream", 0]
     best = min(loss for (_, strategy, _), loss in losses.items() if strategy != "untuned")
+    asked = [found["questions"] for row in cpu if (found := row.get("multikey_needle at 16384"))]
+    assert "ten to fifteen questions a row" in " ".join(text.split()) and {10, 15} == set(asked)
     for figure, before in ((alone, "has a loss of"), (on_top, "ends at"), (best, "(CREAM, 96 steps) at")):
         assert f"{before} {figure:.2f}" in " ".join(text.split())
     rows = json.loads((TINY / "results/reproduce.json").read_text())["rows"]

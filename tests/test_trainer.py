@@ -663,12 +663,12 @@ def test_a_run_does_not_take_the_place_of_its_base_or_of_a_model_that_no_run_wro
     words = [
         "--max_steps",
         "1",
+        "--target_length",
+        "1024",
         "--dataset_name",
         TINY_ID,
         "--model_name_or_path",
         str(base),
-        "--target_length",
-        "1024",
     ]
     link = tmp_path / "link"
     link.symlink_to(base)

@@ -208,11 +208,11 @@ def load_base(
         # Its branch may move on before the weights are read.
         kwargs["revision"] = commit
     scaled = rope.scaled_config(unscaled, target_length or rope.pretrained_window(unscaled), rope_scaling_type)
-    dtype = cast(torch.dtype, getattr(torch, str(dtype), dtype) or default_dtype())
+    on_gpu = torch.cuda.is_available() and kwargs.get("device_map") != CPU
+    dtype = cast(torch.dtype, getattr(torch, str(dtype), dtype) or (default_dtype() if on_gpu else torch.float32))
     if load_in_4bit:
         kwargs.setdefault("quantization_config", quantization_config(dtype))
     # ZeRO-3 places the shards itself.
-    on_gpu = torch.cuda.is_available() and kwargs.get("device_map") != CPU
     if on_gpu and not is_deepspeed_zero3_enabled():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
     # The auto class takes no weights without a name.

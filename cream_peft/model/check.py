@@ -110,7 +110,9 @@ def _check_whole(folder: Path, config: PreTrainedConfig) -> Finding:
             output_loading_info=True, ignore_mismatched_sizes=True, **key_mapping(config),
         )  # fmt: skip
     except RuntimeError:
-        return Finding(item, "wrong", "some of an expert are missing: merge again")
+        return Finding(
+            item, "wrong", "transformers cannot join an expert's tensors, of which some may be missing: merge again"
+        )
     finally:
         transformers_logging.set_verbosity(shown)
     wrong: dict[str, tuple[Any, Any]] = dict.fromkeys(found["missing_keys"], ("missing", "it"))

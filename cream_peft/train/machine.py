@@ -23,6 +23,7 @@ from ..plan import advice, fit, memory
 from ..plan.memory import ATTENTION, Training, Validation
 from .config import CREAMConfig
 from .recipe import Recipe, RecipeError
+from .saving import is_folder
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def find_adapter(recipe: Recipe) -> Adapter | None:
     run, model, name = recipe.run, recipe.model, recipe.model.adapter_name_or_path
     if name is None:
         return None
-    if Path(name).is_dir() and Path(name).resolve() == Path(str(run.output_dir)).resolve():
+    if is_folder(name, Path(str(run.output_dir))):
         raise RecipeError(
             f"output_dir={run.output_dir} is adapter_name_or_path, which would be overwritten: choose another"
         )
@@ -97,7 +98,7 @@ def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
     except ValueError as error:
         logger.warning("memory is not planned: %s", error)
         return
-    if more := not_planned(recipe) if gib is not None else []:
+    if gib is not None and (more := not_planned(recipe)):
         logger.warning("not planned, and takes more memory: %s", ", ".join(more))
     if short:
         line = advice.out_of_memory_note(config, short[0], gib)
@@ -173,12 +174,9 @@ def plan_recipe(recipe: Recipe, config: PreTrainedConfig, gpus: Mapping[str, flo
     lengths = recipe.run.resolve(rope.pretrained_window(config))
     rope.scaled_config(config, lengths.target_length, recipe.run.rope_scaling_type)
     planned = advice.plan_gpus(config, *memory_settings(recipe), recipe.run.target_length, gpus)
-    more = not_planned(recipe)
-    return (
-        replace(planned, advice=[*planned.advice, f"not planned, and takes more: {', '.join(more)}"])
-        if more
-        else planned
-    )
+    if more := not_planned(recipe):
+        planned = replace(planned, advice=[*planned.advice, f"not planned, and takes more: {', '.join(more)}"])
+    return planned
 
 
 def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContextManager[None]:

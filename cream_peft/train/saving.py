@@ -70,19 +70,28 @@ def rows_identity(dataset: Any) -> str | None:
     return f"{len(dataset):,} rows, sha256 {digest.hexdigest()[:16]}"
 
 
+def is_folder(name: str | None, folder: Path) -> bool:
+    """Whether a base or an adapter is that folder, by whatever path."""
+    return name is not None and Path(name).is_dir() and Path(name).resolve() == folder.resolve()
+
+
+def _replaced(folder: Path) -> list[Path]:
+    return [path for pattern in REPLACED for path in folder.glob(pattern)]
+
+
 def refuse_output(folder: Path, base: str | None) -> None:
     """Refuse to save where the base is, or where a model lies that no run wrote: what is saved takes its place.
 
     Raises:
         ValueError: saying what is there.
     """
-    if base and Path(base).is_dir() and Path(base).resolve() == folder.resolve():
+    if is_folder(base, folder):
         raise ValueError(f"output_dir={folder} is the base, which would be overwritten: choose another")
-    if not any(path for name in (FILE, ASIDE, "checkpoint-*") for path in folder.glob(name)):
-        for path in (path for pattern in REPLACED for path in folder.glob(pattern)):
-            raise ValueError(
-                f"output_dir={folder} holds {path.name}, which no run wrote and a run would replace: choose another"
-            )
+    is_a_runs = any(path for name in (FILE, ASIDE, "checkpoint-*") for path in folder.glob(name))
+    if not is_a_runs and (there := _replaced(folder)):
+        raise ValueError(
+            f"output_dir={folder} holds {there[0].name}, which no run wrote and a run would replace: choose another"
+        )
 
 
 @contextmanager
@@ -99,7 +108,7 @@ def saved_whole(folder: Path, is_writer: bool = True) -> Generator[Path]:
     aside.mkdir(parents=True)
     yield aside
     (folder / FILE).unlink(missing_ok=True)
-    for path in (path for pattern in REPLACED for path in folder.glob(pattern)):
+    for path in _replaced(folder):
         path.unlink()
     written = [path for path in aside.rglob("*") if path.is_file()]
     for path in sorted(written, key=lambda path: path.name == FILE):

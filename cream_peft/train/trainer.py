@@ -183,7 +183,7 @@ class CREAMTrainer(ResumingTrainer):
                 options["quantization_config"] = quantization_config
             options.setdefault("trust_remote_code", args.trust_remote_code)
             if args.use_cpu:
-                options = {"device_map": CPU, "dtype": torch.float32} | options
+                options.setdefault("device_map", CPU)
             model = load_base(model, load_in_4bit=False, **options)
             args.model_init_kwargs = None
         use_repeating_sdpa()

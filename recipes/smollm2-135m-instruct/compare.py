@@ -101,11 +101,11 @@ def rows(scaling: str, *strategies: str, seed: int = 0) -> list[Row]:
 TRAINED = ("contiguous", "cream", "pose")
 YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", "ntk", "none"))
 DISTILLED = rows("yarn", "cream+distillation")
-LONGEST = ("cream+128 steps", "contiguous+128 steps", "pose+128 steps")
-LONGER = rows("yarn", *LONGEST)
+MORE_STEPS = ("cream+128 steps", "contiguous+128 steps", "pose+128 steps")
+LONGER = rows("yarn", *MORE_STEPS)
 MORE_INSIDE = rows("none", "cream+contiguous", "cream+growth", "cream+128 steps", "contiguous+128 steps")
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
-LONGER_AGAIN = [row for seed in (1, 2) for row in rows("yarn", *LONGEST, seed=seed)]
+LONGER_AGAIN = [row for seed in (1, 2) for row in rows("yarn", *MORE_STEPS, seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
