@@ -61,14 +61,16 @@ MORE = {
     "contiguous": {"contiguous_share": 0.5},
     "growth": {"target_growth": 0.5},
     "128 steps": {"max_steps": 128},
+    "default sigma": {"sigma": None},
 }
-"""What may keep what long positions cost: what the base computes, or the skill at the length that it is taught at."""
+"""What may keep what long positions cost: what the base computes, or the skill at the length that it is taught at. And
+the recipe's own law, truncated, in place of the authors'."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model: a RoPE scaling (none: as it is) and a strategy (untuned: nothing is trained), perhaps with one of
-    MORE, as in cream+distillation."""
+    """One model: a RoPE scaling (none: as it is) and a strategy (untuned: nothing is trained), perhaps with some of
+    MORE, as in cream+128 steps+default sigma."""
 
     scaling: str
     strategy: str
@@ -106,6 +108,7 @@ LONGER = rows("yarn", *MORE_STEPS)
 MORE_INSIDE = rows("none", "cream+contiguous", "cream+growth", "cream+128 steps", "contiguous+128 steps")
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 LONGER_AGAIN = [row for seed in (1, 2) for row in rows("yarn", *MORE_STEPS, seed=seed)]
+OWN_LAW = [row for seed in (0, 1, 2) for row in rows("yarn", "cream+128 steps+default sigma", seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
@@ -124,6 +127,7 @@ ROUNDS = [
     (LONGER, [16_384, 8192, 1024, 4096, 32_768], 0),
     (LONGER, [1024, 4096], 1),
     (LONGER_AGAIN, [8192, 16_384, 1024, 4096], 0),
+    (OWN_LAW, [8192, 16_384, 1024, 4096], 0),
     (INSIDE + MORE_INSIDE, [1024, 4096, 8192], 0),
     *((YARN, [1024, 4096, 16_384], block) for block in (1, 2)),
     (NTK, [1024, 4096, 16_384], 0),
@@ -139,7 +143,8 @@ BUDGETS = {
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
         [*FIRST, *((some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
-         for some in (YARN + DISTILLED + LONGER, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, INSIDE_AGAIN))],
+         for some in (YARN + DISTILLED + LONGER, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, OWN_LAW,
+         INSIDE_AGAIN))],
     ),
 }  # fmt: skip
 
@@ -184,10 +189,12 @@ def target_of(row: Row, budget: Budget) -> int:
 
 def training(row: Row, budget: Budget) -> dict[str, Any]:
     """The settings of a row's training that are not the recipe's."""
-    strategy, _, more = row.strategy.partition("+")
+    strategy, *more = row.strategy.split("+")
     # 3 at a factor of 8, as published.
     law: dict[str, Any] = {"sigma": 3 / 8 * target_of(row, budget) / CONTEXT} if strategy == "cream" else {}
-    law |= MORE.get(more, {})
+    for name in more:
+        law |= MORE[name]
+    law = {key: value for key, value in law.items() if value is not None}
     inside = {"eval_length": target_of(row, budget)} if row.scaling == "none" else {}
     return law | inside | {
         "model_name_or_path": str(BASE), "base_model_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -355,9 +362,9 @@ def paired(blocks: list[Any], bounds: tuple[float, float]) -> list[tuple[Cell, .
 
 
 def against(strategy: str) -> str:
-    """CREAM's strategy that another one is compared with: CREAM alone, or with as many steps."""
-    name, _, more = strategy.partition("+")
-    return f"cream+{more}" if more and name != "cream" else "cream"
+    """CREAM's strategy that another one is compared with: CREAM with as many steps, or without the last of MORE."""
+    name, *more = strategy.split("+")
+    return "+".join(["cream", *(more[:-1] if name == "cream" else more)])
 
 
 def differences(pieces: list[dict[str, Any]], length: int) -> Iterator[dict[str, Any]]:
