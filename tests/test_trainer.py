@@ -654,12 +654,14 @@ def test_a_recipe_trains_an_adapter_further(adapter, tmp_path):
 def test_a_run_does_not_take_the_place_of_its_base_or_of_a_model_that_no_run_wrote(
     make_model, make_config, make_documents, tiny_tokenizer, tmp_path
 ):
-    base, weights, elsewhere = (tmp_path / name for name in ("base", "weights", "elsewhere"))
+    base, weights, elsewhere, plain = (tmp_path / name for name in ("base", "weights", "elsewhere", "plain"))
     make_model().save_pretrained(base)
     tiny_tokenizer.save_pretrained(base)
     shutil.copytree(base, weights)
     (weights / "config.json").unlink()
-    before = {path: path.read_bytes() for path in (*base.iterdir(), *weights.iterdir())}
+    # As TRL's own trainer leaves it.
+    shutil.copytree(base, plain / "checkpoint-100")
+    before = {path: path.read_bytes() for folder in (base, weights, plain) for path in folder.rglob("*.*")}
     words = [
         "--max_steps",
         "1",
@@ -676,16 +678,19 @@ def test_a_run_does_not_take_the_place_of_its_base_or_of_a_model_that_no_run_wro
         (base, "is the base"),
         (link, "is the base"),
         (weights, "holds model.safetensors, which no run"),
+        (plain, "holds checkpoint-100, which no run"),
     ):
         with pytest.raises(ValueError, match=f"output_dir={folder} {line}.*: choose another"):
             run_recipe(parse_recipe([*words, "--output_dir", str(folder)]))
         with pytest.raises(ValueError, match=f"output_dir={folder} {line}.*: choose another"):
             CREAMTrainer(str(base), make_config(output_dir=str(folder)), train_dataset=make_documents())
     # A run's own folder is overwritten, killed or not, and whatever else lies in a new one stays.
-    for name in ("cream.json", ".saving", "checkpoint-2"):
+    for name in ("cream.json", ".saving", "checkpoint-2/cream.json", "checkpoint-2/.saving"):
         shutil.copytree(weights, elsewhere / name)
-        (elsewhere / name / name).mkdir()
+        (elsewhere / name / name).mkdir(parents=True)
         refuse_output(elsewhere / name, str(base))
+    (tmp_path / "killed/checkpoint-2").mkdir(parents=True)
+    refuse_output(tmp_path / "killed", str(base))
     (tmp_path / "new").mkdir()
     (tmp_path / "new/template.jinja").touch()
     refuse_output(tmp_path / "new", str(base))

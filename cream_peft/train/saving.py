@@ -80,15 +80,20 @@ def _replaced(folder: Path) -> list[Path]:
 
 
 def refuse_output(folder: Path, base: str | None) -> None:
-    """Refuse to save where the base is, or where a model lies that no run wrote: what is saved takes its place.
+    """Refuse to save where the base is, or where a model or checkpoints lie that no run wrote: what a run saves takes
+    their place.
 
     Raises:
         ValueError: saying what is there.
     """
     if is_folder(base, folder):
         raise ValueError(f"output_dir={folder} is the base, which would be overwritten: choose another")
-    is_a_runs = any(path for name in (FILE, ASIDE, "checkpoint-*") for path in folder.glob(name))
-    if not is_a_runs and (there := _replaced(folder)):
+    is_a_runs = any(
+        path for name in (FILE, ASIDE) for path in (*folder.glob(name), *folder.glob(f"checkpoint-*/{name}"))
+    )
+    # A folder that is empty was made by a run that was killed.
+    checkpoints = [path for path in folder.glob("checkpoint-*") if any(path.glob("*"))]
+    if not is_a_runs and (there := _replaced(folder) + checkpoints):
         raise ValueError(
             f"output_dir={folder} holds {there[0].name}, which no run wrote and a run would replace: choose another"
         )
