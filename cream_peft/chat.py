@@ -13,7 +13,6 @@ import torch
 from tqdm import trange
 from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
-from . import rope
 from .model.adapter import end_token_ids, load_adapter
 from .model.kv_cache import PREFILL_CHUNK, can_crop, kv_caches, new_cache, refuse_unusable
 
@@ -243,8 +242,8 @@ class Chat:
 def load_chat(adapter: str | Path, settings: ChatSettings, **load_options: Any) -> Chat:
     """A conversation with an adapter, a Hub id or a folder. `load_options` are those of `load_adapter`."""
     model, tokenizer = load_adapter(adapter, **load_options)
-    window = rope.pretrained_window(model.unscaled_config)
-    return Chat(model, tokenizer, window, model.trained_record.target_length, settings)
+    record = model.trained_record
+    return Chat(model, tokenizer, record.pretrained_window, record.target_length, settings)
 
 
 def talk(chat: Chat, lines: Iterable[str], write: Write) -> int:

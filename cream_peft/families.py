@@ -102,9 +102,9 @@ def key_mapping(config: PreTrainedConfig) -> dict[str, dict[str, str]]:
     return {"key_mapping": dict(RENAMED)} if family_of(config.model_type).is_renamed else {}
 
 
-def far_parameters(config: PreTrainedConfig, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The rope_parameters of the layers that see everything, out of `parameters` or else those of `config`."""
-    found = config.rope_parameters if parameters is None else parameters
+def far_parameters(config: PreTrainedConfig) -> dict[str, Any]:
+    """The rope_parameters of the layers that see everything."""
+    found = config.rope_parameters
     return found[FULL] if isinstance(found.get(FULL), dict) else found
 
 

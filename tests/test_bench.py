@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_hqq_available
-from trl import SFTConfig
+from trl import SFTConfig, get_peft_config
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from cream_peft import CREAMTrainer, cli
@@ -59,7 +59,7 @@ def make_trainer(architecture, tmp_path):
             args=recipe.run,
             train_dataset=bench.random_documents(config, WINDOW, 6),
             processing_class=model.load_tokenizer(bench.TINY_ID),
-            peft_config=model.lora_config(recipe.model),
+            peft_config=get_peft_config(recipe.model),
         )
 
     return make

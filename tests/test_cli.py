@@ -17,6 +17,7 @@ import pytest
 import torch
 from hub_server import Hub, Repository
 from transformers import GPT2Config, LlamaConfig
+from trl import ModelConfig, get_peft_config
 
 from cream_peft import cli, errors, terminal
 from cream_peft.plan import fit
@@ -351,13 +352,12 @@ def test_an_error_that_nobody_foresaw_names_its_type_and_points_to_debug():
 
 def test_one_projection_alone_can_be_the_target_of_lora(folder, monkeypatch):
     """TRL unwraps a list of one name, and PEFT reads a bare name as a pattern of whole paths."""
-    from cream_peft.model.base import lora_config
     from cream_peft.train.recipe import parse_recipe
 
     arguments = parse_recipe(["--lora_target_modules", "q_proj"]).model
-    assert arguments.lora_target_modules == "q_proj"  # control
-    assert lora_config(arguments).target_modules == {"q_proj"}
-    assert lora_config(parse_recipe(["--lora_target_modules", "all-linear"]).model).target_modules == "all-linear"
+    assert ModelConfig(lora_target_modules=["q_proj"]).lora_target_modules == "q_proj"  # control
+    assert get_peft_config(arguments).target_modules == {"q_proj"}
+    assert get_peft_config(parse_recipe(["--lora_target_modules", "all-linear"]).model).target_modules == "all-linear"
 
 
 # Real processes, real client, a Hub of our own

@@ -93,7 +93,7 @@ def test_the_trainer_loads_no_task_of_evals():
         "import sys, cream_peft.train.trainer; print([n for n in sys.modules if n.startswith('cream_peft.evals.')])"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    allowed = {f"cream_peft.evals.{name}" for name in ("results", "statistics", "plots")}
+    allowed = {f"cream_peft.evals.{name}" for name in ("results", "plots")}
     assert set(ast.literal_eval(loaded.splitlines()[-1])) <= allowed
 
 

@@ -414,6 +414,7 @@ def test_with_xet_on_the_client_asks_for_xet_and_the_remedy_is_named(hub, adapte
 
 def train_and_push(folder, *extra):
     arguments = ["--output_dir", str(folder), "--max_steps", "4", "--save_steps", "2", "--push_to_hub", "true"]
+    arguments += ["--max_documents", "64"]
     return run_recipe(parse_recipe([*arguments, "--hub_model_id", REPO, "--hub_token", "hf_test_token", *extra]))
 
 

@@ -30,7 +30,7 @@ from cream_peft.rope import pretrained_window
 from cream_peft.tiny.documents import evaluate_recall
 from cream_peft.train import machine
 from cream_peft.train import run as train
-from cream_peft.train.recipe import RecipeError, parse_recipe
+from cream_peft.train.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -112,14 +112,6 @@ def test_every_recipe_parses_strictly_through_its_own_command(path, monkeypatch)
     monkeypatch.chdir(ROOT)
     recipe = parse_recipe(shlex.split(header_of(path)["Command"])[2:])
     assert recipe.keys == list(yaml.safe_load(path.read_text()))
-
-
-@PER_RECIPE
-def test_a_misspelt_key_is_refused_by_name(path, tmp_path):
-    copy = tmp_path / "recipe.yaml"
-    copy.write_text(path.read_text().replace("\ngradient_accumulation_steps:", "\ngradient_acumulation_steps:"))
-    with pytest.raises(RecipeError, match=r"gradient_acumulation_steps.*gradient_accumulation_steps"):
-        parse_recipe(["--config", str(copy)])
 
 
 @PER_RECIPE
@@ -447,6 +439,8 @@ def test_qwen3_learns_to_answer_after_the_empty_thought_that_prompts_without_thi
 
 
 WITHIN = pytest.mark.parametrize("trained", WITHIN_WINDOW, indirect=True, ids=label)
+# What they go through is not the recipe's; test_families.py does it for each architecture.
+ONE_WITHIN = pytest.mark.parametrize("trained", WITHIN_WINDOW[:1], indirect=True, ids=label)
 
 
 @WITHIN
@@ -471,7 +465,7 @@ def test_its_card_speaks_of_no_extension(trained):
     assert f"--max-model-len {trained.target_length}" in card
 
 
-@WITHIN
+@ONE_WITHIN
 def test_it_is_evaluated_from_the_length_it_was_taught_at_to_the_target(trained, tmp_path, capsys):
     (tmp_path / "book.txt").write_text("It was the best of times. " * 200)
     models = [f"base={trained.base}", f"mine={trained.output}"]
@@ -487,7 +481,7 @@ def test_it_is_evaluated_from_the_length_it_was_taught_at_to_the_target(trained,
     assert f"RoPE scaling does nothing up to {trained.target_length:,} tokens" in capsys.readouterr().err
 
 
-@WITHIN
+@ONE_WITHIN
 def test_it_chats_and_is_merged_into_a_model_with_the_window_of_its_base(trained, tmp_path):
     window, target = trained.trainer.pretrained_window, trained.target_length
     chat = load_chat(trained.output, ChatSettings(max_new_tokens=2))

@@ -7,28 +7,19 @@ from cream_peft.evals.results import (
     Cell,
     compare_cells,
     effective_length,
+    interval,
     paired_comparison,
     paired_means,
-    wilson_interval,
 )
 
 
-@pytest.mark.parametrize("correct, samples", [(0, 1), (0, 50), (1, 20), (25, 50), (49, 50), (50, 50), (377, 500)])
-@pytest.mark.parametrize("confidence", [0.95, 0.99])
-def test_the_interval_is_scipys_wilson_interval(correct, samples, confidence):
-    theirs = binomtest(correct, samples).proportion_ci(confidence, method="wilson")
-    assert wilson_interval(correct, samples, confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+def test_an_interval_is_wilsons_over_all_samples_and_has_a_width_at_the_ends():
+    def of(*rates):
+        return interval([Cell("passkey", 256, 0.5, "accuracy", rate, 5) for rate in rates])
 
-
-def test_an_interval_at_the_ends_stays_within_0_and_1_and_has_a_width():
-    assert wilson_interval(0, 10)[0] == 0.0 and wilson_interval(0, 10)[1] == pytest.approx(0.2775, abs=1e-4)
-    assert wilson_interval(10, 10)[1] == 1.0 and wilson_interval(10, 10)[0] == pytest.approx(0.7225, abs=1e-4)
-
-
-@pytest.mark.parametrize("correct, samples", [(1, 0), (-1, 5), (6, 5)])
-def test_no_measurement_has_no_interval(correct, samples):
-    with pytest.raises(ValueError, match="no measurement"):
-        wilson_interval(correct, samples)
+    assert of(0.0, 0.0) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert of(1.0, 1.0) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert of(1.0, 0.4) == pytest.approx((0.3968, 0.8922), abs=1e-4)  # 7 of 10
 
 
 @pytest.mark.parametrize("only_first, only_second, both", [(1, 9, 30), (9, 1, 30), (5, 5, 0), (0, 6, 3), (400, 340, 9)])

@@ -118,7 +118,7 @@ def multikey_prompt(writer: Writer, case: Case, *, sentences: list[str] | None =
     return _hidden(writer, case, _haystack(sentences, rng), needles, request)
 
 
-def _several(writer: Writer, case: Case, task: str, cities: int, sentences: list[str] | None) -> Prompt:
+def several_prompt(writer: Writer, case: Case, *, task: str, cities: int, sentences: list[str] | None = None) -> Prompt:
     """Four needles anywhere in a haystack, about one city or about four; all four numbers are asked for."""
     rng = prompt_rng(task, case.seed, case.length, case.index)
     named = rng.permutation(WORDS["cities"])[:cities].tolist()
@@ -132,16 +132,6 @@ def _several(writer: Writer, case: Case, task: str, cities: int, sentences: list
     question = f"What are all the special magic numbers of {several}?"
     request = _asked(question, f"The special magic numbers of {several} are ", ", ".join(map(str, numbers)), SEVERAL)
     return _hidden(writer, case, _haystack(sentences, rng), needles, request)
-
-
-def multi_value_prompt(writer: Writer, case: Case, *, sentences: list[str] | None = None) -> Prompt:
-    """Four numbers of one city."""
-    return _several(writer, case, "multi_value", 1, sentences)
-
-
-def multi_query_prompt(writer: Writer, case: Case, *, sentences: list[str] | None = None) -> Prompt:
-    """A number of each of four cities."""
-    return _several(writer, case, "multi_query", NEEDLES, sentences)
 
 
 def variable_tracking_prompt(writer: Writer, case: Case) -> Prompt:

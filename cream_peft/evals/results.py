@@ -170,9 +170,13 @@ def mean_loss(cells: Iterable[Cell]) -> float | None:
 
 
 def interval(cells: list[Cell]) -> tuple[float, float]:
-    """Wilson's 95 % interval of the accuracy over all samples of the cells."""
-    samples = sum(cell.samples for cell in cells)
-    return wilson_interval(round(sum(cell.value * cell.samples for cell in cells)), samples)
+    """Of the accuracy over all samples of the cells at 95 % (Wilson 1927), sound near 0 and 1 and for few."""
+    # Half a second, which no other command needs.
+    from scipy.stats import binomtest
+
+    samples, right = sum(cell.samples for cell in cells), round(sum(cell.value * cell.samples for cell in cells))
+    bounds = binomtest(right, samples).proportion_ci(method="wilson")
+    return float(bounds.low), float(bounds.high)
 
 
 def compare_cells(pairs: list[tuple[Cell, Cell]]) -> dict[str, Any] | None:
@@ -238,17 +242,6 @@ def effective_lengths(results: Compared, threshold: float) -> list[dict[str, Any
     return found
 
 
-def wilson_interval(correct: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Bounds of an accuracy measured as `correct` of `samples` (Wilson 1927), sound near 0 and 1 and for few."""
-    # Half a second, which no other command needs.
-    from scipy.stats import binomtest
-
-    if not 0 <= correct <= samples or samples < 1:
-        raise ValueError(f"{correct} correct of {samples} samples is no measurement")
-    bounds = binomtest(correct, samples).proportion_ci(confidence, method="wilson")
-    return float(bounds.low), float(bounds.high)
-
-
 def paired_comparison(first: Sequence[int] | str, second: Sequence[int] | str) -> dict[str, float]:
     """Two models on the same samples, each 0 or 1 (or a text of these): McNemar's exact test, two-sided.
 
@@ -271,12 +264,12 @@ def paired_comparison(first: Sequence[int] | str, second: Sequence[int] | str) -
     }
 
 
-def paired_means(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
+def paired_means(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
     """Two models' losses on the same documents, a number a document: Student's paired t-test, two-sided.
 
     Returns:
-        difference, the mean of the second's less the first's; interval, its bounds; p_value; documents, how many. One
-        document has no interval and no p_value: None.
+        difference, the mean of the second's less the first's; interval, its bounds at 95 %; p_value; documents, how
+        many. One document has no interval and no p_value: None.
     """
     from scipy.stats import ttest_rel
 
@@ -286,7 +279,7 @@ def paired_means(first: Sequence[float], second: Sequence[float], confidence: fl
     found = {"difference": difference, "documents": len(first), "interval": None, "p_value": None}
     if len(first) > 1 and list(first) != list(second):
         test = ttest_rel(second, first)
-        bounds = tuple(map(float, test.confidence_interval(confidence)))
+        bounds = tuple(map(float, test.confidence_interval(0.95)))
         found |= {"interval": bounds, "p_value": float(test.pvalue)}
     return found
 

@@ -18,11 +18,10 @@ from .frequency import common_words_prompt, frequent_words_prompt
 from .kv_retrieval import kv_depths, kv_prompt
 from .longchat_lines import lines_prompt
 from .needle import (
-    multi_query_prompt,
-    multi_value_prompt,
     multikey_prompt,
     needle_prompt,
     passkey_prompt,
+    several_prompt,
     split_sentences,
     variable_tracking_prompt,
 )
@@ -186,8 +185,8 @@ TASKS: dict[str, Task | Measurement] = {
         embedded=Task(embedded_needle_prompt, contains, TENTHS, 1),
     ),
     # RULER gives part marks to a part of the list, and so do the presets of lm-eval.
-    "multi_value": _listing(multi_value_prompt, 128, "haystack"),
-    "multi_query": _listing(multi_query_prompt, 128, "haystack"),
+    "multi_value": _listing(partial(several_prompt, task="multi_value", cities=1), 128, "haystack"),
+    "multi_query": _listing(partial(several_prompt, task="multi_query", cities=4), 128, "haystack"),
     "variable_tracking": _listing(variable_tracking_prompt, 30, sentence_tokens=60),
     "common_words": _listing(common_words_prompt, 120),
     "frequent_words": _listing(frequent_words_prompt, 50),

@@ -70,20 +70,16 @@ class Adapter:
     peft_config: PeftConfig
     """adapter_config.json, whose tensors are those in the adapter's file."""
 
-    def refuse_other_weights(self, read: Read, embeddings: str | None = None) -> None:
+    def refuse_other_weights(self, read: Read) -> None:
         """Refuse a base with other weights than those trained on, such as a chat model in place of its base model.
 
         Args:
             read: the base's values, see `fingerprint.Read`.
-            embeddings: name of the input embeddings' tensor, all that earlier adapters recorded.
 
         Raises:
             AdapterError: if its fingerprint differs by more than rounding; the tensor is named.
         """
-        recorded = self.record.base_fingerprint
-        if isinstance(recorded, list):
-            recorded = {embeddings: recorded} if embeddings else {}
-        other = differing(recorded, read)
+        other = differing(self.record.base_fingerprint, read)
         if other:
             raise AdapterError(
                 f"{self.base_name} has other weights than the base this adapter was trained on "
@@ -116,9 +112,7 @@ class Adapter:
             **self.base_options,
             **model_kwargs,
         )
-        embeddings = model.get_input_embeddings().weight
-        name = next((name for name, weight in model.named_parameters() if weight is embeddings), None)
-        self.refuse_other_weights(from_model(model, self.base_files()), name)
+        self.refuse_other_weights(from_model(model, self.base_files()))
         config = copy.deepcopy(self.peft_config)
         if is_trainable:
             # When it is saved, PEFT looks there for the size of the vocabulary.
@@ -131,8 +125,8 @@ class Adapter:
         generation.eos_token_id = eos_token_id(generation.eos_token_id, tokenizer)
         return adapted.train(is_trainable), tokenizer
 
-    def base_files(self) -> dict[str, Path]:
-        """Tensor name -> file of the base, as far as its files are on this disk and are safetensors."""
+    def base_files(self) -> dict[str, tuple[Path, str]]:
+        """`weight_files` of the base, as far as its files are on this disk and are safetensors."""
         folder = local_snapshot(self.base_name, self.base_options.get("revision"), self.base_options.get("cache_dir"))
         return weight_files(folder) if folder else {}
 

@@ -1,10 +1,9 @@
-"""The 4-bit base with its RoPE scaled, its tokenizer, and LoRA on it."""
+"""The 4-bit base with its RoPE scaled, and its tokenizer."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -28,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_flash_attn_2_available
 
 from .. import rope
 from ..errors import about
@@ -107,7 +107,7 @@ def default_attention(dtype: torch.dtype, model_type: str, on_gpu: bool) -> str:
     if family_of(model_type).has_sinks:
         return "flex_attention" if on_gpu else "eager"
     can_run = on_gpu and dtype != torch.float32
-    return "flash_attention_2" if can_run and importlib.util.find_spec("flash_attn") else "sdpa"
+    return "flash_attention_2" if can_run and is_flash_attn_2_available() else "sdpa"
 
 
 def quantization_config(
@@ -305,23 +305,6 @@ def extended_max_length(found: Any, target_length: int) -> int:
     somebody's choice."""
     is_chosen = isinstance(found, int | float) and target_length <= found < 1e20
     return int(found) if is_chosen else target_length
-
-
-def lora_config(arguments: Any) -> LoraConfig:
-    """LoRA from a recipe's model arguments (TRL's ModelConfig names)."""
-    # TRL unwraps a list of one, and PEFT would take the name for a pattern of whole paths.
-    modules = arguments.lora_target_modules
-    return LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=[modules] if isinstance(modules, str) and modules.isidentifier() else modules,
-        target_parameters=arguments.lora_target_parameters,
-        modules_to_save=arguments.lora_modules_to_save,
-        use_rslora=arguments.use_rslora,
-        use_dora=arguments.use_dora,
-        task_type="CAUSAL_LM",
-    )
 
 
 def embedded_config(model_id: str) -> PreTrainedConfig | None:

@@ -120,7 +120,7 @@ def _check_whole(folder: Path, config: PreTrainedConfig) -> Finding:
     wrong |= {name: (list(there), list(asked)) for name, there, asked in found["mismatched_keys"]}
     for name, (there, asked) in sorted(wrong.items()):
         return Finding(item, "wrong", f"{name} is {there}, and config.json asks for {asked}: merge again")
-    for path in sorted(set(files.values())):
+    for path in sorted({path for path, _ in files.values()}):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 if not torch.isfinite(file.get_tensor(name)).all():

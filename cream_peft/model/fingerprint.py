@@ -26,22 +26,17 @@ Read = Callable[[str, int], list[float] | None]
 """Takes the name of a tensor and a number of values; None where it cannot be read."""
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name, as the text decoder alone has it -> the safetensors file in `folder` that holds it. Damaged files
-    are left to whoever loads them."""
+def weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Tensor name, as the text decoder alone has it -> the safetensors file in `folder` that holds it, and its name
+    there. Damaged files are left to whoever loads them."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     with contextlib.suppress(OSError, ValueError, KeyError, SafetensorError):
         if whole.is_file():
             with safe_open(whole, "pt") as file:
-                return {decoder_name(name): whole for name in file.keys()}  # noqa: SIM118 - not a dict
+                return {decoder_name(name): (whole, name) for name in file.keys()}  # noqa: SIM118 - not a dict
         files = json.loads(index.read_text())["weight_map"]
-        return {decoder_name(name): folder / file for name, file in files.items()}
+        return {decoder_name(name): (folder / file, name) for name, file in files.items()}
     return {}
-
-
-def stored_name(opened: Any, name: str) -> str:
-    """What an open safetensors file calls the decoder's tensor `name`."""
-    return next((stored for stored in opened.keys() if decoder_name(stored) == name), name)  # noqa: SIM118
 
 
 def spread(tensor: Any, shape: Iterable[int], count: int) -> list[float] | None:
@@ -55,13 +50,15 @@ def spread(tensor: Any, shape: Iterable[int], count: int) -> list[float] | None:
     return [float(f"{float(value):.4g}") for value in values] if values[0].is_floating_point() else None
 
 
-def from_files(files: Mapping[str, Path]) -> Read:
+def from_files(files: Mapping[str, tuple[Path, str]]) -> Read:
     """Values from safetensors files, see `weight_files`. A row of a tensor is read for each."""
 
     def read(name: str, count: int) -> list[float] | None:
-        with contextlib.suppress(KeyError, OSError, SafetensorError), safe_open(files[name], "pt") as file:
-            part = file.get_slice(stored_name(file, name))
-            return spread(part, part.get_shape(), count)
+        with contextlib.suppress(KeyError, OSError, SafetensorError):
+            path, stored = files[name]
+            with safe_open(path, "pt") as file:
+                part = file.get_slice(stored)
+                return spread(part, part.get_shape(), count)
         return None
 
     return read
@@ -77,7 +74,7 @@ def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def from_model(model: nn.Module, files: Mapping[str, Path]) -> Read:
+def from_model(model: nn.Module, files: Mapping[str, tuple[Path, str]]) -> Read:
     """Values of a loaded model; those of its quantized weights, which differ, are taken from the base's files."""
     weights, stored = _weights(model), from_files(files)
 
@@ -93,7 +90,7 @@ def from_model(model: nn.Module, files: Mapping[str, Path]) -> Read:
     return read
 
 
-def fingerprint(model: nn.Module, files: Mapping[str, Path]) -> dict[str, list[float]]:
+def fingerprint(model: nn.Module, files: Mapping[str, tuple[Path, str]]) -> dict[str, list[float]]:
     """Tensor name -> some of its values, for one tensor of each kind; `files` are those of the model's base."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in _weights(model):

@@ -49,8 +49,6 @@ class Positions:
     """Target length over context length."""
     options: dict[str, Any] = field(default_factory=dict)
     """Those of the strategy, sigma in half windows, and those that go with any."""
-    sigma: float | None = None
-    """In files of before there were options: CREAM's, also where it was left open."""
     seed: int | None = None
     short_documents: str | None = None
     redrawn: int = 0
@@ -72,7 +70,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Record:
-    """The content of cream.json, format 2. Files of before, which say no format, are read too."""
+    """The content of cream.json, format 2."""
 
     base_model: str
     """Hub id of the base, or the name of its folder; never a path."""
@@ -84,8 +82,8 @@ class Record:
     base_is_local: bool = False
     """Whether base_model is the name of a folder, which nobody else has."""
     base_revision: str | None = None
-    base_fingerprint: dict[str, list[float]] | list[float] = field(default_factory=dict)
-    """See `fingerprint`. Earlier files have a list: values of the input embeddings alone."""
+    base_fingerprint: dict[str, list[float]] = field(default_factory=dict)
+    """See `fingerprint`."""
     positions: Positions = field(default_factory=Positions)
     distillation_weight: float = 0.0
     """Of the loss that held the adapter to its base, on the first so many tokens of a window; 0: there was none."""

@@ -180,8 +180,7 @@ def _idle_parameters(config: PreTrainedConfig) -> int:
 
 def number_of_experts(config: PreTrainedConfig) -> int:
     """Experts of a layer, 0 in a base without."""
-    names = ("num_experts", "num_local_experts")
-    return next((found for name in names if (found := getattr(config, name, None))), 0)
+    return getattr(config, "num_experts", None) or 0
 
 
 def used_parameters(config: PreTrainedConfig) -> int:

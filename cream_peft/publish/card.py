@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,6 @@ def _eval_results(own: Mapping[str, Results]) -> list[EvalResult]:
         for label, result in own.items()
         for length, value in mean_by(result.of_task(task), "length").items()
     ]
-
-
-def _llama_cpp(folder: Path, record: Record) -> str:
-    """llama.cpp's line for the adapter on its base; nothing where it does not take the adapter unmerged."""
-    try:
-        return llama_cpp_command(folder, record)
-    except ServingError:
-        return ""
 
 
 def trackio_page(record: Record) -> str | None:
@@ -202,6 +195,10 @@ def write_card(
     for key, value in kept.fields.items():
         if head.get(key) is None:
             head[key] = value
+    # The embedded model comes with this package, and nothing else finds it.
+    is_served, llama_cpp = not record.merged and base != TINY_ID, ""
+    with suppress(ServingError):
+        llama_cpp = llama_cpp_command(folder, record) if is_served else ""
     card = ModelCard.from_template(
         head,
         template_path=str(TEMPLATE),
@@ -216,10 +213,9 @@ def write_card(
         name=name,
         title=title,
         embedded=base == TINY_ID,
-        # The embedded model comes with this package, and nothing else finds it.
-        vllm="" if record.merged or base == TINY_ID else vllm_command(folder, record, name),
+        vllm=vllm_command(folder, record, name) if is_served else "",
         architecture=gguf_architecture(folder),
-        llama_cpp="" if record.merged or base == TINY_ID else _llama_cpp(folder, record),
+        llama_cpp=llama_cpp,
         space=trackio_page(record),
         tables=[_table(results, task) for task in tasks_in(results)] if own else [],
         asked=_asked(results) if own else {},

@@ -300,8 +300,7 @@ def merge_adapter(
     config, remote = read_config(adapter.folder), adapter.base_options["trust_remote_code"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(adapter.scaled_config), trust_remote_code=remote)
-    embeddings = next(f"{path}.weight" for path, part in model.named_modules() if part is model.get_input_embeddings())
-    adapter.refuse_other_weights(from_files(weight_files(base_folder)), embeddings)
+    adapter.refuse_other_weights(from_files(weight_files(base_folder)))
     changes = find_changes(config, model, given, base)
     if dtype:
         wanted = getattr(torch, dtype)

@@ -44,7 +44,11 @@ class CREAMModelArguments(ModelConfig):
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout:g} must be at least 0 and below 1")
         one_of("dtype", self.dtype, (None, "auto", "bfloat16", "float16", "float32"))
+        one_of("lora_task_type", self.lora_task_type, ("CAUSAL_LM",))
         super().__post_init__()
+        # TRL unwraps a list of one, and PEFT would take the name for a pattern of whole paths.
+        if isinstance(modules := self.lora_target_modules, str) and modules.isidentifier():
+            self.lora_target_modules = [modules]
 
 
 @documented

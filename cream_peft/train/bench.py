@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PrinterCallback, ProgressCallback, TrainerCallback
+from trl import get_peft_config
 
 from .. import rope
-from ..model.base import base_options, load_base, load_tokenizer, lora_config
+from ..model.base import base_options, load_base, load_tokenizer
 from ..model.record import machine, versions
 from ..plan import memory
 from ..plan.advice import training_flops
@@ -244,7 +245,7 @@ def _run_steps(recipe: Recipe, config: PreTrainedConfig) -> tuple[float | None, 
             args=run,
             train_dataset=random_documents(config, length, examples * run.max_steps),
             processing_class=load_tokenizer(TINY_ID),
-            peft_config=lora_config(recipe.model) if recipe.model.use_peft else None,
+            peft_config=get_peft_config(recipe.model),
         )
         return loading, time_steps(trainer, run.max_steps, examples * length)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import secrets
@@ -28,9 +27,8 @@ TRAINING_FILES = ["optimizer*", "scheduler.pt", "rng_state*.pth"]
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights")
 FREE_FIELDS += ("auto_mapping", "peft_version", "task_type")
 """Of adapter_config.json: what may differ when a run is resumed."""
-OPTIONAL = ("model_name_or_path", "model_revision", "context_length", "short_documents", "seed", "data_seed")
-OPTIONAL += ("dataset_name", *FIXED_SETTINGS)
-"""What an earlier version may not have recorded: compared where both runs say it."""
+OPTIONAL = ("model_name_or_path", "model_revision", "dataset_name", *FIXED_SETTINGS)
+"""What is not always recorded: compared where both runs say it."""
 START_ANEW = "set it back, choose another output_dir, or train anew without resume_from_checkpoint"
 
 
@@ -106,8 +104,8 @@ def newest_checkpoint(folder: Path, only_model: bool = False) -> Checkpoint | No
         return None
     # The time of this file: deleting from a folder renews the folder's.
     last = max(whole, key=lambda found: (found.folder / STATE).stat().st_mtime_ns)
-    own = [found for found in whole if found.record.run_id and found.record.run_id == last.record.run_id]
-    return max(own, key=lambda found: found.step) if own else last
+    own = [found for found in whole if found.record.run_id == last.record.run_id]
+    return max(own, key=lambda found: found.step)
 
 
 def wants_newest(wanted: Any) -> bool:
@@ -139,10 +137,10 @@ def find_checkpoint(wanted: Any, folder: Path, only_model: bool = False) -> Chec
 
 
 def _options(positions: Positions) -> dict[str, Any]:
-    """Those of the strategy and those that go with any. Earlier versions recorded sigma alone."""
+    """Those of the strategy and those that go with any."""
     own = options_of(positions.strategy) if positions.strategy in POSITION_STRATEGIES else {}
     mixed = {name: getattr(CREAMDataCollator, name) for name in MIXED}
-    return own | mixed | (positions.options or ({"sigma": positions.sigma} if positions.sigma else {}))
+    return own | mixed | positions.options
 
 
 def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
@@ -195,18 +193,13 @@ def difference(folder: Path, record: Record, trainer: ResumingTrainer) -> str | 
         if one != other and (key not in OPTIONAL or None not in (one, other)):
             said = f"{key}={one}, now {other}"
             return f"other data in dataset_name ({one}, now {other})" if key == "dataset_name" else said
-    # Those of earlier versions are lists, of the embeddings alone, and the trainer's has other places.
-    recorded = record.base_fingerprint if isinstance(record.base_fingerprint, dict) else {}
-    tensor = differing(recorded, lambda name, count: trainer.base_fingerprint.get(name))
+    tensor = differing(record.base_fingerprint, lambda name, count: trainer.base_fingerprint.get(name))
     return f"another base in model_name_or_path ({tensor} has other values)" if tensor else None
 
 
 def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(CREAMConfig)}
-    # Earlier versions recorded the recipe alone.
-    recipe = checkpoint.record.recipe and defaults | checkpoint.record.recipe
-    then = checkpoint.record.settings or recipe
-    pairs = [(key, then.get(key), getattr(args, key)) for key in KEPT_SETTINGS if then]
+    then = checkpoint.record.settings
+    pairs = [(key, then.get(key), getattr(args, key)) for key in KEPT_SETTINGS]
     changed = [f"{key}={was}, now {new}" for key, was, new in pairs if was not in (None, new)]
     if changed:
         logger.warning(

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedConfig, PrinterCallback, ProgressCallback
+from transformers import PreTrainedConfig, ProgressCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from trl import get_peft_config
 
 from ..locks import locked
 from ..model.adapter import Adapter
-from ..model.base import base_options, load_base, load_tokenizer, lora_config
+from ..model.base import base_options, load_base, load_tokenizer
 from ..model.record import AdapterError, Record, peak_gib
 from ..publish.push import PushError
 from ..rope import pretrained_window
@@ -147,9 +148,8 @@ def run_recipe(recipe: Recipe) -> RunSummary:
             )
         trainer = _make_trainer(recipe, config, adapter)
         trainer.run_id = checkpoint.record.run_id if checkpoint else None
-        # With save_total_limit: 1 the best checkpoint may be left alone, of a step before the last. One that does not
-        # say which run it is of, as earlier versions wrote them, is resumed.
-        is_known = checkpoint is None or (trainer.run_id and checkpoint.step < run.max_steps)
+        # With save_total_limit: 1 the best checkpoint may be left alone, of a step before the last.
+        is_known = checkpoint is None or checkpoint.step < run.max_steps
         is_asked = wants_newest(run.resume_from_checkpoint) and run.max_steps > 0
         if is_known and is_asked and _is_saved(trainer, run.max_steps):
             return _summary(trainer, run.max_steps)
@@ -182,12 +182,11 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
         train_dataset=documents,
         eval_dataset=held_out if run.evaluates else None,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.model) if recipe.model.use_peft and not adapter else None,
+        peft_config=None if adapter else get_peft_config(recipe.model),
     )
     trainer.recipe = recipe.settings()
     if not run.disable_tqdm:
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
+        trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_ProgressBar)
     _announce(trainer)
     if recipe.is_embedded and recipe.data.dataset_name != TINY_ID:

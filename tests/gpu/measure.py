@@ -135,9 +135,9 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
     """A document of LENGTH tokens read into a cache a chunk at a time, as `cream-peft chat` does, and an answer."""
     import torch
     from peft import get_peft_model
+    from trl import get_peft_config
 
     from cream_peft.evals.answers import chunked_logits
-    from cream_peft.model.base import lora_config
     from cream_peft.model.kv_cache import PREFILL_CHUNK, new_cache
     from cream_peft.plan.memory import Reading
     from cream_peft.train import bench
@@ -148,7 +148,7 @@ def read_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[st
     length = min(LENGTH, recipe.run.target_length)
     if limit is not None:
         bench.limit_memory(limit)
-    model = get_peft_model(bench.load_random(recipe, config), lora_config(recipe.model)).eval()
+    model = get_peft_model(bench.load_random(recipe, config), get_peft_config(recipe.model)).eval()
     ids = torch.randint(config.vocab_size, (1, length), device=model.device)
     mask, cache = torch.ones_like(ids), new_cache(model.config, case["kv_cache"])
     bench.peaks(reset=True)

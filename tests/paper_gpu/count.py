@@ -43,7 +43,9 @@ def counted(gpu: PaperGPU, terms: dict[str, float]) -> dict[str, Any]:
 
 def train_case(gpu: PaperGPU, recipe: Any, config: Any) -> dict[str, Any]:
     """Two steps of two micro-batches, and the held-out loss."""
-    from cream_peft.model.base import load_tokenizer, lora_config
+    from trl import get_peft_config
+
+    from cream_peft.model.base import load_tokenizer
     from cream_peft.tiny import TINY_ID
     from cream_peft.train import bench
     from cream_peft.train.machine import memory_settings
@@ -62,7 +64,7 @@ def train_case(gpu: PaperGPU, recipe: Any, config: Any) -> dict[str, Any]:
             train_dataset=bench.random_documents(config, run.context_length, count),
             eval_dataset=bench.random_documents(config, run.eval_length, run.per_device_eval_batch_size),
             processing_class=load_tokenizer(TINY_ID),
-            peft_config=lora_config(recipe.model) if recipe.model.use_peft else None,
+            peft_config=get_peft_config(recipe.model),
         )
         step, before, within = trainer.training_step, [], []
 
@@ -88,14 +90,14 @@ def train_case(gpu: PaperGPU, recipe: Any, config: Any) -> dict[str, Any]:
 def read_case(gpu: PaperGPU, recipe: Any, config: Any, cache: str) -> dict[str, Any]:
     """A document read as `chat` and `evaluate` do."""
     from peft import get_peft_model
+    from trl import get_peft_config
 
     from cream_peft.evals.answers import chunked_logits
-    from cream_peft.model.base import lora_config
     from cream_peft.model.kv_cache import PREFILL_CHUNK, new_cache
     from cream_peft.plan.memory import Reading
     from cream_peft.train import bench
 
-    model = get_peft_model(bench.load_random(recipe, config), lora_config(recipe.model)).eval()
+    model = get_peft_model(bench.load_random(recipe, config), get_peft_config(recipe.model)).eval()
     gpu.reset()
     ids = [index % config.vocab_size for index in range(LENGTH)]
     for _ in chunked_logits(model, ids, new_cache(model.config, cache), PREFILL_CHUNK, first=LENGTH - 1):
