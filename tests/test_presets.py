@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import string
 import sys
 from dataclasses import replace
@@ -241,6 +242,10 @@ def test_a_killed_run_resumes_at_the_first_task_without_a_result(base, data, pro
         "m.json was written with another limit: choose" in capsys.readouterr().err
         and json.loads(file.read_text()) == found
     )
+    other = shutil.copytree(data.folder, tmp_path / "other")
+    for folder in ("--data_dir", "--include_path"):
+        assert lm_eval_command(base, data, *tasks, folder, str(other)) == 2
+        assert f"m.json was written with another {folder.strip('-')}: choose" in capsys.readouterr().err
     file.write_text("{}")
     assert lm_eval_command(base, data, *tasks) == 2
     assert "was written with another form: choose" in capsys.readouterr().err
