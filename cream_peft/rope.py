@@ -103,21 +103,7 @@ def scaled_config(config: PreTrainedConfig, target_length: int, rope_scaling_typ
     if rope_scaling_type is not None and target_length > window:
         far = _scaled_parameters(config, parameters, target_length, rope_scaling_type)
         scaled.rope_parameters = with_far_parameters(scaled, far)
-    if target_length > window:
-        # For `unscaled_config`; other readers pass over it.
-        scaled.cream_unscaled = {
-            "max_position_embeddings": window,
-            "rope_parameters": copy.deepcopy(config.rope_parameters),
-        }
     return scaled
-
-
-def unscaled_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config from which `scaled_config` made this one, or a copy of another."""
-    config = copy.deepcopy(config)
-    for name, value in (getattr(config, "cream_unscaled", None) or {}).items():
-        setattr(config, name, value)
-    return config
 
 
 def _scaled_parameters(
@@ -251,7 +237,8 @@ def published_config(config: PreTrainedConfig) -> dict[str, Any]:
 
     Readable by transformers 4.57 (rope_theta, rope_scaling), by 5 (rope_parameters) and by vLLM. save_pretrained drops
     the old keys, and transformers 4 then reads the model as unscaled, hence JSON of our own. How and from where the
-    base was loaded (quantization_config, _name_or_path) is left out.
+    base was loaded (quantization_config, _name_or_path) is left out. cream_window, which other readers pass over, is
+    the target length, for `whole_window`.
     """
     target_length, factor = config.max_position_embeddings, _published_factor(config)
     published = round(target_length / factor)
@@ -260,7 +247,8 @@ def published_config(config: PreTrainedConfig) -> dict[str, Any]:
             f"target_length {target_length} is not a whole number of tokens times the base's linear factor {factor}, "
             "and could not be read back: choose another"
         )
-    content = config.to_dict() | {"max_position_embeddings": published} | keys_of_transformers_4(config)
+    content = config.to_dict() | {"max_position_embeddings": published, "cream_window": target_length}
+    content |= keys_of_transformers_4(config)
     for key in ("_name_or_path", "quantization_config"):
         content.pop(key, None)
     return content
@@ -272,6 +260,14 @@ def save_base_config(config: PreTrainedConfig, folder: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(published_config(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path
+
+
+def whole_window(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config`, as it was read from a file, its max_position_embeddings all that the model reads: where we published
+    it, that may be a part, see `_published_factor`."""
+    if vars(config).pop("cream_window", None):
+        config.max_position_embeddings = round(config.max_position_embeddings * _published_factor(config))
+    return config
 
 
 def load_base_config(folder_or_file: str | Path) -> PreTrainedConfig:
@@ -287,6 +283,4 @@ def load_base_config(folder_or_file: str | Path) -> PreTrainedConfig:
             f"no base config at {given}: expected {candidates[0]}, which training writes beside the adapter"
         )
     content = json.loads(path.read_text(encoding="utf-8"))
-    config = AutoConfig.for_model(content.pop("model_type"), **content)
-    config.max_position_embeddings = round(config.max_position_embeddings * _published_factor(config))
-    return config
+    return whole_window(AutoConfig.for_model(content.pop("model_type"), **content))

@@ -82,6 +82,28 @@ def test_the_teacher_is_the_untouched_base_also_after_training_and_the_student_s
     assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
 
 
+@pytest.mark.parametrize("scaling", ["linear", "yarn"])
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_a_whole_model_that_was_published_is_a_base_with_its_own_window_and_rope(
+    make_trainer, make_model, tmp_path, scaling, is_loaded
+):
+    whole, longer = tmp_path / "whole", 2048
+    make_trainer(model=make_model(), peft_config=None, rope_scaling_type=scaling, target_length=512).save_model(
+        str(whole)
+    )
+    base = AutoModelForCausalLM.from_pretrained(whole).eval()
+    model = base if is_loaded else str(whole)
+    with torch.no_grad():
+        untouched = logits(base)
+        trainer = make_trainer(model=model, rope_scaling_type=None, target_length=512, **WEIGHT)
+        trainer.model.eval()
+        assert trainer.pretrained_window == 512 and torch.equal(logits(trainer.model), untouched)
+        with as_base(trainer.model, trainer.scaled_config):
+            assert torch.equal(logits(trainer.model), untouched)
+    again = make_trainer(model=str(whole), rope_scaling_type=scaling, target_length=longer).scaled_config
+    assert again.rope_parameters["factor"] == longer / 64  # 64, the window that it was made with
+
+
 def test_an_error_of_the_teacher_leaves_the_scaled_rope_the_adapter_and_dropout_on(make_trainer):
     trainer = make_trainer(rope_scaling_type="yarn", dropout=0.5)
     model = trainer.model.train()

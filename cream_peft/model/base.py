@@ -75,7 +75,7 @@ def read_config(name: str, config: PreTrainedConfig | None = None, **kwargs: Any
     it is quantized or not loaded alone."""
     found = config or AutoConfig.from_pretrained(resolve_base(name), **kwargs)
     refuse_quantized(found, name)
-    return decoder_config(found)
+    return rope.whole_window(decoder_config(found))
 
 
 CPU = {"": "cpu"}

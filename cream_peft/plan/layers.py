@@ -87,10 +87,7 @@ def _count(config: PreTrainedConfig) -> Built:
     if config.model_type not in MIXTURES and problems:
         reason += f", its config has {problems[0]}"
         raise ValueError(f"{reason}: use a dense decoder (llama, mistral, qwen3) or one of {', '.join(MIXTURES)}")
-    fields = config.to_dict()
-    # How the base was before it was scaled has no say in it.
-    fields.pop("cream_unscaled", None)
-    return _built(json.dumps(fields, default=str))
+    return _built(json.dumps(config.to_dict(), default=str))
 
 
 def attention_widths(config: PreTrainedConfig) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -49,7 +49,7 @@ def as_base(model: PeftModel, scaled_config: PreTrainedConfig) -> Generator[None
     was_training = model.training
     model.eval()
     try:
-        rope.apply_scaling(model, rope.unscaled_config(scaled_config))
+        rope.apply_scaling(model, cast(Any, model).unscaled_config)
         with model.disable_adapter(), torch.no_grad():
             yield
     finally:
