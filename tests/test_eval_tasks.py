@@ -746,6 +746,37 @@ def test_models_of_other_windows_are_scored_on_the_same_documents(llama, tokeniz
     assert "was measured with other settings, base_sha256" in capsys.readouterr().err
 
 
+def test_models_that_read_other_tokens_are_not_compared_one_by_one(llama, tmp_path, capsys):
+    forms = {"plain": None, "again": None, "chat": CHAT}
+    for name, template in forms.items():
+        llama().save_pretrained(tmp_path / name)
+        bytes_tokenizer(template).save_pretrained(tmp_path / name)
+    (tmp_path / "text.txt").write_text("to be or not to be " * 99, encoding="utf-8")
+    line = ["evaluate", "--tasks", "longchat_lines", "perplexity", "--text", str(tmp_path / "text.txt"), "--no_4bit"]
+    line += ["--lengths", "800", "--samples", "4", "--compare", *(str(tmp_path / name) for name in forms)]
+
+    def found(folder, *options):
+        written = tmp_path / f"{folder}.json"
+        assert cli.main([*line, "--output_dir", str(tmp_path / folder), "--json", str(written), *options]) == 0
+        pairs = [(one["task"], one["model"]) for one in json.loads(written.read_text())["comparisons"]]
+        return pairs, capsys.readouterr().out
+
+    pairs, told = found("auto")
+    assert pairs == [("longchat_lines", "again")]
+    # Documents are read without a template.
+    assert "Not compared one by one with plain: chat, which" in told and "chat has a perplexity of " in told
+    pairs, told = found("asked", "--style", "plain")
+    assert pairs == [("longchat_lines", "again"), ("longchat_lines", "chat")] and "Not compared" not in told
+    # Another tokenizer.
+    tokenizer = bytes_tokenizer()
+    tokenizer.add_tokens(["to be"])
+    llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    pairs, told = found("other")
+    assert pairs == [("longchat_lines", "again")] and "chat has a perplexity of " not in told
+    assert told.count("Not compared one by one with plain: chat, which") == 2
+
+
 def test_perplexity_is_measured_at_its_length_or_refused(llama, tokenizer):
     model, texts = llama(), ["a" * 100, "b" * 300, "c" * 50]
     counts = {}

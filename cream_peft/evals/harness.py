@@ -187,7 +187,7 @@ def run_harness(
     manager = TaskManager(include_path=include_path, metadata=settings)
     seeds = {} if seed is None else dict.fromkeys(SEEDS, seed)
     folders = {"data_dir": data_dir, "include_path": include_path}
-    asked = {name: folder and Path(folder).resolve().name for name, folder in folders.items()}
+    asked: dict[str, Any] = {name: folder and Path(folder).resolve().name for name, folder in folders.items()}
     asked |= {"preset": preset, "max_length": lm.max_length, "metadata": {**lengths, **(metadata or {})}, "seed": seed}
     ours = {**(header or {}), "versions": versions(), "machine": machine(), "chat_template": chat_template, "tasks": []}
     ours |= {key: getattr(model.config, key) for key in ("rope_parameters", "max_position_embeddings")}

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..model.kv_cache import PREFILL_CHUNK, new_cache
 from .answers import chunked_logits
-from .prompts import TaskError, encode, read_texts
+from .prompts import TaskError, digest_of, encode, read_texts
 
 logger = logging.getLogger(__name__)
 
@@ -105,4 +105,5 @@ def perplexity(
         for begin, end, scored in windows(len(document), length, stride, len(start)):
             nats += window_nats(model, start + document[begin:end], scored, chunk_length, kv_cache)
             count += scored
-    yield {"depth": 1.0, "metric": "perplexity", "value": math.exp(nats / count), "samples": count}
+    cell = {"depth": 1.0, "metric": "perplexity", "value": math.exp(nats / count), "samples": count}
+    yield cell | {"first_prompt": digest_of(start + documents[0][:length])}

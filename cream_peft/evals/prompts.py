@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,6 +85,11 @@ def encode(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
     except Exception as error:
         # The tokenizers library raises nothing narrower for a vocabulary without words, as the embedded model's.
         raise TaskError(f"this model's tokenizer does not read text: {error}") from error
+
+
+def digest_of(tokens: list[int]) -> str:
+    """A short SHA-256 of tokens, see `results.Cell.first_prompt`."""
+    return sha256(repr(tokens).encode()).hexdigest()[:16]
 
 
 def shared_tokens(rows: list[list[int]]) -> int:

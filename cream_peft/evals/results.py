@@ -51,6 +51,8 @@ class Cell:
     """For each sample the loss of the right answer, in nats per token, in the likelier form of a right reply."""
     alone_loss: list[float] | None = None
     """The same where the reply is the answer alone, as a model that was trained so replies; of chat models only."""
+    first_prompt: str | None = None
+    """A digest of the tokens of the first prompt: it tells other tokenizers and other forms apart."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.length < 1 or self.depth > 1:
@@ -204,9 +206,15 @@ def compare_cells(pairs: list[tuple[Cell, Cell]]) -> dict[str, Any] | None:
 
 
 def same_places(first: Iterable[Cell], second: Iterable[Cell], length: int) -> list[tuple[Cell, Cell]]:
-    """Pairs of two models' cells of one task at `length`, those of one depth together."""
+    """Pairs of two models' cells of one task at `length`, those of one depth together, where both read the same."""
     at_depth = {cell.depth: cell for cell in first if cell.length == length}
-    return [(at_depth[cell.depth], cell) for cell in second if cell.length == length and cell.depth in at_depth]
+    pairs = [(at_depth[cell.depth], cell) for cell in second if cell.length == length and cell.depth in at_depth]
+    return [pair for pair in pairs if not read_otherwise(*pair)]
+
+
+def read_otherwise(first: Cell, second: Cell) -> bool:
+    """Whether two models are known to have read other tokens, with another tokenizer or in another form."""
+    return None not in (first.first_prompt, second.first_prompt) and first.first_prompt != second.first_prompt
 
 
 def comparisons(results: Compared) -> list[dict[str, Any]]:

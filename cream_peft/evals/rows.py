@@ -76,6 +76,6 @@ def evaluate(
         model.train(was_training)
     rows = []
     for cell in results.cells:
-        row = {key: value for key, value in asdict(cell).items() if value is not None}
+        row = {key: value for key, value in asdict(cell).items() if value is not None and key != "first_prompt"}
         rows.append(row | {key: fmean(row[key]) for key in ("answer_loss", "alone_loss") if key in row})
     return rows

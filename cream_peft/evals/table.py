@@ -18,6 +18,7 @@ from .results import (
     interval,
     mean_by,
     mean_loss,
+    read_otherwise,
     same_places,
     tasks_in,
 )
@@ -54,10 +55,14 @@ def _last_against_best(cells: dict[str, list[Cell]], target: int | None) -> str:
     means = {label: mean_by(found, "length") for label, found in cells.items()}
     shared = {at for label in others for at in means[label]} & means[last].keys()
     length = max((at for at in shared if at <= (target or at)), default=max(shared, default=0))
+    is_share = cells[last][0].metric == "accuracy"
     asked = [label for label in others if length in means[label]]
+    if not is_share:
+        # Per token of another tokenizer it says nothing.
+        asked = [label for label in asked if same_places(cells[label], cells[last], length)]
     if not asked:
         return ""
-    mine, is_share = means[last][length], cells[last][0].metric == "accuracy"
+    mine = means[last][length]
     best = (max if is_share else min)(asked, key=lambda label: means[label][length])
     other, which = means[best][length], f"the best of the others, {best}," if len(asked) > 1 else best
     if not is_share:
@@ -67,6 +72,25 @@ def _last_against_best(cells: dict[str, list[Cell]], target: int | None) -> str:
         noise = "may be" if test["p_value"] >= SIGNIFICANT else "is not"
         chance = f"; over {test['questions']:,} questions the difference {noise} chance (p {_p_value(test)})"
     return f"At {length:,} tokens {last} answers {mine:.0%} right, {which} {other:.0%}{chance}."
+
+
+def _other_prompts(cells: dict[str, list[Cell]]) -> str:
+    """One sentence: the models that read something else than the first one."""
+    first, *others = cells
+    places = {(cell.length, cell.depth): cell for cell in cells[first]}
+    apart = [
+        label
+        for label in others
+        for cell in cells[label]
+        if (cell.length, cell.depth) in places and read_otherwise(places[cell.length, cell.depth], cell)
+    ]
+    if not apart:
+        return ""
+    told = ", ".join(dict.fromkeys(apart))
+    return (
+        f"Not compared one by one with {first}: {told}, which read other prompts (another tokenizer or --style), and "
+        "whose losses are of other tokens."
+    )
 
 
 def _reach(effective: list[dict[str, Any]], cells: dict[str, list[Cell]], threshold: float) -> str:
@@ -116,7 +140,7 @@ def table_of(
         tests = {(found["model"], found["length"]): found for found in compared if found["task"] == task}
         of_task = [one for one in effective if one["task"] == task]
         target = results[list(cells)[-1]].settings.target_length
-        said = [_last_against_best(cells, target), _reach(of_task, cells, threshold)]
+        said = [_last_against_best(cells, target), _other_prompts(cells), _reach(of_task, cells, threshold)]
         lines += [sentence for sentence in said if sentence]
         lines += ["", _details(cells, tests), ""] if details and is_share else [""]
     return "\n".join(lines)

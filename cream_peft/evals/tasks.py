@@ -26,7 +26,7 @@ from .needle import (
     variable_tracking_prompt,
 )
 from .perplexity import perplexity
-from .prompts import Case, Prompt, TaskError, Writer, contains, contains_all, dump_prompts, first_integer
+from .prompts import Case, Prompt, TaskError, Writer, contains, contains_all, digest_of, dump_prompts, first_integer
 from .recall import embedded_kv_prompt, embedded_needle_prompt, is_embedded, recall
 
 FIFTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -114,7 +114,7 @@ class Task:
             "chunk_length": chunk_length,
             "kv_cache": kv_cache,
         }
-        asked = defaultdict(list)
+        asked, first = defaultdict(list), {}
         for group in groups:
             prompts = [task.prompt(writer, case, **options) for case in group]
             if dump is not None:
@@ -122,11 +122,11 @@ class Task:
                 continue
             replies = scored_answers(model, tokenizer, prompts, **settings)
             for case, prompt, (reply, losses) in zip(group, prompts, replies, strict=True):
-                found = asked[case.depth]
+                found, _ = asked[case.depth], first.setdefault(case.depth, digest_of(prompt.tokens))
                 right = int(task.grade(reply, prompt.answer))
                 found.append((right, len(prompt.tokens), [round(loss, 4) for loss in losses]))
                 if len(found) == samples:
-                    yield _cell(case.depth, found)
+                    yield _cell(case.depth, found) | {"first_prompt": first[case.depth]}
 
 
 def _cell(depth: float, asked: list[tuple[int, int, list[float]]]) -> dict[str, Any]:
