@@ -113,6 +113,30 @@ def test_a_document_without_any_label_ends_after_a_bounded_number_of_draws():
     assert (collate.redrawn(), collate.unlabelled()) == (DRAWS_PER_ROW, 1)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"contiguous_share": 0.5},
+        {"position_strategy": "contiguous"},
+        {"position_strategy": "segments"},
+        {"position_strategy": "pose", "contiguous_text": True},
+    ],
+)
+@pytest.mark.parametrize("label", [1, 2, 63, 64, 350, 690, 699])
+def test_labels_beyond_the_first_tokens_are_fed_and_the_share_of_plain_positions_stays(settings, label):
+    labels = np.full(700, -100)
+    labels[label : label + 10] = 5
+    collate = collator(**settings)
+    batch = collate([{"input_ids": np.arange(700), "labels": labels, ROW_COLUMN: row} for row in range(400)])
+    labelled = (batch["labels"][:, 1:] != -100).any(1)
+    plain = (batch["position_ids"] == torch.arange(64)).all(1)
+    assert labelled[plain].all() and (labelled.all() or "contiguous_share" in settings)
+    if "contiguous_share" in settings:
+        assert stats.binomtest(int(plain.sum()), 400, 0.5).pvalue > 1e-3
+    of_plain = batch["input_ids"][plain]
+    assert (of_plain.diff(dim=1) == 1).all()
+
+
 def test_redraws_in_worker_processes_are_counted_too():
     labels = np.full(200, -100)
     examples = [{"input_ids": np.arange(200), "labels": labels, ROW_COLUMN: row} for row in range(8)]

@@ -29,7 +29,8 @@ class CREAMDataCollator:
     A document that carries its row number (`document_row`, set by CREAMTrainer on training documents) gets a draw
     seeded by (seed, epoch, row), whatever process or worker does it. The row -1 marks an evaluation document: its first
     `eval_length` tokens at positions 0..n-1. A document without a row number is refused. A draw whose labels are all
-    -100 is drawn again, at most 16 times; `redrawn()` and `unlabelled()` count both.
+    -100 is drawn again, at most 16 times; `redrawn()` and `unlabelled()` count both. Where the first tokens are fed,
+    which would be the same again, a part of the document that has a label is fed at those positions.
 
     Returns a dict of int64 tensors [batch, tokens]: input_ids, labels (-100 where padded), position_ids, and an
     attention_mask made from lengths. The mask is always there: without it transformers reads each jump of the
@@ -123,10 +124,9 @@ class CREAMDataCollator:
         worker = get_worker_info()
         self._counts[what, 0 if worker is None else 1 + worker.id % (_WORKER_SLOTS - 1)] += 1
 
-    def _draw(self, num_tokens: int, rng: np.random.Generator) -> positions.Draw:
+    def _draw(self, num_tokens: int, rng: np.random.Generator, is_plain: bool) -> positions.Draw:
         lengths = num_tokens, self.context_length, self.current_target()
-        # Without a share no random number is taken, so that the draws stay those of the strategy alone.
-        if self.contiguous_share and rng.random() < self.contiguous_share:
+        if is_plain:
             return positions.contiguous(*lengths, rng)
         tokens, position_ids = self._strategy(*lengths, rng, **self.strategy_options)
         return np.arange(len(tokens)) if self.contiguous_text else tokens, position_ids
@@ -135,8 +135,11 @@ class CREAMDataCollator:
         self, input_ids: np.ndarray, labels: np.ndarray, row: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = positions.generator(self.seed, self._epoch.item(), row)
+        # Without a share no random number is taken, so that the draws stay those of the strategy alone. It is taken
+        # once: draws that are thrown away would change the share.
+        is_plain = bool(self.contiguous_share) and rng.random() < self.contiguous_share
         for _ in range(DRAWS_PER_ROW):
-            tokens, position_ids = self._draw(len(input_ids), rng)
+            tokens, position_ids = self._draw(len(input_ids), rng, is_plain)
             drawn_ids = input_ids.take(tokens)
             if labels is input_ids:
                 return drawn_ids, drawn_ids, position_ids
@@ -145,6 +148,16 @@ class CREAMDataCollator:
             if (drawn[1:] != IGNORE_INDEX).any():
                 break
             self._count(0)
+            if np.array_equal(tokens, np.arange(len(tokens))) and (labels[1:] != IGNORE_INDEX).any():
+                tokens = _labelled_part(labels, len(tokens), rng)
+                return input_ids.take(tokens), labels.take(tokens), position_ids
         else:
             self._count(1)
         return drawn_ids, drawn, position_ids
+
+
+def _labelled_part(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of `count` tokens in a row, which hold one of the labels, drawn uniformly, after the first of them."""
+    label = 1 + rng.choice(np.flatnonzero(labels[1:] != IGNORE_INDEX))
+    first = rng.integers(max(0, label - count + 1), min(label - 1, len(labels) - count) + 1)
+    return np.arange(first, first + count)

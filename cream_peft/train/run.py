@@ -191,6 +191,8 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
     _announce(trainer)
     if recipe.is_embedded and recipe.data.dataset_name != TINY_ID:
         logger.info("without --config, what is not given is as in the recipe of the embedded model")
+    if "messages" in (documents.column_names or ()) and not run.assistant_only_loss:
+        logger.info("the loss is on every token of a conversation; assistant_only_loss: true trains the answers alone")
     if held_out is not None and not run.evaluates:
         logger.warning("eval_strategy is no, so the documents kept for evaluation are not used: set it, or keep none")
     return trainer
