@@ -13,6 +13,7 @@ import torch
 from tqdm import trange
 from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
+from .evals.prompts import read_text
 from .model.adapter import end_token_ids, load_adapter
 from .model.kv_cache import PREFILL_CHUNK, can_crop, kv_caches, new_cache, refuse_unusable
 
@@ -51,11 +52,9 @@ def read_document(path: str | Path) -> str:
     if not Path(path).is_file():
         raise ChatError(f"no such document: {path}")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise ChatError(f"{path} is not UTF-8 text: convert it to plain text first")
+        text = read_text(Path(path)).strip()
+    except UnicodeError as error:
+        raise ChatError(f"{path} is not UTF-8 text: convert it to plain text first") from error
     if not text:
         raise ChatError(f"{path} is empty: it must hold the text to talk about")
     return text
@@ -195,7 +194,11 @@ class Chat:
                 first = {"role": "user", "content": content}
             system = [{"role": "system", "content": settings.system}] * bool(settings.system)
             return self.tokenizer.apply_chat_template(
-                [*system, first, *others], add_generation_prompt=messages[-1]["role"] == "user", return_dict=False
+                [*system, first, *others],
+                add_generation_prompt=messages[-1]["role"] == "user",
+                return_dict=False,
+                # As it was trained and as `evaluate` asks.
+                enable_thinking=False,
             )
         except Exception as error:  # tokenizers and templates raise nothing more precise
             raise ChatError(f"the tokenizer refuses this conversation: {error}") from error

@@ -194,6 +194,13 @@ def test_document_and_system_message_go_where_the_template_wants_them(make_chat,
     assert text.startswith(".01 k009 <s> .02 ") and text.endswith(f"{DOCUMENT} k001 <s> .03")
 
 
+def test_a_template_that_could_think_is_asked_as_evaluate_asks_it(make_chat, tokenizer):
+    chat = make_chat()
+    question, before = [{"role": "user", "content": "k001"}], chat._ids([{"role": "user", "content": "k001"}])
+    tokenizer.chat_template += "{% if enable_thinking is not defined or enable_thinking %}k100{% endif %}"
+    assert chat._ids(question) == before
+
+
 def test_without_a_chat_template_the_text_is_continued_and_that_is_said_once(make_chat, tokenizer):
     chat, written = make_chat(template=None), []
     read, _ = watch(chat)

@@ -2,6 +2,8 @@ import json
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
@@ -96,6 +98,11 @@ WRONG_TURNS = [
     ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}, ANSWER], "holds image content"),
     ([USER, {**ANSWER, "weight": 0}], "a turn has a weight"),
 ]
+
+
+def test_an_empty_system_turn_is_none():
+    assert to_messages([{"role": "system", "content": " "}, USER, ANSWER]) == to_messages([USER, ANSWER])
+    assert to_messages([{"role": "system", "content": ""}, USER, ANSWER], "Be brief.")[0]["content"] == "Be brief."
 
 
 @pytest.mark.parametrize(("turns", "reason"), WRONG_TURNS)
@@ -229,6 +236,7 @@ GOOD_IDS, VOCABULARY = [1, 2, 3], 385
 WRONG_ROWS = [
     ({"text": None}, {"text": "one"}, "text is null"),
     ({"text": " \n"}, {"text": "one"}, "text is empty"),
+    ({"text": "o\0n\0e\0"}, {"text": "one"}, "text holds NUL, so it is not UTF-8"),
     ({"input_ids": None}, {"input_ids": GOOD_IDS}, "input_ids is null or empty"),
     ({"input_ids": []}, {"input_ids": GOOD_IDS}, "input_ids is null or empty"),
     ({"input_ids": [7]}, {"input_ids": GOOD_IDS}, "one token"),
@@ -439,6 +447,22 @@ def test_a_folder_of_several_kinds_is_read_whole(plays, byte_tokenizer, caplog):
     (plays / "more.jsonl").unlink()
     with pytest.raises(DataError, match="mixes files that have no column in common"):
         load_documents(str(plays))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_beside_jsonl_is_read_or_one_line_says_what_to_do(plays, streaming):
+    (plays / "more.jsonl").write_text('{"text": "a"}\n')
+    pq.write_table(pa.table({"text": pa.array(["b"], pa.large_string())}), plays / "other.parquet")
+    documents = load_documents(str(plays), streaming=streaming)
+    assert {"a", "b", "Nothing.\n"} <= {row["text"] for row in documents}
+    pq.write_table(pa.table({"text": pa.array([[1]])}), plays / "other.parquet")
+    with pytest.raises(DataError, match=r"hold other kinds of values .*: give each kind a folder of its own"):
+        load_documents(str(plays))
+
+
+def test_the_mark_before_a_text_of_windows_is_none_of_it(tmp_path):
+    (tmp_path / "a.txt").write_text("Hello.\r\n", encoding="utf-8-sig", newline="")
+    assert load_documents(str(tmp_path / "a.txt"))["text"][:] in (["Hello.\r\n"], ["Hello.\n"])
 
 
 def test_a_folder_with_the_configuration_of_a_hub_data_set_is_loaded_as_one(tmp_path):

@@ -30,7 +30,6 @@ EDITS = {
     (CREAM, "base_is_local"): ["yes"],
     (CREAM, "rope_scaling_type"): [3, "banana"],
     (CREAM, "positions"): [[1], "cream"],
-    (CREAM, "positions.sigma"): ["wide", -3.0],
     (CREAM, "positions.options"): ["wide", [3.0]],
     (CREAM, "steps"): ["many", -1],
     (CREAM, "versions"): [["x"]],

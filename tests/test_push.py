@@ -21,10 +21,11 @@ from killing import killed
 from safetensors.torch import load_file, save_file
 
 from cream_peft import CREAMTrainer, cli, load_adapter
+from cream_peft.evals.results import Results
 from cream_peft.model.base import load_base
 from cream_peft.model.record import BASE_FOLDER, AdapterError, Record, adapter_sha256
 from cream_peft.model.secrets import find_secret, public_name
-from cream_peft.publish.card import metadata
+from cream_peft.publish.card import metadata, write_card
 from cream_peft.publish.licenses import LICENSES
 from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.push import PushError, create_repository, push_folder
@@ -200,6 +201,26 @@ def test_a_dry_run_of_an_adapter_of_a_local_base_reads_that_folder_and_not_the_h
     push_folder(adapter, REPO, base_model_id="owner/base", dry_run=staged)
     assert Record.read(staged, "staged").base_model == "owner/base" and staged.stat().st_mode & 0o777 == 0o755
     assert not (staged / BASE_FOLDER).exists() and not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ("cream", "cream positions (CREAM, [arXiv 2406.07138](https://arxiv.org/abs/2406.07138)) and"),
+        ("pose", "pose positions (PoSE, [arXiv 2309.10400](https://arxiv.org/abs/2309.10400)) and"),
+        ("contiguous", "contiguous positions and"),
+        ("mine", "mine positions and"),
+    ],
+)
+def test_a_card_names_the_paper_of_its_own_strategy_and_the_tasks_that_were_asked(adapter, tmp_path, strategy, said):
+    record = Record.read(adapter, "adapter")
+    record = replace(record, positions=replace(record.positions, strategy=strategy))
+    results = {"a": Results.read(results_of(tmp_path, adapter_sha256(adapter)))}
+    write_card(adapter, record, None, results)
+    card = ModelCard.load(adapter / "README.md")
+    assert said in card.content and card.content.count("arXiv") == ("arXiv" in said)
+    assert ("cream" in card.data.tags) == (strategy == "cream")
+    assert "Measured up to 2,048 tokens, with recall. Nothing else was measured." in card.content
 
 
 def test_the_card_has_what_was_measured_and_says_where_nothing_was(hub, adapter, tmp_path):

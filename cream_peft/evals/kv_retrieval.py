@@ -61,9 +61,9 @@ def kv_prompt(
         key_length: hexadecimal digits of keys and values in place of UUIDs, for small models.
         query_aware: name the key before the document as well, as in section 4.2 of the paper.
     """
-    if key_length is not None and not 1 <= key_length <= 12:
-        # The last 12 digits of a version 4 UUID are all random.
-        raise TaskError(f"key_length must be between 1 and 12 hexadecimal digits, not {key_length}")
+    if key_length is not None and not 4 <= key_length <= 12:
+        # Shorter values are in many a wrong reply. The last 12 digits of a version 4 UUID are all random.
+        raise TaskError(f"key_length must be between 4 and 12 hexadecimal digits, not {key_length}")
     pairs = _pairs(prompt_rng("kv_retrieval", case.seed, case.length, case.index), key_length)
 
     def build(count: int) -> Request:

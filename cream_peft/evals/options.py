@@ -89,7 +89,7 @@ def add_options(parser: CommandParser) -> None:
     parser.option("threshold", "accuracy that is enough", type=float, default=0.85)
     parser.option("depths", "where the answer stands, 0 to 1; default: the task's", nargs="+", type=float)
     parser.option("keys", "kv_retrieval: so many keys, as the paper's 75 and 140", type=int)
-    parser.option("key_length", "kv_retrieval: keys of so many digits instead of UUIDs", type=int)
+    parser.option("key_length", "kv_retrieval: keys and values of 4 to 12 digits instead of UUIDs", type=int)
     parser.option("query_aware", "kv_retrieval: name the key before the JSON too", action="store_true", default=None)
     parser.option("lines", "longchat_lines: so many lines", type=int)
     parser.option("haystack", "needles: text file or folder to hide them in", metavar="PATH")

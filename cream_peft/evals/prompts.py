@@ -146,8 +146,10 @@ class Writer:
             )
         if asked:
             return self.prompt(case, build(asked))
-        each, many = taken(2) - low, math.inf
-        if each <= 0:
+        # One more may be no more than a blank, as at the end of a text.
+        grown, many = ((taken(units) - low) / (units - 1) for units in (2, 4, 8)), math.inf
+        each = next((tokens for tokens in grown if tokens > 0), 0)
+        if not each:
             raise TaskError(f"this model's tokenizer does not read text: it makes no tokens of a {unit}")
         while many - few > 1:
             guess = int(min(few + max(1, (budget - low) // each), many - 1))
@@ -237,13 +239,25 @@ def dump_prompts(prompts: Iterable[Prompt], path: str | Path) -> None:
             file.write(json.dumps(row | prompt.extra, ensure_ascii=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without the mark that Windows puts before it.
+
+    Raises:
+        UnicodeError: of another encoding. UTF-16 without a mark is UTF-8 with a NUL at every other place.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if "\0" in text:
+        raise UnicodeError(f"{path} holds NUL")
+    return text
+
+
 def read_texts(path: str | Path) -> list[str]:
     """The text of a file, or of each .txt and .md file of a folder and its subfolders, in the order of their names."""
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
     try:
-        texts = [file.read_text(encoding="utf-8") for file in files]
-    except (FileNotFoundError, UnicodeDecodeError) as error:
+        texts = [read_text(file) for file in files]
+    except (FileNotFoundError, UnicodeError) as error:
         raise TaskError(f"{path} is no text that can be read: give a UTF-8 file or a folder of them") from error
     if not any(text.strip() for text in texts):
         raise TaskError(f"{path} holds no text: give a file, or a folder of {' or '.join(TEXT_SUFFIXES)} files")

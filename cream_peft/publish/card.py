@@ -33,6 +33,9 @@ OURS = re.compile(
     re.DOTALL,
 )
 """Our part of a card; the second, that of cards from before it was marked."""
+PAPERS = {"cream": "CREAM, 2406.07138", "pose": "PoSE, 2309.10400", "segments": "LongRecipe, 2409.00509"}
+PAPERS["randpos"] = "randomised positions, 2305.16843"
+"""Position strategy -> what its paper calls it, and the paper's number at arXiv."""
 OUR_FIELDS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "datasets", "model-index")
 OUR_TAGS = ("base_model:", "trackio")
 """How tags of ours begin that may be of an earlier training."""
@@ -96,6 +99,12 @@ def _eval_results(own: Mapping[str, Results]) -> list[EvalResult]:
     ]
 
 
+def _source(strategy: str) -> str:
+    """The paper of a strategy, in brackets; nothing of plain positions and of strategies of one's own."""
+    name, _, number = PAPERS.get(strategy, "").partition(", ")
+    return f" ({name}, [arXiv {number}](https://arxiv.org/abs/{number}))" if name else ""
+
+
 def trackio_page(record: Record) -> str | None:
     """The Space with the curves of the training, where its recipe names one."""
     space = str(record.recipe.get("trackio_static_space_id") or record.recipe.get("trackio_space_id") or "")
@@ -109,7 +118,13 @@ def metadata(record: Record, own: Mapping[str, Results] | None = None, title: st
     # A local folder's name and the embedded model are nowhere on the Hub.
     base = None if record.base_model == TINY_ID or record.base_is_local else record.base_model
     relation, dataset = "finetune" if record.merged else "adapter", str(record.recipe.get("dataset_name") or "")
-    tags = ["cream", "long-context", "trl", "sft", "transformers"] + ([] if record.merged else ["lora"])
+    tags = [
+        *(["cream"] if record.positions.strategy == "cream" else []),
+        "long-context",
+        "trl",
+        "sft",
+        "transformers",
+    ] + ([] if record.merged else ["lora"])
     tags += [f"base_model:{relation}:{base}"] if base else []
     return ModelCardData(
         base_model=base,
@@ -144,7 +159,7 @@ class Kept:
         except yaml.YAMLError:
             fields = None
         if isinstance(fields, dict):
-            tags = [tag for tag in fields.get("tags") or [] if not str(tag).startswith(OUR_TAGS)]
+            tags = [tag for tag in fields.get("tags") or [] if tag != "cream" and not str(tag).startswith(OUR_TAGS)]
             fields = {key: value for key, value in fields.items() if key not in ours}
             self.fields = fields | self.fields | {"tags": list(dict.fromkeys([*self.fields.get("tags", []), *tags]))}
         above, *rest = OURS.split(text)
@@ -207,6 +222,8 @@ def write_card(
         above=kept.above,
         below=kept.below,
         record=record,
+        source=_source(record.positions.strategy),
+        measured=", ".join(tasks_in(own)),
         commas="{:,}".format,
         repo=repo,
         branch=shlex.quote(branch) if branch else None,

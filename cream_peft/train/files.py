@@ -10,7 +10,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import metadata_load
@@ -144,7 +152,7 @@ def _load_files(paths: list[Path], name: str, streaming: bool) -> Dataset | Iter
         of_kind = [str(path) for path in paths if FILE_FORMATS[path.suffix] == kind and path.stat().st_size]
         if not of_kind:
             continue
-        options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+        options: dict[str, Any] = {"sample_by": "document", "encoding": "utf-8-sig"} if kind == "text" else {}
         try:
             parts.append(load_dataset(kind, data_files=of_kind, split="train", streaming=streaming, **options))
         except (ValueError, DatasetGenerationError) as error:
@@ -157,7 +165,23 @@ def _load_files(paths: list[Path], name: str, streaming: bool) -> Dataset | Iter
     shared = set.intersection(*(set(part.column_names or next(iter(part), ())) for part in parts))
     if not shared:
         raise DataError(f"{name} mixes files that have no column in common: give each kind a folder of its own")
-    return concatenate_datasets([part.select_columns(sorted(shared)) for part in parts])
+    parts = [_plain_texts(part.select_columns(sorted(shared))) for part in parts]
+    try:
+        return concatenate_datasets(parts)
+    except ValueError as error:
+        raise DataError(
+            f"{name} mixes files whose columns hold other kinds of values ({' '.join(str(error).split())[:200]}): give "
+            "each kind a folder of its own, or write all as .jsonl"
+        ) from error
+
+
+def _plain_texts(part: Any) -> Any:
+    """Texts as one type: pandas and polars may write large_string."""
+    features = part.features or {}
+    large = [name for name, kind in features.items() if getattr(kind, "dtype", "") == "large_string"]
+    for name in large:
+        part = part.cast_column(name, Value("string"))
+    return part
 
 
 def place_of(row: int, name: str, split: str) -> str:

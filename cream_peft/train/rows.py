@@ -80,10 +80,12 @@ def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, 
         if turn.get("weight") not in (None, 1):
             raise RowError("a turn has a weight, which is not supported: leave the turn or the weight out")
         content, rest = _content(turn), {key: turn[key] for key in KEPT_IN_TURNS if turn.get(key)}
+        if role == "system" and not content.strip():
+            continue
         if not content.strip() and not rest.get("tool_calls"):
             raise RowError(f"an empty {role} turn")
         messages.append({"role": role, "content": content, **without_nulls(rest)})
-    start = [messages.pop(0)] if messages[0]["role"] == "system" else []
+    start = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
     if not start and system and system.strip():
         start = [{"role": "system", "content": system}]
     while messages and messages[0]["role"] == "assistant":
@@ -130,8 +132,9 @@ def _first(checks: Iterable[tuple[np.ndarray, str]], count: int) -> list[str | N
 def _text_problems(table: pa.Table, column: str) -> list[str | None]:
     texts = table[column].cast("string")
     empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(texts, "x"))), 0)
-    checks = ((pc.is_null(texts).to_numpy(), f"{column} is null"), (empty.to_numpy(), f"{column} is empty"))
-    return _first(checks, len(table))
+    checks = [(pc.is_null(texts), f"{column} is null"), (empty, f"{column} is empty")]
+    checks.append((pc.match_substring(pc.fill_null(texts, ""), "\0"), f"{column} holds NUL, so it is not UTF-8"))
+    return _first([(mask.to_numpy(), reason) for mask, reason in checks], len(table))
 
 
 def _lists(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], np.ndarray]]:
