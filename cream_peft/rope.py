@@ -41,6 +41,19 @@ def pretrained_window(config: PreTrainedConfig) -> int:
     return window
 
 
+def doubtful_window(config: PreTrainedConfig) -> str | None:
+    """A line where max_position_embeddings may be a part of what the base reads: with linear RoPE scaling some models'
+    configs have it multiplied by the factor, and some have not."""
+    parameters, window = far_parameters(config), pretrained_window(config)
+    if parameters.get("rope_type") != "linear" or family_of(config.model_type).has_whole_window:
+        return None
+    factor = parameters["factor"]
+    return (
+        f"the base has linear RoPE scaling already, of factor {factor:g}, and its max_position_embeddings, {window:,}, "
+        f"is taken for all that it reads. If that is {window * factor:,.0f}, set it in a copy of its config.json"
+    )
+
+
 def _far_parameters(config: PreTrainedConfig, target_length: int = 0) -> dict[str, Any]:
     """RoPE parameters of the layers that see everything, or a RopeError where the formulas here would not be what the
     model computes."""

@@ -362,6 +362,14 @@ def test_control_without_the_switch_an_evaluation_cuts_the_gradient(make_trainer
     keep_4bit_trainable_on_cpu(trainer.model)
 
 
+def test_what_the_window_of_a_linearly_scaled_base_is_taken_for_is_said(make_trainer, make_model, caplog):
+    for parameters, count in (({"rope_type": "default"}, 0), ({"rope_type": "linear", "factor": 4.0}, 1)):
+        model = make_model(rope_parameters=parameters | {"rope_theta": 10_000.0})
+        trainer = make_trainer(model=model, rope_scaling_type="ntk")
+        assert trainer.pretrained_window == 64
+        assert caplog.text.count("64, is taken for all that it reads. If that is 256, set it") == count
+
+
 # Short documents and what is left behind
 
 
