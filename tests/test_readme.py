@@ -182,8 +182,8 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     at = [right(f"yarn {name}+128 steps", 1024) for name in seeds]
     shown = [pooled[f"YaRN: {name}"] for name in ("plain fine-tune", "CREAM", "PoSE")]
     told = (
-        "fine-tune answers {} right at 8,192 tokens, CREAM {} ({} to {}), PoSE {} (three seeds each); at 1,024 it is {}, "
-        "{} and {} (one)."
+        "fine-tune answers {} right at 8,192 tokens, CREAM {} ({} to {}), PoSE {} (three seeds each); at 1,024 it is "
+        "{}, {} and {} (one)."
     )
     assert told.format(*shown[:2], min(seeds["cream"]), max(seeds["cream"]), shown[2], *at) in front
     assert (
