@@ -26,6 +26,9 @@ from .families import (
 )
 from .scalings import ROPE_SCALING_TYPES, holds_numbers, own_parameters
 
+UNSCALED = "cream_unscaled"
+"""Key of the base_config/config.json beside an adapter: how the base is before it is scaled. The config of a merged
+model has none, for its weights are made for the scaled RoPE."""
 DEFAULT_FACTOR = 8
 """Target length over the pretrained window, where none is given."""
 
@@ -262,17 +265,29 @@ def published_config(config: PreTrainedConfig) -> dict[str, Any]:
         )
     content = config.to_dict() | {"max_position_embeddings": published, "cream_window": target_length}
     content |= keys_of_transformers_4(config)
-    for key in ("_name_or_path", "quantization_config"):
+    for key in ("_name_or_path", "quantization_config", UNSCALED):
         content.pop(key, None)
     return content
 
 
-def save_base_config(config: PreTrainedConfig, folder: str | Path) -> Path:
-    """Write `published_config(config)` to <folder>/base_config/config.json; returns that path."""
+def save_base_config(config: PreTrainedConfig, folder: str | Path, unscaled: PreTrainedConfig | None = None) -> Path:
+    """Write `published_config(config)` to <folder>/base_config/config.json, with what `unscaled_config` needs if the
+    base's own config is given; returns that path."""
     path = Path(folder) / "base_config" / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(published_config(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    content = published_config(config)
+    if unscaled is not None:
+        content[UNSCALED] = {key: unscaled.to_dict()[key] for key in ("max_position_embeddings", "rope_parameters")}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path
+
+
+def unscaled_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a loaded model's config, as the base has it: of one that `save_base_config` wrote, before scaling."""
+    config = whole_window(copy.deepcopy(config))
+    for name, value in vars(config).pop(UNSCALED, {}).items():
+        setattr(config, name, value)
+    return config
 
 
 def whole_window(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -296,4 +311,5 @@ def load_base_config(folder_or_file: str | Path) -> PreTrainedConfig:
             f"no base config at {given}: expected {candidates[0]}, which training writes beside the adapter"
         )
     content = json.loads(path.read_text(encoding="utf-8"))
+    content.pop(UNSCALED, None)
     return whole_window(AutoConfig.for_model(content.pop("model_type"), **content))

@@ -245,7 +245,8 @@ class SavingTrainer(SFTTrainer):
                 own = {"dtype": record.dtype, "architectures": [kind]}
                 write_json(folder / "config.json", rope.published_config(self.scaled_config) | own)
             else:
-                rope.save_base_config(self.scaled_config, folder)
+                unwrapped: Any = self.accelerator.unwrap_model(self.model)
+                rope.save_base_config(self.scaled_config, folder, unwrapped.unscaled_config)
             digest = model_sha256(folder) if record.full else adapter_sha256(folder)
             record = replace(record, adapter_sha256=digest)
             record.name_base_in(folder)

@@ -187,7 +187,7 @@ class CREAMTrainer(ResumingTrainer):
             model = load_base(model, load_in_4bit=False, **options)
             args.model_init_kwargs = None
         use_repeating_sdpa()
-        unscaled: Any = getattr(model, "unscaled_config", None) or rope.whole_window(copy.deepcopy(model.config))
+        unscaled: Any = getattr(model, "unscaled_config", None) or rope.unscaled_config(model.config)
         self.earlier: Record | None = getattr(model, "trained_record", None)
         if self.earlier and self.earlier.rope_scaling_type != args.rope_scaling_type:
             raise ValueError(
