@@ -197,6 +197,11 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     )
     assert told.format(*own, *seeds["cream"][:2], *seeds["pose"][:2]) in text
     assert found["yarn", "cream+128 steps+default sigma", 8192]["p_value"] > 0.05
+    names = ("cream+128 steps+default sigma", "cream+128 steps", "pose+128 steps")
+    at = [right(f"yarn {name}", 16_384) for name in names]
+    assert "At 16,384 the first has {} ({}, PoSE {}).".format(*at) in text
+    again = right("yarn pose+128 steps seed 2", 16_384)
+    assert f"at 16,384 two have {at[2]} and {again}" in text
     assert seeds["cream"][0] == max(seeds["cream"]) and "16,384 is that of the best" in text
     assert found["yarn", "contiguous+128 steps", 8192]["seeds"] == [0, 1, 2]
     assert found["yarn", "pose+128 steps", 8192]["seeds"] == [0, 1, 2]
