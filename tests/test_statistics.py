@@ -17,6 +17,7 @@ def test_an_interval_is_wilsons_over_all_samples_and_has_a_width_at_the_ends():
     def of(*rates):
         return interval([Cell("passkey", 256, 0.5, "accuracy", rate, 5) for rate in rates])
 
+    assert of(0.0, 0.0)[0] == 0.0 and of(1.0, 1.0)[1] == 1.0
     assert of(0.0, 0.0) == pytest.approx((0, 0.2775), abs=1e-4)
     assert of(1.0, 1.0) == pytest.approx((0.7225, 1), abs=1e-4)
     assert of(1.0, 0.4) == pytest.approx((0.3968, 0.8922), abs=1e-4)  # 7 of 10

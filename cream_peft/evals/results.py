@@ -205,11 +205,15 @@ def compare_cells(pairs: list[tuple[Cell, Cell]]) -> dict[str, Any] | None:
     return found
 
 
+def places(first: Iterable[Cell], second: Iterable[Cell]) -> list[tuple[Cell, Cell]]:
+    """Pairs of two models' cells of one task, those of one length and depth together."""
+    at = {(cell.length, cell.depth): cell for cell in first}
+    return [(at[cell.length, cell.depth], cell) for cell in second if (cell.length, cell.depth) in at]
+
+
 def same_places(first: Iterable[Cell], second: Iterable[Cell], length: int) -> list[tuple[Cell, Cell]]:
-    """Pairs of two models' cells of one task at `length`, those of one depth together, where both read the same."""
-    at_depth = {cell.depth: cell for cell in first if cell.length == length}
-    pairs = [(at_depth[cell.depth], cell) for cell in second if cell.length == length and cell.depth in at_depth]
-    return [pair for pair in pairs if not read_otherwise(*pair)]
+    """Those of `places` at `length` where both models read the same."""
+    return [pair for pair in places(first, second) if pair[0].length == length and not read_otherwise(*pair)]
 
 
 def read_otherwise(first: Cell, second: Cell) -> bool:

@@ -18,6 +18,7 @@ from .results import (
     interval,
     mean_by,
     mean_loss,
+    places,
     read_otherwise,
     same_places,
     tasks_in,
@@ -77,19 +78,13 @@ def _last_against_best(cells: dict[str, list[Cell]], target: int | None) -> str:
 def _other_prompts(cells: dict[str, list[Cell]]) -> str:
     """One sentence: the models that read something else than the first one."""
     first, *others = cells
-    places = {(cell.length, cell.depth): cell for cell in cells[first]}
-    apart = [
-        label
-        for label in others
-        for cell in cells[label]
-        if (cell.length, cell.depth) in places and read_otherwise(places[cell.length, cell.depth], cell)
-    ]
+    pairs = {label: places(cells[first], cells[label]) for label in others}
+    apart = [label for label in others if any(read_otherwise(*pair) for pair in pairs[label])]
     if not apart:
         return ""
-    told = ", ".join(dict.fromkeys(apart))
     return (
-        f"Not compared one by one with {first}: {told}, which read other prompts (another tokenizer or --style), and "
-        "whose losses are of other tokens."
+        f"Not compared one by one with {first}: {', '.join(apart)}, which read other prompts (another tokenizer or "
+        "--style), and whose losses are of other tokens."
     )
 
 

@@ -33,8 +33,12 @@ OURS = re.compile(
     re.DOTALL,
 )
 """Our part of a card; the second, that of cards from before it was marked."""
-PAPERS = {"cream": "CREAM, 2406.07138", "pose": "PoSE, 2309.10400", "segments": "LongRecipe, 2409.00509"}
-PAPERS["randpos"] = "randomised positions, 2305.16843"
+PAPERS = {
+    "cream": ("CREAM", "2406.07138"),
+    "pose": ("PoSE", "2309.10400"),
+    "randpos": ("randomised positions", "2305.16843"),
+    "segments": ("LongRecipe", "2409.00509"),
+}
 """Position strategy -> what its paper calls it, and the paper's number at arXiv."""
 OUR_FIELDS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "datasets", "model-index")
 OUR_TAGS = ("base_model:", "trackio")
@@ -101,8 +105,10 @@ def _eval_results(own: Mapping[str, Results]) -> list[EvalResult]:
 
 def _source(strategy: str) -> str:
     """The paper of a strategy, in brackets; nothing of plain positions and of strategies of one's own."""
-    name, _, number = PAPERS.get(strategy, "").partition(", ")
-    return f" ({name}, [arXiv {number}](https://arxiv.org/abs/{number}))" if name else ""
+    if strategy not in PAPERS:
+        return ""
+    name, number = PAPERS[strategy]
+    return f" ({name}, [arXiv {number}](https://arxiv.org/abs/{number}))"
 
 
 def trackio_page(record: Record) -> str | None:
