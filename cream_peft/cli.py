@@ -8,7 +8,9 @@ import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from .commands import COMMANDS
 from .plugins import load_plugins
@@ -62,9 +64,26 @@ def _stopped_by_signals() -> Generator[None]:
     earlier = {number: handler for number, handler in earlier.items() if handler is not signal.SIG_IGN}
     for number in earlier:
         signal.signal(number, _stop)
+    # To this thread, whose sleeping and waiting it ends too; Windows lacks that.
+    send = (
+        partial(signal.pthread_kill, threading.get_ident()) if hasattr(signal, "pthread_kill") else signal.raise_signal
+    )
+    hook = sys.unraisablehook
+
+    def again(ignored: Any) -> None:
+        # Python drops what is raised within a finalizer or a weak reference's callback: the signal is sent once more.
+        stopped = ignored.exc_value
+        if is_main and isinstance(stopped, (KeyboardInterrupt, Stopped)):
+            number = stopped.exit_code - 128 if isinstance(stopped, Stopped) else signal.SIGINT
+            threading.Timer(0.01, send, [number]).start()
+        else:
+            hook(ignored)
+
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in earlier.items():
             signal.signal(number, handler)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -548,11 +549,26 @@ def test_a_failing_data_set_leaves_no_folder(tmp_path, capsys, monkeypatch):
     assert Path("run").exists()  # control: it was there before
 
 
+def in_a_finalizer(number):
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    Finalized()  # what is raised in there, Python ignores
+
+
+def in_a_callback(number):
+    gone = weakref.ref(kept := type("Referred", (), {})(), lambda _: signal.raise_signal(number))
+    del kept
+    assert gone() is None
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("command", ["train", "evaluate", "chat"])
-def test_a_signal_ends_every_command_as_ctrl_c_does(command, number, code, monkeypatch, capsys):
+@pytest.mark.parametrize("send", [signal.raise_signal, in_a_finalizer, in_a_callback])
+def test_a_signal_ends_every_command_as_ctrl_c_does(send, command, number, code, monkeypatch, capsys):
     def stay(arguments):
-        signal.raise_signal(number)
+        send(number)
         time.sleep(5)
         raise AssertionError("the command went on")
 
