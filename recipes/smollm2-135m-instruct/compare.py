@@ -30,7 +30,16 @@ from typing import Any
 import torch
 
 from cream_peft.evals.plots import plot_results, save, tasks_figure
-from cream_peft.evals.results import Cell, Results, Settings, compare_cells, file_name, interval, mean_loss
+from cream_peft.evals.results import (
+    Cell,
+    Results,
+    Settings,
+    compare_cells,
+    file_name,
+    interval,
+    mean_loss,
+    paired_means,
+)
 from cream_peft.evals.table import difference_in_words
 from cream_peft.model.record import adapter_sha256, machine, versions
 
@@ -61,6 +70,7 @@ MORE = {
     "contiguous": {"contiguous_share": 0.5},
     "growth": {"target_growth": 0.5},
     "128 steps": {"max_steps": 128},
+    "256 steps": {"max_steps": 256},
     "default sigma": {"sigma": None},
 }
 """What may keep what long positions cost: what the base computes, or the skill at the length that it is taught at. And
@@ -110,6 +120,8 @@ SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 LONGER_AGAIN = [row for seed in (1, 2) for row in rows("yarn", *MORE_STEPS, seed=seed)]
 OWN_LAW = [row for seed in (0, 1, 2) for row in rows("yarn", "cream+128 steps+default sigma", seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
+SEEDS_AT = (8192, 16_384)
+"""Tokens at which the rows of several seeds are told apart."""
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
     "perplexity": [*ONE_TEXT, str(OTHER), "--lengths", "1024", "8192", "--max_tokens", "16384"],
@@ -391,6 +403,26 @@ def differences(pieces: list[dict[str, Any]], length: int) -> Iterator[dict[str,
                 yield where | {"seeds": [ours.seed for ours, _ in partners]} | result | {"alone_loss": of_alone}
 
 
+def over_seeds(rows: list[dict[str, Any]], other: tuple[str, str], length: int) -> dict[str, Any] | None:
+    """CREAM less another scaling and strategy, with seeds as the unit: those of both, asked as much; None below two."""
+    scaling, strategy = other
+    ours, theirs = (
+        {row["seed"]: row[str(length)] for row in rows
+         if (row["scaling"], row["strategy"]) == (scaling, name) and str(length) in row}
+        for name in (against(strategy), strategy)
+    )  # fmt: skip
+    seeds = [seed for seed in ours if seed in theirs and ours[seed]["questions"] == theirs[seed]["questions"]]
+    if len(seeds) < 2:
+        return None
+    found = {"scaling": scaling, "against": strategy, "length": length, "seeds": seeds}
+    for key in ("accuracy", "loss of the number alone"):
+        values = [[side[seed][key] for seed in seeds] for side in (theirs, ours)]
+        if None not in values[0] + values[1]:
+            test = paired_means(*values)
+            found[key] = {name: test[name] for name in ("difference", "interval", "p_value")}
+    return found
+
+
 def summarise(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     """A row a model with what was measured of it, and CREAM against the others on the same questions."""
     lines: dict[Row, dict[str, Any]] = defaultdict(dict)
@@ -411,7 +443,10 @@ def summarise(pieces: list[dict[str, Any]]) -> dict[str, Any]:
             piece["trained"] for piece in pieces if Row(**piece["row"]).name == row["name"] and piece["trained"]
         ]
         row["training"] = summaries[-1] if summaries else None
-    return {"command": "make smollm2", "recipe": RECIPE.name, "rows": rows, "cream minus": compared}
+    others = dict.fromkeys((one["scaling"], one["against"], one["length"]) for one in compared)
+    seeds = [found for *other, length in others if (found := over_seeds(rows, (other[0], other[1]), length))]
+    found = {"command": "make smollm2", "recipe": RECIPE.name, "rows": rows}
+    return found | {"cream minus": compared, "cream minus, over seeds": seeds}
 
 
 def lengths_of(summary: dict[str, Any]) -> list[int]:
@@ -461,7 +496,7 @@ def drawn(scaling: str, names: dict[str, str]) -> dict[str, str]:
     return names | ({"untuned": "untouched base"} if scaling == "none" else {})
 
 
-def over_seeds(found: list[dict[str, Any]]) -> str:
+def mean_of_seeds(found: list[dict[str, Any]]) -> str:
     """A cell of the short table, empty of what was not run: accuracy, and the loss of the number alone."""
     if not found:
         return ""
@@ -478,8 +513,21 @@ def short_table(summary: dict[str, Any]) -> list[str]:
     for scaling, where in (("yarn", "YaRN"), ("none", "no scaling")):
         for strategy, name in drawn(scaling, FRONT).items():
             mine = [row for row in summary["rows"] if (row["scaling"], row["strategy"]) == (scaling, strategy)]
-            cells = [over_seeds([row[str(length)] for row in mine if str(length) in row]) for length in lengths]
+            cells = [mean_of_seeds([row[str(length)] for row in mine if str(length) in row]) for length in lengths]
             lines.append(f"| {where}: {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def seeds_table(summary: dict[str, Any]) -> list[str]:
+    """Markdown: each seed of the rows after 128 steps under YaRN."""
+    found = {(row["strategy"], row["seed"]): row for row in summary["rows"] if row["scaling"] == "yarn"}
+    names = dict(list(FRONT.items())[1:]) | {OWN_LAW[0].strategy: "CREAM, truncated"}
+    seeds = range(3)
+    lines = [f"| | {' | '.join(f'{length:,}, seed {seed}' for length in SEEDS_AT for seed in seeds)} |"]
+    lines.append("|---" * (len(SEEDS_AT) * len(seeds) + 1) + "|")
+    for strategy, name in names.items():
+        told = [found.get((strategy, seed), {}).get(str(length)) for length in SEEDS_AT for seed in seeds]
+        lines.append(f"| {name} | {' | '.join(mean_of_seeds([one] if one else []) for one in told)} |")
     return lines
 
 
@@ -558,6 +606,7 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     text = page.read_text(encoding="utf-8")
     tables = {
         "short": short_table(summary),
+        "seeds": seeds_table(summary),
         "skill": table(summary),
         "differences": differences_table(summary),
         "price": price_table(summary),
