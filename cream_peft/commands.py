@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def evaluate_command(arguments: list[str]) -> None:
 
     if given.pop("paper"):
         print(paper_table())
-        if not {"--compare", "--adapter"} & set(arguments):
+        if not {"--compare", "--adapter"} & {word.partition("=")[0] for word in arguments}:
             return
     options = EvaluateOptions(load_in_4bit=not given.pop("no_4bit"), **given)
     if folder:
@@ -196,17 +196,20 @@ def plot_command(arguments: list[str]) -> None:
         return
     from .evals.results import Results
 
-    found = {name: Results.read(name) for name in options.results}
-    labelled: dict[str, Results] = {}
-    for name, result in found.items():
+    # A panel a model has room for the same label in each.
+    labelled: dict[tuple[str, str], Results] = {}
+    for name in options.results:
+        result = Results.read(name)
         if not result.cells:
             raise UserError(f"{name} cannot be drawn: nothing was measured in it yet; `cream-peft evaluate` fills it")
-        label = result.settings.label or Path(name).stem
-        labelled[f"{label} ({name})" if label in labelled else label] = result
+        label, panel = result.settings.label or Path(name).stem, result.model if options.kind == "tasks" else ""
+        label = f"{label} ({name})" if (label, panel) in labelled else label
+        labelled[label, panel] = replace(result, settings=replace(result.settings, label=label))
     if options.kind == "tasks":
-        paths = [save(tasks_figure(found.values(), options.title), Path(options.output))]
+        paths = [save(tasks_figure(labelled.values(), options.title), Path(options.output))]
     else:
-        paths = plot_results(labelled, options.output, options.kind, options.task, options.title)
+        found = {label: result for (label, _), result in labelled.items()}
+        paths = plot_results(found, options.output, options.kind, options.task, options.title)
     print("\n".join(f"The picture is {path}" for path in paths))
 
 

@@ -7,10 +7,12 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from peft import get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional
@@ -75,6 +77,31 @@ def bytes_tokenizer(chat_template=None):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+@pytest.mark.parametrize(
+    "name, end",
+    [
+        ("gptoss", "<|start|>assistant<|channel|>final<|message|>"),
+        ("deepseek_r1_distill", "<think>\n\n</think>\n\n"),
+        ("qwen3", "assistant\n<think>\n\n</think>\n\n"),
+        ("llama3_1", "<|end_header_id|>\n\n"),
+    ],
+)
+def test_an_answer_begins_where_the_template_puts_it_and_never_with_thoughts(name, end):
+    template = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    tokenizer = bytes_tokenizer(template.read_text(encoding="utf-8"))
+    prompt = prompt_of("passkey", Writer(tokenizer), 4096, 0.5)
+    assert prompt.text.endswith(end)
+    for said, reply in zip(("The pass key is ", ""), prompt.replies, strict=True):
+        before, answer = map(tokenizer.decode, reply)
+        assert (before.strip(), answer.strip()) == (said.strip(), prompt.answer)
+
+
+def test_a_template_that_refuses_a_plain_question_is_refused_with_the_remedy():
+    tokenizer = bytes_tokenizer("{{ raise_exception('a system turn must come first') }}")
+    with pytest.raises(TaskError, match=r"\(a system turn must come first\): use --style plain"):
+        prompt_of("passkey", Writer(tokenizer), 4096, 0.5)
 
 
 def prompt_of(task, writer, length, depth, index=0, seed=0, *, answer_tokens=None, depths=(), **options):

@@ -27,6 +27,7 @@ from cream_peft.model import base
 from cream_peft.model.adapter import load_adapter
 from cream_peft.model.base import load_base
 from cream_peft.model.kv_cache import PREFILL_CHUNK
+from cream_peft.model.record import Record
 from cream_peft.plan import fit
 from cream_peft.plan.memory import Reading
 from cream_peft.tiny import TINY_ID, documents
@@ -86,7 +87,7 @@ def test_a_model_is_read_from_the_command_line(tmp_path, monkeypatch):
         ModelSpec.parse("a/b+dynamic")
 
 
-def test_a_base_beside_adapters_is_scaled_as_far_as_they_are(monkeypatch):
+def test_a_base_beside_adapters_is_scaled_as_far_as_they_are(monkeypatch, caplog):
     trained, read = {"short": 512, "alike": 512, "long": 1024}, []
     open_model = models.open_model
 
@@ -103,7 +104,11 @@ def test_a_base_beside_adapters_is_scaled_as_far_as_they_are(monkeypatch):
 
     assert target("short", "alike") == 512
     assert read == ["BASE", "short", "alike"]  # each once
+    assert not caplog.records
     assert target("short", "long") == target() == 8 * 256
+    assert [one.getMessage() for one in caplog.records] == [
+        "BASE+ntk is scaled for 2,048 tokens, the adapters for 512, 1,024: see --target_length"
+    ]
     assert target("short", target_length=1024) == 1024
     (unscaled, _) = open_models(["BASE", "short"], within_window=True)
     assert unscaled.settings.target_length == 256
@@ -293,6 +298,41 @@ def test_other_tasks_are_added_and_other_settings_are_refused(tmp_path, capsys):
         assert Results.read(tmp_path / "m.json") == both
 
 
+def test_overwriting_a_task_keeps_the_others_or_says_that_they_go(tmp_path, caplog):
+    def evaluated(*arguments):
+        common = ["--compare", "m=cream-peft-tiny", "--lengths", "256", "--output_dir", str(tmp_path)]
+        assert cli.main(["evaluate", *common, *arguments, "--samples", "1"]) == 0
+        return Results.read(tmp_path / "m.json").cells
+
+    recall = evaluated("--tasks", "recall")
+    evaluated("--tasks", "needle", "--depths", "0.5")
+    cells = evaluated("--tasks", "needle", "--depths", "0", "--overwrite")
+    assert cells[:-1] == recall and cells[-1].depth == 0 and not caplog.records
+    cells = evaluated("--tasks", "needle", "--depths", "0", "--seed", "7", "--overwrite")
+    assert {cell.task for cell in cells} == {"needle"}
+    assert caplog.messages == [
+        f"{tmp_path / 'm.json'}: recall is deleted too, it was measured with other settings, seed (1000, now 7)"
+    ]
+
+
+def test_what_is_too_short_for_a_task_is_refused_before_longer_prompts_are_asked(tmp_path, capsys):
+    common = ["--compare", "m=cream-peft-tiny", "--samples", "1", "--output_dir", str(tmp_path)]
+    assert cli.main(["evaluate", *common, "--tasks", "needle", "--lengths", "512", "2"]) == 2
+    assert "error: m, needle: length 2 is too short" in capsys.readouterr().err
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_a_model_that_was_trained_on_16_bits_is_said_to_be_measured_in_4(adapter, caplog):
+    for in_4bit, said in ((True, 1), (False, 0)):
+        dataclasses.replace(Record.read(adapter, ""), load_in_4bit=False).write(adapter)
+        caplog.clear()
+        open_models([f"m={adapter}"], load_in_4bit=in_4bit)
+        assert len([one for one in caplog.messages if "m was trained on a base of 16 bits" in one]) == said
+    dataclasses.replace(Record.read(adapter, ""), load_in_4bit=True).write(adapter)
+    open_models([f"m={adapter}"])
+    assert not caplog.messages
+
+
 def test_prompts_are_written_out_byte_identical_and_nothing_is_measured(tmp_path, capsys):
     command = ["evaluate", "--tasks", "kv_retrieval", "needle", "--lengths", "256", "--samples", "2", "--dump_prompts"]
     for name in ("one", "two"):
@@ -452,6 +492,7 @@ def test_the_papers_table_has_its_source_and_its_means(capsys):
     assert "arXiv 2406.07138" in said
     row = next(line.split() for line in said.splitlines() if line.startswith("cream-yarn"))
     assert row == ["cream-yarn", "0.734", "0.452"]
+    assert cli.main(["evaluate", "--paper", "--compare=no/such/folder"]) == 2  # it goes on
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
+from cream_peft import cli
 from cream_peft.evals import plots
 from cream_peft.evals.plots import (
     accuracy_figure,
@@ -312,6 +313,18 @@ def test_what_cannot_be_drawn_is_said_in_one_line_and_leaves_no_file(results, op
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
     for part in expected:
         assert part in str(error.value)
+
+
+def test_parts_of_two_machines_are_two_lines_in_one_panel(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure) or path)
+    for folder, lengths in (("first", [256, 512]), ("second", [1024, 2048])):
+        (tmp_path / folder).mkdir()
+        result(lambda length, depth: 0.5, lengths, task="needle").write(tmp_path / folder / "x.json")
+    parts = [str(tmp_path / folder / "x.json") for folder in ("first", "second")]
+    assert cli.main(["plot", *parts, "--kind", "tasks"]) == 0
+    (axes,) = drawn[0].axes
+    assert [curve[:, 0].tolist() for curve in curves(axes)] == [[256, 512], [1024, 2048]]
 
 
 def test_tasks_of_several_models_stand_side_by_side_with_one_colour_a_label(tmp_path):

@@ -21,8 +21,10 @@ from killing import killed
 from safetensors.torch import load_file, save_file
 
 from cream_peft import CREAMTrainer, cli, load_adapter
+from cream_peft.evals.models import open_models
 from cream_peft.evals.results import Results
 from cream_peft.model.base import load_base
+from cream_peft.model.check import check_adapter
 from cream_peft.model.record import BASE_FOLDER, AdapterError, Record, adapter_sha256
 from cream_peft.model.secrets import find_secret, public_name
 from cream_peft.publish.card import metadata, write_card
@@ -279,6 +281,23 @@ def test_the_card_tells_apart_what_was_asked_with_other_settings(hub, adapter, t
     assert {("256 tokens, CREAM", 0.75), ("256 tokens, 16-bit", 0.5)} <= measured
 
 
+def test_the_card_says_in_which_options_the_models_were_asked_differently(hub, adapter, tmp_path):
+    def told(**of_base):
+        base, own = results_of(tmp_path, None, "base"), results_of(tmp_path, adapter_sha256(adapter))
+        for path, options in ((base, of_base), (own, {"style": "chat", "haystack_sha256": "b" * 64})):
+            content = json.loads(path.read_text())
+            content["settings"] |= {"options": {"recall": options}, "load_in_4bit": True}
+            path.write_text(json.dumps(content))
+        push_folder(adapter, REPO, results=[base, own])
+        return files(hub)["README.md"].decode()
+
+    assert "At each length: recall 40 questions; seed 7; CPU.\n" in told(style="chat", haystack_sha256="b" * 64)
+    card = told(haystack_sha256="a" * 64)
+    for label, said in (("base", f"haystack_sha256 {'a' * 16}; recall style default."),
+                        ("CREAM", f"haystack_sha256 {'b' * 16}; recall style chat.")):  # fmt: skip
+        assert f"{label}, at each length: recall 40 questions; seed 7; CPU; recall {said}\n" in card
+
+
 def test_the_card_of_a_further_training_has_the_stages_before_it(hub, adapter):
     earlier = Record.read(adapter, "").as_stage()
     change(adapter, stages=[earlier, earlier | {"position_strategy": "pose", "steps": 7}])
@@ -321,6 +340,9 @@ def test_results_of_another_training_do_not_speak_for_this_adapter(hub, adapter,
     same_label = [results_of(tmp_path, adapter_sha256(adapter)), results_of(tmp_path / "other", "0" * 64)]
     with pytest.raises(PushError, match="two results have the label 'CREAM'"):
         push_folder(adapter, REPO, results=same_label)
+    same_file = [results_of(tmp_path, adapter_sha256(adapter), label) for label in ("at 4K", "at-4K")]
+    with pytest.raises(PushError, match="the label 'at-4K', or one file for it"):
+        push_folder(adapter, REPO, results=same_file)
     # Beside its own it is a comparison: in the table, not in the metadata.
     push_folder(adapter, REPO, results=[same_label[0], results_of(tmp_path, "0" * 64, "PoSE", 0.5)])
     card = ModelCard(files(hub)["README.md"].decode())
@@ -337,6 +359,31 @@ def test_a_damaged_adapter_is_not_published(hub, adapter, name):
     assert not hub.repositories
 
 
+def test_other_weights_under_the_same_hub_id_are_refused_and_a_cached_base_is_measured_offline(
+    hub, tmp_path, monkeypatch, capsys
+):
+    def evaluate(*lengths):
+        options = ["--compare", "b=org/base", "--tasks", "recall", "--samples", "1", "--lengths", *lengths]
+        return cli.main(["evaluate", *options, "--output_dir", str(tmp_path / "e")])
+
+    api = HfApi()
+    api.create_repo("org/base")
+    first = api.upload_folder(repo_id="org/base", folder_path=base_folder()).oid
+    assert evaluate("256") == 0
+    found = Results.read(tmp_path / "e/b.json")
+    assert found.settings.base_revision == first and found.adapter is None
+    with monkeypatch.context() as patched:
+        patched.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert evaluate("384") == 0
+    weights = load_file(base_folder() / "model.safetensors")
+    save_file({name: weight * 2 for name, weight in weights.items()}, tmp_path / "other.safetensors")
+    other = tmp_path / "other.safetensors"
+    api.upload_file(path_or_fileobj=other, path_in_repo="model.safetensors", repo_id="org/base")
+    assert evaluate("512") == 2
+    assert "was measured with other settings, base_revision" in capsys.readouterr().err
+    assert {cell.length for cell in Results.read(tmp_path / "e/b.json").cells} == {256, 384}
+
+
 def test_a_merged_model_and_an_adapter_do_not_share_a_repository(hub, adapter, tmp_path):
     merge_adapter(adapter, tmp_path / "merged")
     push_folder(adapter, REPO)
@@ -347,6 +394,15 @@ def test_a_merged_model_and_an_adapter_do_not_share_a_repository(hub, adapter, t
     sent = files(hub, f"{REPO}-merged")
     assert {"config.json", "model.safetensors", "cream.json", "README.md", "tokenizer.json"} <= set(sent)
     assert b"A merged model" in sent["README.md"]
+    # By its id it is what it is by its folder; of its weights, which are not downloaded, the files are looked for.
+    here, there = (open_models([f"m={name}"])[0] for name in (tmp_path / "merged", f"{REPO}-merged"))
+    assert there.settings == here.settings and there.settings.adapter_sha256 == adapter_sha256(adapter)
+    verdicts = {one.item: one.verdict for one in check_adapter(f"{REPO}-merged")}
+    assert verdicts["weights"] == "not read" and not {"wrong", "trap"} & set(verdicts.values())
+    HfApi().delete_file("model.safetensors", f"{REPO}-merged")
+    assert [one.found for one in check_adapter(f"{REPO}-merged") if one.verdict == "wrong"] == [
+        "model.safetensors is not there: publish the model again"
+    ]
     (tmp_path / "merged" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(AdapterError, match=r"model.safetensors of .* is missing or damaged"):
         push_folder(tmp_path / "merged", f"{REPO}-merged")

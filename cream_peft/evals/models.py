@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,12 +15,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .. import rope
 from ..errors import about, missing_folder
-from ..model.adapter import Adapter, open_adapter
-from ..model.base import load_base, load_tokenizer, read_config, resolve_base
+from ..model.adapter import Adapter, adapter_folder, open_adapter
+from ..model.base import load_base, load_tokenizer, local_snapshot, read_config, resolve_base
 from ..model.check import check_weights
 from ..model.fingerprint import digest
 from ..model.record import Record, adapter_sha256, is_adapter
+from ..tiny import TINY_ID
 from .results import Settings, file_name
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,16 @@ class OpenedModel:
         if self.adapter:
             return self.adapter.load(in_4bit)
         name, target, scaling = self.spec.name, self.settings.target_length, self.spec.rope_scaling_type
-        model = load_base(name, target_length=target, rope_scaling_type=scaling, load_in_4bit=in_4bit)
-        return model.eval(), self.tokenizer()
+        options: dict[str, Any] = {"rope_scaling_type": scaling, "load_in_4bit": in_4bit, "target_length": target}
+        return load_base(name, **options, **self._at).eval(), self.tokenizer()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone."""
-        return self.adapter.tokenizer() if self.adapter else load_tokenizer(self.spec.name)
+        return self.adapter.tokenizer() if self.adapter else load_tokenizer(self.spec.name, **self._at)
+
+    @property
+    def _at(self) -> dict[str, Any]:
+        return {"revision": self.settings.base_revision} if self.settings.base_revision else {}
 
 
 def results_files(opened: Iterable[OpenedModel], output_dir: str, ending: str = "") -> dict[str, Path]:
@@ -95,23 +104,17 @@ def results_files(opened: Iterable[OpenedModel], output_dir: str, ending: str = 
     return files
 
 
-def _is_adapter(name: str) -> bool:
-    """Whether it is an adapter, else a base or a merged model. A folder that holds none of them is refused."""
+def _folder(name: str) -> Path | None:
+    """Where the files lie that describe a model: its own folder, or the snapshot of its repository on the Hub, without
+    the weights of whole models. None for the embedded model, and for an id without an owner, such as gpt2."""
     path = Path(name)
-    if is_adapter(path):
-        return True
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{name} holds neither an adapter (adapter_config.json) nor a model (config.json)")
-        return False
-    if missing := missing_folder(name):
-        raise ValueError(f"{name}: {missing}")
-    if Path(resolve_base(name)).is_dir() or "/" not in name:
-        return False
-    from huggingface_hub import file_exists
-
-    with about(name):
-        return file_exists(name, "adapter_config.json")
+    if not path.is_dir():
+        if missing := missing_folder(name):
+            raise ValueError(f"{name}: {missing}")
+        return None if Path(resolve_base(name)).is_dir() or "/" not in name else adapter_folder(name)
+    if not is_adapter(path) and not (path / "config.json").is_file():
+        raise ValueError(f"{name} holds neither an adapter (adapter_config.json) nor a model (config.json)")
+    return path
 
 
 def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | None = None) -> OpenedModel:
@@ -119,9 +122,10 @@ def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | Non
 
     An adapter's base is taken from `base_model` if given.
     """
-    adapter, name = None, spec.name
+    adapter, name, folder = None, spec.name, _folder(spec.name)
+    is_here = Path(name).is_dir()
     settings = Settings(label=spec.label, load_in_4bit=load_in_4bit, rope_scaling_type=spec.rope_scaling_type)
-    if _is_adapter(name):
+    if folder and is_adapter(folder):
         if spec.rope_scaling_type:
             raise ValueError(f"{name} is an adapter and brings its RoPE scaling: leave out +{spec.rope_scaling_type}")
         adapter = open_adapter(name, base_model=base_model)
@@ -131,14 +135,18 @@ def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | Non
             raise ValueError(f"{name} is not measured: its cream.json was written for other weights")
         record, config, own = adapter.record, adapter.scaled_config, adapter_sha256(adapter.folder)
     else:
-        record = Record.read(Path(name), name) if (Path(name) / "cream.json").is_file() else None
+        record = Record.read(folder, name, is_here) if folder and (folder / "cream.json").is_file() else None
         own = record.adapter_sha256 if record else None
         with about(name):
             config = read_config(name, trust_remote_code=False)
     if record is None:
-        weights = digest(Path(name)) if Path(name).is_dir() else None
+        weights = digest(Path(name)) if is_here else None
         settings = replace(settings, pretrained_window=rope.pretrained_window(config), base_sha256=weights)
+        if not is_here and name != TINY_ID and (snapshot := local_snapshot(name)):
+            settings = replace(settings, base_revision=snapshot.name)
         return OpenedModel(spec, None, name, config, settings)
+    if load_in_4bit and not record.load_in_4bit:
+        logger.warning("%s was trained on a base of 16 bits and is measured in 4: see --no_4bit", spec.label)
     settings = replace(
         settings,
         pretrained_window=record.pretrained_window,
@@ -172,13 +180,16 @@ def open_models(
     if len(set(labels)) < len(labels):
         raise ValueError(f"two models have the same label ({', '.join(labels)}): write LABEL=MODEL")
     opened = [open_model(spec, load_in_4bit, base_model) for spec in specs]
-    trained = {model.settings.target_length for model in opened} - {None}
-    beside = trained.pop() if len(trained) == 1 else None
+    trained = {model.settings.target_length for model in opened if model.settings.target_length}
+    beside = min(trained) if len(trained) == 1 else None
     for place, model in enumerate(opened):
         if model.settings.target_length is None:
             window = model.settings.pretrained_window or 0
             usual = window if within_window and not model.spec.rope_scaling_type else beside
             target = target_length or usual or rope.DEFAULT_FACTOR * window
+            if model.spec.rope_scaling_type and not target_length and len(trained) > 1:
+                told = (specs[place].label, f"{target:,}", ", ".join(f"{one:,}" for one in sorted(trained)))
+                logger.warning("%s is scaled for %s tokens, the adapters for %s: see --target_length", *told)
             if model.spec.rope_scaling_type and target <= window:
                 raise ValueError(
                     f"{specs[place].label}: RoPE scaling does nothing up to {target:,} tokens, since the window is "

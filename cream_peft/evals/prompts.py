@@ -8,12 +8,14 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from jinja2 import TemplateError
 
 STYLES = ("auto", "chat", "plain", "vicuna")
 VICUNA = (
@@ -118,10 +120,29 @@ class Writer:
     def text(self, request: Request) -> str:
         """All that the model reads."""
         if self.style == "chat":
-            # enable_thinking: templates that know it would else fill the answer's few tokens with thoughts.
-            settings = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
-            return self.tokenizer.apply_chat_template([{"role": "user", "content": request.text}], **settings)
+            return self._chat(request.text) + self._header
         return VICUNA.format(request.text) if self.style == "vicuna" else request.text + request.lead
+
+    def _chat(self, question: str, answer: str | None = None) -> str:
+        """A conversation in the tokenizer's template, which announces an answer unless one is given."""
+        turns = [{"role": "user", "content": question}]
+        turns += [] if answer is None else [{"role": "assistant", "content": answer}]
+        # enable_thinking: templates that know it would else fill the answer's few tokens with thoughts.
+        settings = {"add_generation_prompt": answer is None, "tokenize": False, "enable_thinking": False}
+        try:
+            return self.tokenizer.apply_chat_template(turns, **settings)
+        except TemplateError as error:
+            raise TaskError(f"the chat template refuses a plain question ({error}): use --style plain") from error
+
+    @cached_property
+    def _header(self) -> str:
+        """What a template puts between its announcement of an answer and the answer, such as a channel, or the end of
+        thoughts that it began: without it the answer's few tokens would go to thoughts."""
+        begun, whole = self._chat("?"), self._chat("?", "28527")
+        if begun.rstrip().endswith("<think>"):
+            return "\n</think>\n\n"
+        header = whole.removeprefix(begun).partition("28527")[0]
+        return header if whole.startswith(begun) and header.strip() else ""
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a prompt. A chat template has written the special tokens already."""
@@ -173,8 +194,7 @@ class Writer:
         """The tokens of a reply that says `said` before the answer: those before the answer's own, and those."""
         answer, before = request.answer, f" {said}"
         if self.style == "chat":
-            turns = [{"role": "user", "content": request.text}, {"role": "assistant", "content": said + answer}]
-            turn = self.tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(text)
+            turn = self._chat(request.text, said + answer).removeprefix(text)
             # Some templates put a space before a reply; some write another turn than they announce.
             blank = turn[: turn.find(said + answer)]
             before = said if blank.strip() else blank + said

@@ -76,6 +76,8 @@ class Settings:
     """None for a base."""
     base_sha256: str | None = None
     """Of some values of the weights of a base in a local folder, whose name may stand for another one tomorrow."""
+    base_revision: str | None = None
+    """The commit of a base on the Hub."""
     samples: int | None = None
     """At each length and depth."""
     machine: str | None = None

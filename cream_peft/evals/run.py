@@ -23,7 +23,7 @@ from ..plan.memory import Reading
 from ..tiny.documents import VOCABULARY_SIZE
 from .models import OpenedModel, open_models, results_files
 from .options import EvaluateOptions
-from .prompts import read_texts
+from .prompts import TaskError, read_texts
 from .results import Cell, Results
 from .tasks import TASKS, Task
 
@@ -42,16 +42,26 @@ def _differing(earlier: Results, now: Results, tasks: Iterable[str]) -> list[str
     return differing
 
 
-def _with_earlier(results: Results, path: Path, tasks: Iterable[str], overwrite: bool, unknown: str = "") -> Results:
-    """`results` with what is at `path` already, if that was measured with the same settings; `unknown` begins those
-    that are not known yet. Else a ValueError, or with `overwrite` nothing of what is there."""
+def _with_earlier(
+    results: Results, path: Path, tasks: Iterable[str], overwrite: bool, unknown: str | None = None
+) -> Results:
+    """`results` with what is at `path` already, if that was measured with the same settings; else a ValueError, or with
+    `overwrite` the other tasks of what is there, if they were. Before anything is measured `unknown`, if not None,
+    begins the settings that are not known yet, and what will be deleted is said."""
     if not path.is_file():
         return results
     earlier = Results.read(path)
     differing = [told for told in _differing(earlier, results, tasks) if not unknown or not told.startswith(unknown)]
     if differing and overwrite:
-        return results
-    if differing:
+        kept = [cell for cell in earlier.cells if cell.task not in tasks]
+        # Options are of a task; the rest is of all.
+        if wide := _differing(replace(earlier, cells=kept), results, ()):
+            lost = ", ".join(dict.fromkeys(cell.task for cell in kept))
+            if unknown is not None:
+                logger.warning("%s: %s is deleted too, it was measured with other settings, %s", path, lost, wide[0])
+            return results
+        earlier = replace(earlier, cells=kept)
+    elif differing:
         raise ValueError(
             f"{path} was measured with other settings, {differing[0]}: choose another --output_dir, or replace it "
             "with --overwrite"
@@ -101,12 +111,15 @@ def evaluate(
             done = [cell.depth for cell in results.of_task(name) if cell.length == length]
             begin = start = time.perf_counter()
             own = (options or {}).get(name, {})
-            for cell in tasks[name](model, tokenizer, length, samples, results.seed, done=done, **own):
-                seconds = round(time.perf_counter() - start, 3)
-                results.cells.append(Cell(task=name, length=length, seconds=seconds, **cell))
-                if path:
-                    results.write(path)
-                start = time.perf_counter()
+            try:
+                for cell in tasks[name](model, tokenizer, length, samples, results.seed, done=done, **own):
+                    seconds = round(time.perf_counter() - start, 3)
+                    results.cells.append(Cell(task=name, length=length, seconds=seconds, **cell))
+                    if path:
+                        results.write(path)
+                    start = time.perf_counter()
+            except TaskError as error:
+                raise TaskError(f"{label}, {name}: {error}") from error
             bar.update(length)
             if bar.disable:
                 seconds = time.perf_counter() - begin
@@ -147,7 +160,8 @@ def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
             lengths = [target]
         if not lengths:
             raise ValueError(f"{model.spec.name} has a window of {window:,} tokens, above its target: set --lengths")
-        found.append((model, lengths))
+        # What is too short for a task is refused before a longer one takes hours.
+        found.append((model, sorted(set(lengths))))
     return found
 
 

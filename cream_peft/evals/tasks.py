@@ -95,7 +95,7 @@ class Task:
         if task is not self and (lost := [name for name in options if name not in task.options]):
             raise TaskError(f"in the embedded model's vocabulary this task has no {lost[0]}: leave it out")
         usual = task.depths if isinstance(task.depths, tuple) else task.depths(options.get("keys", 0))
-        places = tuple(dict.fromkeys(depths or usual))
+        places = tuple(dict.fromkeys(map(float, depths or usual)))
         if min(samples, chunk_length) < 1 or not all(0 <= depth <= 1 for depth in places):
             raise TaskError("samples and chunk_length must be at least 1, and depths between 0 and 1")
         if haystack is not None:

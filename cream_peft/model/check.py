@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, hf_hub_download
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from .. import rope
-from ..errors import explain
+from ..errors import explain, is_out_of_reach
 from ..families import far_parameters, key_mapping
 from .adapter import Adapter, adapter_folder, open_adapter
 from .base import load_tokenizer
@@ -36,7 +39,7 @@ class Finding:
 
     item: str
     verdict: str
-    """ok, trap (silent and wrong for those who load it in the usual way) or wrong."""
+    """ok, trap (silent and wrong for those who load it in the usual way), wrong, or not read."""
     found: str
 
 
@@ -128,6 +131,24 @@ def _check_whole(folder: Path, config: PreTrainedConfig) -> Finding:
     return Finding(item, "ok", f"{len(files)} tensors, as config.json asks for")
 
 
+def _check_listed(name: str, commit: str, token: Any = None, cache_dir: Any = None, **_: Any) -> Finding:
+    """Whether a model's repository on the Hub has the files of its weights. They are not downloaded for this."""
+    item, wanted = "weights", {SAFE_WEIGHTS_NAME}
+    try:
+        files = set(HfApi(token=token).list_repo_files(name, revision=commit))
+        if SAFE_WEIGHTS_INDEX_NAME in files:
+            at: dict[str, Any] = {"revision": commit, "token": token, "cache_dir": cache_dir}
+            index = Path(hf_hub_download(name, SAFE_WEIGHTS_INDEX_NAME, **at))
+            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except Exception as error:
+        if not is_out_of_reach(error):
+            raise
+        return Finding(item, "not read", explain(error))
+    if lost := sorted(wanted - files):
+        return Finding(item, "wrong", f"{lost[0]} is not there: publish the model again")
+    return Finding(item, "not read", f"{len(wanted)} file{'s' * (len(wanted) > 1)}, not downloaded for this")
+
+
 def _check_merged(folder: Path, record: Record, is_here: bool) -> list[Finding]:
     config, target = rope.load_base_config(folder / "config.json"), record.target_length
     scaling = record.rope_scaling_type
@@ -187,7 +208,9 @@ def check_adapter(
     """
     folder = adapter_folder(repo_or_dir, revision=revision, **hub_kwargs)
     if not is_adapter(folder) and (folder / "config.json").is_file():
-        return _check_merged(folder, Record.read(folder, str(repo_or_dir)), Path(repo_or_dir).is_dir())
+        is_here = Path(repo_or_dir).is_dir()
+        found = _check_merged(folder, Record.read(folder, str(repo_or_dir), is_here), is_here)
+        return found if is_here else [_check_listed(str(repo_or_dir), folder.name, **hub_kwargs), *found]
     adapter = open_adapter(
         repo_or_dir, base_model=base_model, revision=revision, trust_remote_code=trust_remote_code, **hub_kwargs
     )

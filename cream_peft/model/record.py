@@ -122,8 +122,9 @@ class Record:
     format: int = FORMAT
 
     @classmethod
-    def read(cls, folder: Path, name: str) -> Record:
-        """The record in `folder`, once all files of its adapter or merged model are there; `name` is for errors.
+    def read(cls, folder: Path, name: str, with_weights: bool = True) -> Record:
+        """The record in `folder`, once all files of its adapter or merged model are there; `name` is for errors. Those
+        of a merged model on the Hub may be on their way: not `with_weights`.
 
         Raises:
             AdapterError: a file that is missing or damaged, a record that lacks a needed key or is of a later format.
@@ -138,7 +139,8 @@ class Record:
                     "save_pretrained writes it, does not say how its base was scaled: use the folder that `cream-peft "
                     "train` left (`cream-peft push` publishes it whole), or train again"
                 )
-        refuse_damaged(folder, name)
+        if not is_merged or with_weights:
+            refuse_damaged(folder, name)
         content = read_json(folder, FILE, name)
         missing = [key for key in NEEDED if key not in content]
         if missing:

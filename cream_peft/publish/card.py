@@ -77,11 +77,21 @@ def _samples(result: Results) -> str:
 
 
 def _asked(results: Mapping[str, Results]) -> dict[str, str]:
-    """What models were asked: their labels -> `_samples`; one entry where it is the same for all."""
+    """What models were asked: their labels -> `_samples`, and the options in which they differ; one entry where all is
+    the same."""
     labels: dict[str, list[str]] = defaultdict(list)
-    for label, result in results.items():
-        if result.cells:
-            labels[_samples(result)].append(label)
+    measured = {label: result for label, result in results.items() if result.cells}
+    how: dict[str, dict[str, str]] = defaultdict(dict)
+    for task in tasks_in(measured):
+        own = {label: one.settings.options.get(task, {}) for label, one in measured.items() if one.of_task(task)}
+        for key in dict.fromkeys(key for options in own.values() for key in options):
+            # Of a text's digest the beginning tells it apart.
+            how[f"{task} {key}"] = {label: str(options.get(key, "default"))[:16] for label, options in own.items()}
+    how["load_in_4bit"] = {label: str(one.settings.load_in_4bit) for label, one in measured.items()}
+    differing = {key: values for key, values in how.items() if len(set(values.values())) > 1}
+    for label, result in measured.items():
+        told = [f"{key} {values[label]}" for key, values in differing.items() if label in values]
+        labels["; ".join([_samples(result), *told])].append(label)
     return {", ".join(names): told for told, names in labels.items()}
 
 

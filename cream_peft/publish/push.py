@@ -145,8 +145,10 @@ def _read_results(files: Iterable[str | Path], folder: Path, record: Record) -> 
     for file in files:
         result = Results.read(file)
         label = result.settings.label or Path(file).stem
-        if label in results:
-            raise PushError(f"two results have the label {label!r}: measure one of them again as --compare LABEL=MODEL")
+        if file_name(label) in map(file_name, results):
+            raise PushError(
+                f"two results have the label {label!r}, or one file for it: measure one again as --compare LABEL=MODEL"
+            )
         results[label] = result
     if results and not any(result.cells and is_own(result, folder, record) for result in results.values()):
         raise PushError(
