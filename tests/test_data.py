@@ -13,10 +13,11 @@ from trl import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template
 
 from cream_peft import CREAMTrainer
-from cream_peft.train.data import load_data, prepare_columns, training_chat_template
+from cream_peft.train.data import load_data, prepare_columns
 from cream_peft.train.files import load_documents
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.rows import DataError, RowError, find_problems, to_messages
+from cream_peft.train.templates import training_chat_template
 
 # The chat template of meta-llama/Llama-2-7b-chat-hf in other words: same output, no generation marks.
 LLAMA_2 = (
@@ -209,6 +210,32 @@ def test_only_assistant_tokens_and_their_end_of_turn_carry_labels(
     trainer.save_model()
     saved = PreTrainedTokenizerFast.from_pretrained(tmp_path / "run")
     assert saved.chat_template == LLAMA_2
+
+
+def test_a_template_of_ones_own_is_trained_with_and_stays_the_tokenizers(
+    byte_tokenizer, make_model, make_config, lora, tmp_path
+):
+    byte_tokenizer.chat_template = LLAMA_2
+    ours = "{% for turn in messages %}{{ turn.role }}: {% generation %}{{ turn.content }}</s>{% endgeneration %}"
+    ours += "{% endfor %}"
+    (tmp_path / "own.jinja").write_text(ours)
+
+    def make(path):
+        settings = {"assistant_only_loss": True, "chat_template_path": str(path)}
+        documents = prepare_columns(Dataset.from_dict({"conversations": [CONVERSATION] * 4}), "d", byte_tokenizer)
+        return CREAMTrainer(
+            model=make_model(), args=make_config(**settings), train_dataset=documents, processing_class=byte_tokenizer,
+            peft_config=lora(),
+        )  # fmt: skip
+
+    trainer = make(tmp_path / "own.jinja")
+    assert byte_tokenizer.decode(trainer.train_dataset[0]["input_ids"]).startswith("user: Which king?")
+    assert byte_tokenizer.chat_template == ours
+    assert trainer.chat_template is None  # the tokenizer's own, also for what is evaluated later
+    trainer.save_model()
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "run").chat_template == ours
+    with pytest.raises(DataError, match=r"no such \.jinja file"):
+        make("HuggingFaceTB/SmolLM2-135M-Instruct")  # TRL would add its tokens to the embeddings
 
 
 def test_texts_are_tokenised_whole_and_end_with_the_end_token(byte_tokenizer, make_model, make_config, lora):

@@ -222,6 +222,28 @@ def test_a_stream_past_its_first_pass_says_that_it_begins_anew(tmp_path, caplog)
         assert ("is past the first pass over a streamed data set" in caplog.text) == is_past
 
 
+def test_grouped_batches_past_their_first_pass_are_said_to_be_drawn_anew(tmp_path, caplog):
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(6)))
+    data = ["--train_sampling_strategy", "group_by_length", "--dataset_name", str(tmp_path / "d.jsonl")]
+    train(tmp_path / "run", *data)
+    for step, is_past in ((2, False), (4, True)):
+        caplog.clear()
+        checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
+        folder = shutil.copytree(tmp_path / "run", tmp_path / f"from-{step}")
+        train(folder, *data, "--max_steps", "5", "--resume_from_checkpoint", checkpoint)
+        assert ("is past the first pass over data grouped by length" in caplog.text) == is_past
+
+
+def test_a_run_that_goes_on_with_larger_batches_draws_nothing_twice(tmp_path, monkeypatch):
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(6)))
+    data, epochs = ["--dataset_name", str(tmp_path / "d.jsonl")], []
+    train(tmp_path / "run", *data)
+    monkeypatch.setattr(CREAMDataCollator, "set_epoch", lambda self, epoch: epochs.append(epoch))
+    train(tmp_path / "run", *data, "--max_steps", "6", "--per_device_train_batch_size", "6",
+          "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-4"))  # fmt: skip
+    assert epochs == [4, 5]  # a pass is a step now
+
+
 def test_an_infinite_sigma_is_recorded_as_json_and_resumed(tmp_path):
     train(tmp_path, "--sigma", "inf")
     file = tmp_path / "cream.json"

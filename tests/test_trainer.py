@@ -6,11 +6,12 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import IA3Config, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 from trl import SFTConfig, SFTTrainer
@@ -20,6 +21,7 @@ import cream_peft
 from cream_peft import CREAMConfig, CREAMTrainer, load_adapter, rope
 from cream_peft.model.base import keep_4bit_trainable_on_cpu, quantization_config
 from cream_peft.model.record import Record, is_adapter, model_sha256
+from cream_peft.publish.serving import ServingError, llama_cpp_command, vllm_command
 from cream_peft.tiny import TINY_ID, base_folder
 from cream_peft.train.collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 from cream_peft.train.config import default_learning_rate
@@ -426,13 +428,133 @@ def test_a_collator_of_the_users_own_is_taken_if_it_draws_as_the_config_says(
         )  # fmt: skip
 
     trainer = make(own := Counting(0, context_length=64, target_length=512, seed=9))
-    assert trainer.data_collator is own
+    assert trainer.data_collator is own and own.seed == 9
+    # What is left out is the config's.
+    left_out = make(CREAMDataCollator(0, context_length=64, target_length=512)).data_collator
+    assert (left_out.seed, left_out.eval_length) == (0, 64)
     assert math.isfinite(trainer.train().training_loss) and own.batches
-    for wrong in ({"context_length": 32}, {"target_length": 1024}, {"position_strategy": "pose"}):
+    for wrong in ({"context_length": 32}, {"target_length": 1024}, {"position_strategy": "pose"}, {"eval_length": 32}):
         with pytest.raises(ValueError, match=f"data_collator has {next(iter(wrong))}=.*make them equal"):
             make(CREAMDataCollator(0, **({"context_length": 64, "target_length": 512} | wrong)))
     with pytest.raises(ValueError, match="DataCollatorForLanguageModeling draws no CREAM positions"):
         make(DataCollatorForLanguageModeling(pad_token_id=0))
+
+
+@pytest.mark.parametrize(
+    "changes, weight, said",
+    [
+        ({"bias": "all"}, 1.0, "bias=all, which changes the base"),
+        ({"init_lora_weights": "pissa"}, 1.0, "init_lora_weights=pissa, which changes the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, 0.0, "the loaded adapter would not be the trained one"),
+        ({"init_lora_weights": "eva"}, 0.0, "the loaded adapter would not be the trained one"),
+    ],
+)
+def test_an_adapter_that_changes_its_base_is_refused_where_that_is_needed(make_trainer, lora, changes, weight, said):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(peft_config=lora(**changes), distillation_weight=weight)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "orthogonal"},
+                {"init_lora_weights": "gaussian"}, {"bias": "all"}]
+)  # fmt: skip
+def test_an_adapter_is_loaded_as_it_was_trained_however_it_begins(make_trainer, lora, changes):
+    trainer = make_trainer(TINY_ID, peft_config=lora(**changes))
+    trainer.train()
+    trainer.save_model()
+    loaded, _ = load_adapter(trainer.args.output_dir, load_in_4bit=False)
+    ids = torch.arange(1, 301)[None]
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in (trainer.model.eval(), loaded.eval())]
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+
+
+def test_an_adapter_that_is_not_called_default_is_refused_before_it_is_trained(make_trainer, make_model, lora):
+    with pytest.raises(ValueError, match="the model's adapter is called 'long'"):
+        make_trainer(get_peft_model(make_model(), lora(), adapter_name="long"), peft_config=None)
+
+
+def test_an_adapter_that_nothing_serves_is_saved_all_the_same(make_trainer):
+    config = IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    trainer = make_trainer(TINY_ID, peft_config=config)
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
+    record = Record.read(folder, "")
+    assert record.steps == 2 and (folder / "README.md").is_file()
+    assert "takes LoRA adapters alone, and this one is IA3" in vllm_command(folder, record, "a/b")
+    with pytest.raises(ServingError, match="takes LoRA adapters alone, and this one is IA3"):
+        llama_cpp_command(folder, record)
+
+
+def test_saving_elsewhere_replaces_nothing_that_no_run_wrote(make_trainer, tmp_path):
+    base = Path(shutil.copytree(base_folder(), tmp_path / "base"))
+    trainer = make_trainer(str(base))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    for folder in (base, tmp_path / "other"):
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ValueError, match="choose another"):
+            trainer.save_model(str(folder))
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    for _ in range(2):
+        trainer.save_model(str(tmp_path / "new"))
+    assert is_adapter(tmp_path / "new")
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_a_base_whose_every_weight_is_trained_is_loaded_in_fp32(make_trainer, lora, monkeypatch, with_adapter):
+    read = []
+
+    def loaded(name, **options):
+        read.append(options.get("dtype"))
+        raise OSError("no GPU here")
+
+    monkeypatch.setattr("cream_peft.train.trainer.load_base", loaded)
+    with pytest.raises(OSError, match="no GPU here"):
+        make_trainer(TINY_ID, peft_config=lora() if with_adapter else None)
+    assert read == [None if with_adapter else torch.float32]
+
+
+def test_a_loss_of_the_users_own_is_told_how_many_labels_there_are(
+    make_model, make_documents, make_config, tiny_tokenizer, lora
+):
+    counts = []
+
+    def loss(outputs, labels, num_items_in_batch):
+        counts.append(int(num_items_in_batch))
+        found = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return found * labels[:, 1:].numel() / num_items_in_batch
+
+    trainer = CREAMTrainer(
+        model=make_model(), args=make_config(), train_dataset=make_documents(), processing_class=tiny_tokenizer,
+        peft_config=lora(), compute_loss_func=loss,
+    )  # fmt: skip
+    assert math.isfinite(trainer.train().training_loss)
+    assert len(counts) > 2 and min(counts) > 0
+
+
+def test_a_processor_is_refused_for_its_tokenizer(make_model, make_config, make_documents, tiny_tokenizer, lora):
+    with pytest.raises(ValueError, match="pass its tokenizer"):
+        CREAMTrainer(
+            model=make_model(), args=make_config(), train_dataset=make_documents(), peft_config=lora(),
+            processing_class=SimpleNamespace(tokenizer=tiny_tokenizer),
+        )  # fmt: skip
+
+
+def test_tokens_that_are_padding_or_outside_of_the_mask_carry_no_labels(make_trainer, make_documents):
+    rows = make_documents(8, tokens=100)["input_ids"]
+    padded = Dataset.from_dict({
+        "input_ids": [row[:20] + [0] * 80 for row in rows], "attention_mask": [[1] * 20 + [0] * 80] * 8,
+    })  # fmt: skip
+    stream = padded.to_iterable_dataset()
+    for documents in (padded, stream):
+        (first, *_) = make_trainer(documents=documents).train_dataset
+        assert list(first["input_ids"]) == rows[0][:20] == list(first["labels"])
+    masked = Dataset.from_dict({"input_ids": rows, "completion_mask": [[0] * 90 + [1] * 10] * 8})
+    for asked, labels in ((None, 10), (False, 100)):
+        trainer = make_trainer(documents=masked, completion_only_loss=asked)
+        assert sum(label != -100 for label in trainer.train_dataset[0]["labels"]) == labels
 
 
 def test_the_training_set_handed_over_for_evaluation_is_evaluated_at_plain_positions(make_trainer, make_documents):

@@ -78,6 +78,8 @@ def read_config(name: str, config: PreTrainedConfig | None = None, **kwargs: Any
     return rope.whole_window(decoder_config(found))
 
 
+WHOLE_DTYPE = torch.float32
+"""Of weights that are all trained: in bf16 most updates are rounded away."""
 CPU = {"": "cpu"}
 """Where a model is loaded that is to stay off a GPU."""
 
@@ -125,8 +127,7 @@ def quantization_config(
 
 def base_options(arguments: Any, use_cpu: bool = False) -> dict[str, Any]:
     """`load_base`'s options of a recipe's model arguments (TRL's ModelConfig names)."""
-    # Weights that are all trained are kept in fp32: in bf16 most updates are rounded away.
-    usual = default_dtype() if arguments.use_peft and not use_cpu else torch.float32
+    usual = default_dtype() if arguments.use_peft and not use_cpu else WHOLE_DTYPE
     dtype = getattr(torch, arguments.dtype) if arguments.dtype not in (None, "auto") else usual
     options = {"dtype": dtype, "load_in_4bit": arguments.load_in_4bit}
     options["attn_implementation"] = arguments.attn_implementation

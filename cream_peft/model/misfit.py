@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, BASE_CONFIG = REQUIRED_FILES[:3]
 SHAPE_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 SHAPE_FIELDS += ("num_attention_heads", "num_key_value_heads", "head_dim")
+KEEPS_BASE = (True, False, "gaussian", "orthogonal")
+"""LoRA's init_lora_weights that leave the base's weights as they are."""
+REPEATS = ("pissa", "olora")
+"""Those that change them, to the same again when the adapter is loaded."""
 
 
 def read_scaled_config(folder: Path, name: str, base: PreTrainedConfig | None, base_name: str) -> PreTrainedConfig:
@@ -106,3 +110,17 @@ def refuse_misfit(adapter: Adapter, name: str) -> None:
         if key in found and key in wanted:
             trouble = f"has another shape in {adapter.base_name}, {wanted[key]} and not {found[key]}"
         raise AdapterError(f"{key} of {WEIGHTS} in {name} {trouble}: it does not fit {CONFIG}; get the adapter again")
+
+
+def refuse_unrepeatable(peft_config: PeftConfig | None) -> None:
+    """Refuse a LoRA whose init_lora_weights change the base otherwise at each load: a random or a data-driven one.
+
+    Raises:
+        ValueError: naming those that can be had.
+    """
+    init = getattr(peft_config, "init_lora_weights", True)
+    if init not in (*KEEPS_BASE, *REPEATS):
+        allowed = ", ".join(map(str, (*KEEPS_BASE, *REPEATS)))
+        raise ValueError(
+            f"init_lora_weights={init}: the loaded adapter would not be the trained one: use one of {allowed}"
+        )

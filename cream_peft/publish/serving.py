@@ -36,6 +36,8 @@ def vllm_command(folder: Path, record: Record, name: str) -> str:
     # Of the last two it takes no notice, and scales all layers alike.
     unknown = ("modules_to_save", "use_dora", "alpha_pattern", "rank_pattern")
     refused = [field for field in unknown if adapter.get(field)]
+    if adapter["peft_type"] != "LORA":
+        return f"# vLLM takes LoRA adapters alone, and this one is {adapter['peft_type']}"
     if refused:
         served = f"vllm serve merged --max-model-len {record.target_length}"
         return f"# vLLM takes no adapter with {refused[0]}: merge it, see below\n{served}"
@@ -77,6 +79,8 @@ def llama_cpp_command(folder: Path, record: Record, lora: str = "adapter.gguf") 
         raise ServingError(f"a GGUF LoRA is written for {known}, and the base is {config.model_type!r}: {remedy}")
     if record.has_own_scaling:
         raise ServingError(f"llama.cpp has no flags for the RoPE scaling {scaling!r} of your own: {remedy}")
+    if adapter["peft_type"] != "LORA":
+        raise ServingError(f"llama.cpp takes LoRA adapters alone, and this one is {adapter['peft_type']}")
     for field, kind in (("use_dora", "DoRA"), ("modules_to_save", "modules that were trained whole")):
         if adapter.get(field):
             raise ServingError(f"llama.cpp's LoRA has no {kind} ({field} in adapter_config.json): {remedy}")

@@ -230,11 +230,14 @@ class ResumingTrainer(SavingTrainer):
             _say_what_changed(checkpoint, self.args)
             if not any(checkpoint.folder.glob("optimizer*")) and not any(checkpoint.folder.glob("global_step*")):
                 logger.warning("%s holds weights alone: optimizer and learning rate begin anew", checkpoint.folder)
-            # Of a stream nothing says how long a pass over it is.
-            if isinstance(self.train_dataset, IterableDataset) and checkpoint.state.get("epoch", 0) >= 1:
+            # Of a stream nothing says how long a pass over it is, and groups are drawn with what state torch then has.
+            grouped = self.args.train_sampling_strategy == "group_by_length"
+            differs = {"a streamed data set, which begins anew": isinstance(self.train_dataset, IterableDataset)}
+            differs["data grouped by length, which are grouped anew"] = grouped
+            for what in (what for what, is_so in differs.items() if is_so and checkpoint.state.get("epoch", 0) >= 1):
                 logger.warning(
-                    "%s is past the first pass over a streamed data set, which begins anew: the run goes on, and its "
-                    "weights will not be those of an uninterrupted one", checkpoint.folder,
+                    "%s is past the first pass over %s: the run goes on, and its weights will not be those of an "
+                    "uninterrupted one", checkpoint.folder, what,
                 )  # fmt: skip
             self.run_id, self.resumed_step = checkpoint.record.run_id, checkpoint.step
         self._is_first_checkpoint = True

@@ -27,7 +27,8 @@ class CREAMDataCollator:
     """Turns tokenised documents into a batch at `context_length` with the positions of `position_strategy`.
 
     A document that carries its row number (`document_row`, set by CREAMTrainer on training documents) gets a draw
-    seeded by (seed, epoch, row), whatever process or worker does it. The row -1 marks an evaluation document: its first
+    seeded by (seed, epoch, row), whatever process or worker does it. A seed and an eval_length of None are the
+    trainer's; without one they are 0 and all. The row -1 marks an evaluation document: its first
     `eval_length` tokens at positions 0..n-1. A document without a row number is refused. A draw whose labels are all
     -100 is drawn again, at most 16 times; `redrawn()` and `unlabelled()` count both. Where the first tokens are fed,
     which would be the same again, a part of the document that has a label is fed at those positions.
@@ -47,7 +48,7 @@ class CREAMDataCollator:
     target_length: int
     position_strategy: str = "cream"
     strategy_options: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    seed: int | None = None
     eval_length: int | None = None
     pad_to_multiple_of: int | None = None
     contiguous_share: float = 0.0
@@ -134,7 +135,7 @@ class CREAMDataCollator:
     def _training_example(
         self, input_ids: np.ndarray, labels: np.ndarray, row: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rng = positions.generator(self.seed, self._epoch.item(), row)
+        rng = positions.generator(self.seed or 0, self._epoch.item(), row)
         # Without a share no random number is taken, so that the draws stay those of the strategy alone. It is taken
         # once: draws that are thrown away would change the share.
         is_plain = bool(self.contiguous_share) and rng.random() < self.contiguous_share

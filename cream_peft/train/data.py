@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,9 @@ from .rows import (
     pair_of,
     to_messages,
     without_nulls,
+    without_padding,
 )
+from .templates import check_template
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,6 @@ TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 """Columns that TRL hands to the chat template."""
 SPLITS = ("train", "test", "validation", "eval", "dev", "val")
-PROBE = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "One?"},
-    {"role": "assistant", "content": "1"},
-    {"role": "user", "content": "Two?"},
-    {"role": "assistant", "content": "2"},
-]
 
 
 def load_data(recipe: Recipe, tokenizer: Any, vocab_size: int) -> tuple[Any, Any]:
@@ -130,7 +123,7 @@ def prepare_columns(
         return keep_usable(dataset, sample, name, column, convert, size, lambda row: place_of(row, name, split))
 
     if "input_ids" in columns:
-        dataset = dataset.select_columns([column for column in columns if column in TOKEN_COLUMNS])
+        dataset = without_padding(dataset, [column for column in columns if column in TOKEN_COLUMNS])
         return keep("input_ids")
     beside = [column for column in BESIDE_MESSAGES if column in columns]
     # In other types Arrow gives each mapping the keys of all the others again.
@@ -143,7 +136,7 @@ def prepare_columns(
 
     conversation = next((column for column in ("messages", "conversations") if column in columns), None)
     if conversation:
-        _check_template(tokenizer, f"{name} holds conversations ({conversation})")
+        check_template(tokenizer, f"{name} holds conversations ({conversation})")
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
             return differs_from(row, {"messages": to_messages(row[conversation], row.get("system")), **around(row)})
@@ -158,7 +151,7 @@ def prepare_columns(
     if "prompt" in columns and "completion" in columns:
         is_text = isinstance(sample.features["prompt"], Value)
         if not is_text:
-            _check_template(tokenizer, f"{name} holds conversations (prompt, completion)")
+            check_template(tokenizer, f"{name} holds conversations (prompt, completion)")
 
         def pair(row: dict[str, Any]) -> dict[str, Any]:
             both = zip(("prompt", "completion"), pair_of(row["prompt"], row["completion"]), strict=True)
@@ -220,44 +213,22 @@ def _check_reading(tokenizer: PreTrainedTokenizerBase, text: str, name: str, eos
         )
 
 
-def _check_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """Refuse a chat template that is missing, or after whose answers nothing says that they end."""
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{what} but the tokenizer has no chat template: use a chat model, or set chat_template_path to a "
-            ".jinja file"
-        )
-    rendered, answer = "", PROBE[2]["content"]
-    # A template may refuse the probe.
-    with suppress(Exception):
-        rendered = str(tokenizer.apply_chat_template(PROBE[1:3], tokenize=False))
-    if answer in rendered and not rendered.rpartition(answer)[2].strip():
-        raise DataError(
-            f"{what} but the chat template writes nothing after an answer, so the model would never learn to stop: set "
-            "chat_template_path to one that ends answers with the end token"
-        )
+def refuse_streamed(dataset: Any, args: Any) -> None:
+    """Refuse what cannot go with a streamed data set.
 
-
-def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A template with generation marks that renders exactly what the tokenizer's own does, or None.
-
-    TRL has training templates for many families; Llama-2, Llama-3.1 and SmolLM2 are not among them. One of ours is
-    used only where the two render a probe conversation to the same string, so that the model is trained on the format
-    it is served with.
+    Raises:
+        ValueError: naming the setting.
     """
-    if not tokenizer.chat_template or isinstance(tokenizer.chat_template, dict):
-        return None
-    for file in files("cream_peft").joinpath("train/chat_templates").iterdir():
-        ours = file.read_text(encoding="utf-8")
-        # A template may refuse the probe.
-        with suppress(Exception):
-            if all(
-                tokenizer.apply_chat_template(probe, tokenize=False)
-                == tokenizer.apply_chat_template(probe, tokenize=False, chat_template=ours)
-                for probe in (PROBE, PROBE[1:])
-            ):
-                return ours
-    return None
+    if isinstance(dataset, IterableDataset) and args.dataloader_num_workers:
+        raise ValueError(
+            f"dataloader_num_workers={args.dataloader_num_workers} cannot go with a streamed data set: each worker "
+            "would number the documents anew. Set it to 0, or do not stream"
+        )
+    if isinstance(dataset, IterableDataset) and args.target_growth:
+        raise ValueError(
+            f"target_growth={args.target_growth:g} cannot go with a streamed data set, of which a resumed run "
+            "reads what it skips: set it to 0, or do not stream"
+        )
 
 
 def report_unlabelled(dataset: Any, documents: Any, key: str, length: int) -> None:

@@ -14,21 +14,28 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from .. import rope
+from ..model.misfit import KEEPS_BASE
 
 
-def refuse_distillation(args: Any, is_new_adapter: bool) -> None:
+def refuse_distillation(args: Any, peft_config: PeftConfig | None) -> None:
     """Refuse a positive `distillation_weight` where there is no base to hold to, or where processes share the model.
 
     Raises:
         ValueError: naming which of the two.
     """
     given = f"distillation_weight={args.distillation_weight:g}"
-    if args.distillation_weight and not is_new_adapter:
+    # What disable_adapter() leaves as it is.
+    changed = {"bias": "none", "init_lora_weights": True}
+    for name, usual in changed.items() if args.distillation_weight else ():
+        value = getattr(peft_config, name, usual)
+        if value not in (usual, *KEEPS_BASE):
+            raise ValueError(f"{given} cannot go with {name}={value}, which changes the base that is held to")
+    if args.distillation_weight and peft_config is None:
         raise ValueError(
             f"{given} holds a new adapter to its base: with use_peft=false no base is left, and a second stage would "
             "lose what the first one taught: leave it out"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .collator import ROW_COLUMN
+from .collator import IGNORE_INDEX, ROW_COLUMN
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ def _observe(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor
         stack.callback(decoder.register_forward_hook(hidden_hook).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(trainer.compute_loss_context_manager())
-        trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch)))
+        inputs = trainer._prepare_inputs(dict(batch))
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=(inputs["labels"] != IGNORE_INDEX).sum())
     trainer.model.train(was_training)
     trainer._metrics["eval"].clear()
     return seen["positions"].cpu(), seen["hidden"].float().cpu()

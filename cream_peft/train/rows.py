@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ IGNORE_INDEX = -100
 BATCH = 10_000
 MOST_BAD = 0.5
 """Above this share of rows that cannot be used, the data set is refused."""
+MASK = "attention_mask"
 STREAM_SAMPLE = 256
 """Rows of a stream that are looked at before training."""
 SHOWN_REASONS = 5
@@ -254,3 +256,24 @@ def keep_usable(
         return [problem is None for problem in find_problems(part, column, convert, vocab_size)]
 
     return dataset.filter(usable, batched=True, batch_size=STREAM_SAMPLE)
+
+
+def column_names(dataset: Any) -> list[str]:
+    """The columns of a data set, as far as they are known."""
+    return getattr(dataset, "column_names", None) or []
+
+
+def without_padding(dataset: Any, columns: list[str]) -> Any:
+    """The tokens in `columns`, without those that an attention_mask beside them says are none."""
+    if MASK not in (dataset.column_names or ()):
+        return dataset.select_columns(columns)
+    rows = dataset.select_columns([*columns, MASK])
+    if isinstance(dataset, Dataset):
+        parts = (table[MASK].combine_chunks() for table in rows.with_format("arrow").iter(BATCH))
+        if all(pc.min(part.flatten()).as_py() in (1, True, None) for part in parts):
+            return dataset.select_columns(columns)
+
+    def unpadded(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: list(compress(row[name] or (), row[MASK] or ())) for name in columns}
+
+    return rows.map(unpadded, remove_columns=[MASK])

@@ -28,6 +28,7 @@ from .distillation import refuse_distillation
 from .machine import base_config, check_machine, find_adapter, memory_explained, refuse_separate_runs
 from .recipe import Recipe, RecipeError
 from .saving import refuse_output
+from .templates import set_chat_template
 from .trainer import CREAMTrainer
 
 logger = logging.getLogger(__name__)
@@ -86,10 +87,7 @@ def _load_tokenizer(recipe: Recipe, name: str, adapter: Adapter | None) -> Any:
     else:
         tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=run.trust_remote_code)
     if template:
-        # TRL also takes a model's name here, and then resizes the embeddings.
-        if not Path(template).is_file() or Path(template).suffix not in (".jinja", ".j2"):
-            raise RecipeError(f"chat_template_path={template}: no such .jinja file")
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        set_chat_template(tokenizer, template)
     return tokenizer
 
 
@@ -136,7 +134,7 @@ def run_recipe(recipe: Recipe) -> RunSummary:
     refuse_output(folder, recipe.model.model_name_or_path)
     config = adapter.base_config if adapter else base_config(recipe)
     run.resolve(pretrained_window(config))
-    refuse_distillation(run, recipe.model.use_peft and not adapter)
+    refuse_distillation(run, None if adapter else get_peft_config(recipe.model))
     check_machine(recipe, config)
     refuse_separate_runs(run)
     with _locked_output(folder), memory_explained(recipe, config):

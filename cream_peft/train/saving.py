@@ -227,6 +227,8 @@ class SavingTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         home = Path(str(self.args.output_dir))
         target = Path(output_dir or home)
+        if target.resolve() != home.resolve() and self.args.should_save:
+            refuse_output(target, self.unwrapped_config()._name_or_path)
         card = next((place / CARD for place in (home, target) if (place / CARD).is_file()), None)
         with saved_whole(target, self.args.should_save) as folder:
             super()._save(str(folder), state_dict)

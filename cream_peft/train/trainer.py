@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from .. import rope
 from ..model.attention import use_repeating_sdpa
 from ..model.base import (
     CPU,
+    WHOLE_DTYPE,
     check_module_names,
     keep_4bit_trainable_on_cpu,
     keep_adapter_in_fp32,
@@ -29,14 +32,17 @@ from ..model.base import (
     with_pad_token,
 )
 from ..model.fingerprint import fingerprint, weight_files
+from ..model.misfit import refuse_unrepeatable
 from ..model.record import Record
 from .checkpoints import ResumingTrainer
 from .collator import EVALUATION_ROW, MIXED, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
-from .data import fit_short_documents, prepare_columns, report_unlabelled, training_chat_template, with_labels
+from .data import fit_short_documents, prepare_columns, refuse_streamed, report_unlabelled, with_labels
 from .distillation import distil, refuse_distillation
 from .preflight import check_positions
+from .rows import column_names
 from .saving import refuse_output
+from .templates import set_chat_template, training_chat_template
 from .watch import StopIfNotFinite, digest, refuse_useless
 
 logger = logging.getLogger(__name__)
@@ -46,8 +52,13 @@ class _SetEpoch(TrainerCallback):
     def __init__(self, collator: CREAMDataCollator):
         self.collator = collator
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    # As transformers counts the epochs of a run that is resumed, perhaps with other batches than those of state.epoch.
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.epoch = int(state.epoch or 0)
+        if state.global_step and has_length(train_dataloader):
+            self.epoch = state.global_step // max(
+                1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+            )
 
     # Counted, not read from state.epoch: with a streamed data set that one lags behind.
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -99,13 +110,18 @@ class CREAMTrainer(ResumingTrainer):
             )
         if peft_config is not None and isinstance(model, PeftModel):
             raise ValueError("peft_config goes with a base: the model has an adapter already, which is trained further")
-        refuse_distillation(args, peft_config is not None)
+        if isinstance(model, PeftModel) and (name := model.active_adapter) != "default":
+            raise ValueError(f"the model's adapter is called {name!r}: PEFT saves it elsewhere unless it is 'default'")
+        if hasattr(processing_class, "tokenizer"):
+            raise ValueError("processing_class is a processor of images or sound too: pass its tokenizer")
+        refuse_unrepeatable(peft_config)
+        refuse_distillation(args, peft_config)
         if args.device.type == "cpu":
             # There is nowhere to offload from, and TRL's offloading fails when it looks for a GPU.
             args.activation_offloading = False
         self.recipe: dict[str, Any] = {}
         self.seconds: float | None = None
-        base = self._scaled_model(model, args, quantization_config)
+        base = self._scaled_model(model, args, quantization_config, peft_config is None)
         refuse_output(Path(str(args.output_dir)), base.config._name_or_path)
         is_peft = peft_config is not None or isinstance(base, PeftModel)
         if args.learning_rate is None:
@@ -117,19 +133,16 @@ class CREAMTrainer(ResumingTrainer):
             source, revision = (folder, None) if folder else (base.config._name_or_path, commit)
             processing_class = load_tokenizer(source, revision=revision, trust_remote_code=trusted)
         tokenizer = with_pad_token(processing_class)
+        if args.chat_template_path:
+            set_chat_template(tokenizer, args.chat_template_path)
+            args.chat_template_path = None
         collator = self._collator(args, tokenizer)
         self._refuse_other_collator(data_collator, collator)
-        if isinstance(train_dataset, IterableDataset) and args.dataloader_num_workers:
-            raise ValueError(
-                f"dataloader_num_workers={args.dataloader_num_workers} cannot go with a streamed data set: each worker "
-                "would number the documents anew. Set it to 0, or do not stream"
-            )
-        if isinstance(train_dataset, IterableDataset) and args.target_growth:
-            raise ValueError(
-                f"target_growth={args.target_growth:g} cannot go with a streamed data set, of which a resumed run "
-                "reads what it skips: set it to 0, or do not stream"
-            )
+        refuse_streamed(train_dataset, args)
         self._training_documents = train_dataset
+        # TRL makes labels of the mask only if it is asked to; rows that have one mean it.
+        if args.completion_only_loss is None and {"input_ids", "completion_mask"} <= set(column_names(train_dataset)):
+            args.completion_only_loss = True
         handed_over = base.named_parameters() if isinstance(base, PeftModel) else ()
         given = {name: p.detach().clone() for name, p in handed_over if p.requires_grad}
 
@@ -176,7 +189,9 @@ class CREAMTrainer(ResumingTrainer):
                 "precision: set bf16 or fp16 to true on a GPU, dtype to float32 on a CPU, or leave it out"
             )
 
-    def _scaled_model(self, model: Any, args: CREAMConfig, quantization_config: BitsAndBytesConfig | None) -> Any:
+    def _scaled_model(
+        self, model: Any, args: CREAMConfig, quantization_config: BitsAndBytesConfig | None, is_whole: bool
+    ) -> Any:
         if isinstance(model, str):
             options: dict[str, Any] = dict(args.model_init_kwargs or {})  # ty: ignore[no-matching-overload] no text by now
             if quantization_config is not None:
@@ -184,6 +199,8 @@ class CREAMTrainer(ResumingTrainer):
             options.setdefault("trust_remote_code", args.trust_remote_code)
             if args.use_cpu:
                 options.setdefault("device_map", CPU)
+            if is_whole:
+                options.setdefault("dtype", WHOLE_DTYPE)
             model = load_base(model, load_in_4bit=False, **options)
             args.model_init_kwargs = None
         use_repeating_sdpa()
@@ -232,7 +249,10 @@ class CREAMTrainer(ResumingTrainer):
                 f"data_collator={type(given).__name__} draws no CREAM positions: leave it out, or subclass "
                 "CREAMDataCollator"
             )
-        for name in ("context_length", "target_length", "position_strategy", "strategy_options", *MIXED):
+        for name in ("eval_length", "seed"):
+            if getattr(given, name) is None:
+                setattr(given, name, getattr(ours, name))
+        for name in ("context_length", "target_length", "eval_length", "position_strategy", "strategy_options", *MIXED):
             if getattr(given, name) != getattr(ours, name):
                 raise ValueError(
                     f"data_collator has {name}={getattr(given, name)}, args {getattr(ours, name)}: make them equal"
