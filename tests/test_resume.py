@@ -210,28 +210,23 @@ def test_weights_alone_are_resumed_with_a_line_that_says_what_begins_anew(run, c
     assert "checkpoint-4 holds weights alone: optimizer and learning rate begin anew" in caplog.text
 
 
-def test_a_stream_past_its_first_pass_says_that_it_begins_anew(tmp_path, caplog):
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--dataset_streaming", "true"], "a streamed data set, which begins anew"),
+        (["--train_sampling_strategy", "group_by_length"], "data grouped by length, which are grouped anew"),
+    ],
+)
+def test_what_begins_anew_past_its_first_pass_is_said(tmp_path, caplog, options, said):
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(6)))
-    data = ["--dataset_streaming", "true", "--dataset_name", str(tmp_path / "d.jsonl")]
+    data = [*options, "--dataset_name", str(tmp_path / "d.jsonl")]
     train(tmp_path / "run", *data)
     for step, is_past in ((2, False), (4, True)):
         caplog.clear()
         checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"from-{step}")
         train(folder, *data, "--max_steps", "5", "--resume_from_checkpoint", checkpoint)
-        assert ("is past the first pass over a streamed data set" in caplog.text) == is_past
-
-
-def test_grouped_batches_past_their_first_pass_are_said_to_be_drawn_anew(tmp_path, caplog):
-    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"input_ids": [n + 1] * 70}) for n in range(6)))
-    data = ["--train_sampling_strategy", "group_by_length", "--dataset_name", str(tmp_path / "d.jsonl")]
-    train(tmp_path / "run", *data)
-    for step, is_past in ((2, False), (4, True)):
-        caplog.clear()
-        checkpoint = str(tmp_path / "run" / f"checkpoint-{step}")
-        folder = shutil.copytree(tmp_path / "run", tmp_path / f"from-{step}")
-        train(folder, *data, "--max_steps", "5", "--resume_from_checkpoint", checkpoint)
-        assert ("is past the first pass over data grouped by length" in caplog.text) == is_past
+        assert (f"is past the first pass over {said}" in caplog.text) == is_past
 
 
 def test_a_run_that_goes_on_with_larger_batches_draws_nothing_twice(tmp_path, monkeypatch):

@@ -6,13 +6,12 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProcessorMixin, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -534,11 +533,15 @@ def test_a_loss_of_the_users_own_is_told_how_many_labels_there_are(
     assert len(counts) > 2 and min(counts) > 0
 
 
-def test_a_processor_is_refused_for_its_tokenizer(make_model, make_config, make_documents, tiny_tokenizer, lora):
+def test_a_processor_is_refused_for_its_tokenizer(make_model, make_config, make_documents, lora):
+    class Processor(ProcessorMixin):
+        def __init__(self):
+            pass
+
     with pytest.raises(ValueError, match="pass its tokenizer"):
         CREAMTrainer(
             model=make_model(), args=make_config(), train_dataset=make_documents(), peft_config=lora(),
-            processing_class=SimpleNamespace(tokenizer=tiny_tokenizer),
+            processing_class=Processor(),
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from .. import rope
@@ -112,7 +112,7 @@ class CREAMTrainer(ResumingTrainer):
             raise ValueError("peft_config goes with a base: the model has an adapter already, which is trained further")
         if isinstance(model, PeftModel) and (name := model.active_adapter) != "default":
             raise ValueError(f"the model's adapter is called {name!r}: PEFT saves it elsewhere unless it is 'default'")
-        if hasattr(processing_class, "tokenizer"):
+        if isinstance(processing_class, ProcessorMixin):
             raise ValueError("processing_class is a processor of images or sound too: pass its tokenizer")
         refuse_unrepeatable(peft_config)
         refuse_distillation(args, peft_config)
