@@ -314,8 +314,8 @@ def test_what_the_base_recalled_is_kept_while_a_new_skill_is_learned(tmp_path):
     def trained(weight):
         folder = tmp_path / str(weight)
         options = ["--output_dir", str(folder), "--distillation_weight", str(weight), "--save_strategy", "no"]
-        run_recipe(parse_recipe([*options, "--load_in_4bit", "false"]))
-        model, _ = load_adapter(folder, load_in_4bit=False)
+        run_recipe(parse_recipe(options))
+        model, _ = load_adapter(folder)
         return [evaluate_recall(model, 256, 16, 7, mark=mark)["correct"].mean() for mark in (None, MARK)]
 
     (forgotten, skill), (kept, skill_kept) = trained(0), trained(1)

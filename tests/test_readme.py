@@ -188,10 +188,19 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     at = [right(f"yarn {name}+128 steps", 1024) for name in seeds]
     shown = [pooled[f"YaRN: {name}"] for name in ("plain fine-tune", "CREAM", "PoSE")]
     told = (
-        "fine-tune answers {} right at 8,192 tokens, CREAM {} ({} to {}), PoSE {} (three seeds each, too few "
-        "to settle it); at 1,024 it is {}, {} and {} (one)."
+        "After 128, at 8,192: plain {}, CREAM {} ({} to {}), PoSE {} (three seeds each, too few to settle it); "
+        "at 1,024: {}, {}, {}."
     )
     assert told.format(*shown[:2], min(seeds["cream"]), max(seeds["cream"]), shown[2], *at) in front
+    lengths, after_256 = (1024, 4096, 8192), ("yarn contiguous+256 steps", "yarn cream+256 steps")
+    plain, cream = ([right(name, length) for length in lengths] for name in after_256)
+    assert all(one < other for one, other in zip(plain, cream, strict=True)) and "at all three lengths" in text
+    told = "plain has {} right at 1,024 tokens and {} at 8,192, CREAM {} and {}."
+    assert told.format(plain[0], plain[2], cream[0], cream[2]) in front
+    of_256 = [found["yarn", "contiguous+256 steps", length] for length in lengths]
+    assert [one["p_value"] < 0.05 for one in of_256] == [False, False, True]
+    assert all(low < 0 < high for low, high in (one["alone_loss"]["interval"] for one in of_256))
+    assert of_256[0]["seeds"] == [0] and "(one seed)" in text
     own = [right(f"yarn cream+128 steps+default sigma{seed}", 8192) for seed in ("", " seed 1")]
     assert "two seeds have fewer right than the clamped one" in text
     assert all(one < other for one, other in zip(own, seeds["cream"], strict=False))
@@ -205,7 +214,7 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     assert found["yarn", "pose+128 steps", 8192]["seeds"] == [0, 1, 2]
     at = [rows[name.format("none")]["8192"] for name in longer]
     at = [f"{one[key]:.2f}" for key in ("accuracy", "loss of the number alone") for one in at]
-    assert "at 8,192, plain has {} and CREAM {} (perhaps chance), with losses of {} and {}".format(*at) in front
+    assert "unscaled, after 128: plain {}, CREAM {} (perhaps chance), losses {} and {}".format(*at) in front
     for length in (8192, 16_384):
         assert surely_lower("yarn", "contiguous+128 steps", length)
         assert found["yarn", "contiguous+128 steps", length]["p_value"] < 0.01
@@ -234,10 +243,10 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     assert all(one["p_value"] > 0.05 and abs(one["difference"]) < 0.1 for one in later)
     assert all(one["alone_loss"]["interval"][0] < 0 < one["alone_loss"]["interval"][1] for one in later)
     by_depth = list(rows["none contiguous+128 steps"]["8192"]["loss by depth"].values())
-    assert "loses there is the first quarter" in text and min(by_depth[:2]) > 3 * max(by_depth[2:])
+    assert "loses there after 128 is the first quarter" in text and min(by_depth[:2]) > 3 * max(by_depth[2:])
     assert "exact answers may be chance" in text and found["none", "contiguous+128 steps", 8192]["p_value"] > 0.05
     at = [right(f"none {name}", 1024) for name in ("cream", "contiguous", "cream+128 steps", "contiguous+128 steps")]
-    assert "64 steps bring it to {} (plain fine-tuning {}), 128 to {} ({}, which may be chance)".format(*at) in text
+    assert "64 bring it to {} (plain fine-tuning {}), 128 to {} ({}, which may be chance)".format(*at) in text
     for length in ("1024", "4096", "8192"):
         alone, mixed = (rows[f"none {name}"][length] for name in ("cream", "cream+contiguous"))
         assert mixed["accuracy"] <= alone["accuracy"]
@@ -318,7 +327,8 @@ def test_when_not_to_train_quotes_the_results_that_it_links_to():
     alone, on_top = losses["yarn", "untuned", 0], losses["yarn", "cream", 0]
     best = min(loss for (_, strategy, _), loss in losses.items() if strategy != "untuned")
     asked = [found["questions"] for row in cpu if (found := row.get("multikey_needle at 16384"))]
-    assert "ten to fifteen questions a row" in " ".join(text.split()) and {10, 15} == set(asked)
+    # Three of five depths are the middle.
+    assert "six to nine questions a row" in " ".join(text.split()) and {10, 15} == set(asked)
     for figure, before in ((alone, "has a loss of"), (on_top, "ends at"), (best, "(CREAM, 96 steps) at")):
         assert f"{before} {figure:.2f}" in " ".join(text.split())
     rows = json.loads((TINY / "results/reproduce.json").read_text())["rows"]

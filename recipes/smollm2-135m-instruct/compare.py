@@ -115,9 +115,10 @@ YARN, NTK, INSIDE = (rows(scaling, "untuned", *TRAINED) for scaling in ("yarn", 
 DISTILLED = rows("yarn", "cream+distillation")
 MORE_STEPS = ("cream+128 steps", "contiguous+128 steps", "pose+128 steps")
 LONGER = rows("yarn", *MORE_STEPS)
-MORE_INSIDE = rows("none", "cream+contiguous", "cream+growth", "cream+128 steps", "contiguous+128 steps")
+MORE_INSIDE = rows("none", "cream+contiguous", "cream+growth", *MORE_STEPS)
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 LONGER_AGAIN = [row for seed in (1, 2) for row in rows("yarn", *MORE_STEPS, seed=seed)]
+LONGEST = rows("yarn", "cream+256 steps", "contiguous+256 steps", "pose+256 steps")
 OWN_LAW = [row for seed in (0, 1, 2) for row in rows("yarn", "cream+128 steps+default sigma", seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 SEEDS_AT = (8192, 16_384)
@@ -137,6 +138,7 @@ ROUNDS = [
     (YARN, list(PRICE), 0),
     (DISTILLED, ["chats", 4096, 1024, 16_384], 0),
     (LONGER, [16_384, 8192, 1024, 4096, 32_768], 0),
+    (LONGEST, [8192, 1024, 16_384, 4096], 0),
     (LONGER, [1024, 4096], 1),
     (LONGER_AGAIN, [8192, 16_384, 1024, 4096], 0),
     (OWN_LAW, [8192, 16_384, 1024, 4096], 0),
@@ -155,7 +157,7 @@ BUDGETS = {
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
         [*FIRST, *((some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
-         for some in (YARN + DISTILLED + LONGER, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, OWN_LAW,
+         for some in (YARN + DISTILLED + LONGER + LONGEST, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, OWN_LAW,
          INSIDE_AGAIN))],
     ),
 }  # fmt: skip
@@ -489,6 +491,7 @@ FRONT = {
     "pose+128 steps": "PoSE",
 }  # fmt: skip
 """What is drawn, in order: strategy -> what it is called in the picture."""
+AFTER_256 = {name.replace("128", "256"): f"{told}, 256 steps" for name, told in FRONT.items() if "128" in name}
 
 
 def drawn(scaling: str, names: dict[str, str]) -> dict[str, str]:
@@ -507,14 +510,15 @@ def mean_of_seeds(found: list[dict[str, Any]]) -> str:
 
 
 def short_table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: the rows of FRONT beyond and within the window, over all seeds."""
+    """Markdown: the rows of FRONT and LONGEST beyond and within the window, over all seeds."""
     lengths = lengths_of(summary)
     lines = [f"| | {' | '.join(f'{length:,}' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
     for scaling, where in (("yarn", "YaRN"), ("none", "no scaling")):
-        for strategy, name in drawn(scaling, FRONT).items():
+        for strategy, name in drawn(scaling, FRONT | AFTER_256).items():
             mine = [row for row in summary["rows"] if (row["scaling"], row["strategy"]) == (scaling, strategy)]
             cells = [mean_of_seeds([row[str(length)] for row in mine if str(length) in row]) for length in lengths]
-            lines.append(f"| {where}: {name} | {' | '.join(cells)} |")
+            if any(cells):
+                lines.append(f"| {where}: {name} | {' | '.join(cells)} |")
     return lines
 
 
