@@ -201,6 +201,8 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     assert [one["p_value"] < 0.05 for one in of_256] == [False, False, True]
     assert all(low < 0 < high for low, high in (one["alone_loss"]["interval"] for one in of_256))
     assert of_256[0]["seeds"] == [0] and "(one seed)" in text
+    best = [max(row[str(length)]["accuracy"] for row in summary["rows"] if str(length) in row) for length in lengths]
+    assert [f"{one:.2f}" for one in best] == cream and "the best that was measured" in text
     own = [right(f"yarn cream+128 steps+default sigma{seed}", 8192) for seed in ("", " seed 1")]
     assert "two seeds have fewer right than the clamped one" in text
     assert all(one < other for one, other in zip(own, seeds["cream"], strict=False))
