@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def plot_command(arguments: list[str]) -> None:
         parser.error("give RESULTS.json or --positions")
     if Path(options.output).suffix not in (".png", ".svg"):
         raise UserError(f"--output {options.output}: the ending must be .png or .svg")
-    from .evals.plots import plot_results, save, tasks_figure
+    from .evals.plots import plot_results, save, tasks_figure, told_apart
 
     if options.positions:
         from .evals.draw_positions import positions_figure
@@ -194,22 +194,12 @@ def plot_command(arguments: list[str]) -> None:
         figure = positions_figure(options.context_length, options.target_length, strategies=options.strategies)
         print(f"The picture is {save(figure, Path(options.output))}")
         return
-    from .evals.results import Results
-
-    # A panel a model has room for the same label in each.
-    labelled: dict[tuple[str, str], Results] = {}
-    for name in options.results:
-        result = Results.read(name)
-        if not result.cells:
-            raise UserError(f"{name} cannot be drawn: nothing was measured in it yet; `cream-peft evaluate` fills it")
-        label, panel = result.settings.label or Path(name).stem, result.model if options.kind == "tasks" else ""
-        label = f"{label} ({name})" if (label, panel) in labelled else label
-        labelled[label, panel] = replace(result, settings=replace(result.settings, label=label))
+    found = told_apart(options.results, options.kind == "tasks")
     if options.kind == "tasks":
-        paths = [save(tasks_figure(labelled.values(), options.title), Path(options.output))]
+        paths = [save(tasks_figure(found, options.title), Path(options.output))]
     else:
-        found = {label: result for (label, _), result in labelled.items()}
-        paths = plot_results(found, options.output, options.kind, options.task, options.title)
+        labelled = {str(result.settings.label): result for result in found}
+        paths = plot_results(labelled, options.output, options.kind, options.task, options.title)
     print("\n".join(f"The picture is {path}" for path in paths))
 
 

@@ -192,14 +192,15 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
         "at 1,024: {}, {}, {}."
     )
     assert told.format(*shown[:2], min(seeds["cream"]), max(seeds["cream"]), shown[2], *at) in front
-    lengths, after_256 = (1024, 4096, 8192), ("yarn contiguous+256 steps", "yarn cream+256 steps")
+    lengths, after_256 = (1024, 4096, 8192, 16_384), ("yarn contiguous+256 steps", "yarn cream+256 steps")
     plain, cream = ([right(name, length) for length in lengths] for name in after_256)
-    assert all(one < other for one, other in zip(plain, cream, strict=True)) and "at all three lengths" in text
-    told = "plain has {} right at 1,024 tokens and {} at 8,192, CREAM {} and {}."
-    assert told.format(plain[0], plain[2], cream[0], cream[2]) in front
+    assert all(one < other for one, other in zip(plain, cream, strict=True)) and "at all four lengths" in text
+    told = "plain has {} right at 1,024 tokens, {} at 8,192 and {} at 16,384, CREAM {}, {} and {}."
+    assert told.format(plain[0], *plain[2:], cream[0], *cream[2:]) in front
     of_256 = [found["yarn", "contiguous+256 steps", length] for length in lengths]
-    assert [one["p_value"] < 0.05 for one in of_256] == [False, False, True]
-    assert all(low < 0 < high for low, high in (one["alone_loss"]["interval"] for one in of_256))
+    assert [one["p_value"] < 0.05 for one in of_256] == [False, False, True, True]
+    assert [one["alone_loss"]["interval"][1] < 0 for one in of_256] == [False, False, False, True]
+    assert all(one["alone_loss"]["difference"] < 0 for one in of_256)
     assert of_256[0]["seeds"] == [0] and "(one seed)" in text
     best = [max(row[str(length)]["accuracy"] for row in summary["rows"] if str(length) in row) for length in lengths]
     assert [f"{one:.2f}" for one in best] == cream and "the best that was measured" in text

@@ -257,6 +257,23 @@ def tasks_figure(results: Iterable[Results], title: str = "") -> Figure:
     return _finish(figure, panels[0], dict.fromkeys(labels, results[0]), title)
 
 
+def told_apart(files: Iterable[str | Path], by_model: bool) -> list[Results]:
+    """The results in files, each of a label of its own; with `by_model` among those of its model.
+
+    Raises:
+        ValueError: a file that is no results file, or in which nothing was measured yet.
+    """
+    found: dict[tuple[str, str], Results] = {}
+    for file in files:
+        result = Results.read(file)
+        if not result.cells:
+            raise ValueError(f"{file} cannot be drawn: nothing was measured in it yet; `cream-peft evaluate` fills it")
+        label, model = result.settings.label or Path(file).stem, result.model if by_model else ""
+        label = f"{label} ({file})" if (label, model) in found else label
+        found[label, model] = replace(result, settings=replace(result.settings, label=label))
+    return list(found.values())
+
+
 KINDS = {"accuracy": accuracy_figure, "depth": depth_figure, "heatmap": heatmap_figure, "perplexity": perplexity_figure}
 
 

@@ -146,9 +146,7 @@ def _read_results(files: Iterable[str | Path], folder: Path, record: Record) -> 
         result = Results.read(file)
         label = result.settings.label or Path(file).stem
         if file_name(label) in map(file_name, results):
-            raise PushError(
-                f"two results have the label {label!r}, or one file for it: measure one again as --compare LABEL=MODEL"
-            )
+            raise PushError(f"two results have the label {label!r}, or one file for it: name one anew as LABEL=MODEL")
         results[label] = result
     if results and not any(result.cells and is_own(result, folder, record) for result in results.values()):
         raise PushError(

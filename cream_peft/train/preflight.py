@@ -84,6 +84,8 @@ def _observe(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor
         stack.enter_context(torch.no_grad())
         stack.enter_context(trainer.compute_loss_context_manager())
         inputs = trainer._prepare_inputs(dict(batch))
+        # By which the loss of experts' routers is divided, and which transformers sets once it trains.
+        trainer.current_gradient_accumulation_steps = 1
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=(inputs["labels"] != IGNORE_INDEX).sum())
     trainer.model.train(was_training)
     trainer._metrics["eval"].clear()

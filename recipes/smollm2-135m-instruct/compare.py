@@ -517,7 +517,7 @@ def short_table(summary: dict[str, Any]) -> list[str]:
         for strategy, name in drawn(scaling, FRONT | AFTER_256).items():
             mine = [row for row in summary["rows"] if (row["scaling"], row["strategy"]) == (scaling, strategy)]
             cells = [mean_of_seeds([row[str(length)] for row in mine if str(length) in row]) for length in lengths]
-            if any(cells):
+            if any(cells) or strategy not in AFTER_256:
                 lines.append(f"| {where}: {name} | {' | '.join(cells)} |")
     return lines
 
