@@ -16,11 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .. import rope
 from ..errors import about, missing_folder
 from ..model.adapter import Adapter, adapter_folder, open_adapter
-from ..model.base import load_base, load_tokenizer, local_snapshot, read_config, resolve_base
+from ..model.base import base_commit, load_base, load_tokenizer, read_config, resolve_base
 from ..model.check import check_weights
 from ..model.fingerprint import digest
 from ..model.record import Record, adapter_sha256, is_adapter
-from ..tiny import TINY_ID
 from .results import Settings, file_name
 
 logger = logging.getLogger(__name__)
@@ -140,10 +139,9 @@ def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | Non
         with about(name):
             config = read_config(name, trust_remote_code=False)
     if record is None:
-        weights = digest(Path(name)) if is_here else None
-        settings = replace(settings, pretrained_window=rope.pretrained_window(config), base_sha256=weights)
-        if not is_here and name != TINY_ID and (snapshot := local_snapshot(name)):
-            settings = replace(settings, base_revision=snapshot.name)
+        weights, window = digest(Path(name)) if is_here else None, rope.pretrained_window(config)
+        known = {"pretrained_window": window, "base_sha256": weights, "base_revision": base_commit(name)}
+        settings = replace(settings, **known)
         return OpenedModel(spec, None, name, config, settings)
     if load_in_4bit and not record.load_in_4bit:
         logger.warning("%s was trained on a base of 16 bits and is measured in 4: see --no_4bit", spec.label)

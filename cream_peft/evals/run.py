@@ -43,11 +43,11 @@ def _differing(earlier: Results, now: Results, tasks: Iterable[str]) -> list[str
 
 
 def _with_earlier(
-    results: Results, path: Path, tasks: Iterable[str], overwrite: bool, unknown: str | None = None
+    results: Results, path: Path, tasks: Iterable[str], overwrite: bool, unknown: str = "", say: bool = False
 ) -> Results:
     """`results` with what is at `path` already, if that was measured with the same settings; else a ValueError, or with
-    `overwrite` the other tasks of what is there, if they were. Before anything is measured `unknown`, if not None,
-    begins the settings that are not known yet, and what will be deleted is said."""
+    `overwrite` the other tasks of what is there, if they were. `unknown` begins the settings that are not known yet;
+    `say` which tasks will be deleted."""
     if not path.is_file():
         return results
     earlier = Results.read(path)
@@ -57,7 +57,7 @@ def _with_earlier(
         # Options are of a task; the rest is of all.
         if wide := _differing(replace(earlier, cells=kept), results, ()):
             lost = ", ".join(dict.fromkeys(cell.task for cell in kept))
-            if unknown is not None:
+            if say:
                 logger.warning("%s: %s is deleted too, it was measured with other settings, %s", path, lost, wide[0])
             return results
         earlier = replace(earlier, cells=kept)
@@ -257,7 +257,7 @@ def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None
             planned, _ = _planned(opened, texts, options, options.kv_cache)
             # Which cache fits is known once the model is loaded.
             unknown = "kv_cache of " if options.kv_cache == "auto" else ""
-            _with_earlier(planned, files[opened.spec.label], options.tasks, options.overwrite, unknown)
+            _with_earlier(planned, files[opened.spec.label], options.tasks, options.overwrite, unknown, say=True)
         results = {
             opened.spec.label: measure(opened, *opened.load(), lengths, options, texts, files[opened.spec.label])
             for opened, lengths in found

@@ -59,6 +59,12 @@ def local_snapshot(name: str, revision: str | None = None, cache_dir: Any = None
     return Path(found).parent if isinstance(found, str) else None
 
 
+def base_commit(name: str, revision: str | None = None, cache_dir: Any = None) -> str | None:
+    """The commit of a base in the Hub's cache; None of a folder, and of what is not there yet."""
+    found = local_snapshot(name, revision, cache_dir)
+    return found.name if found and not Path(resolve_base(name)).is_dir() else None
+
+
 def refuse_quantized(config: PreTrainedConfig, name: str) -> None:
     """Raise a ValueError for a base whose files are quantized (bnb-4bit, GPTQ, AWQ, FP8, ...)."""
     settings = getattr(config, "quantization_config", None)
@@ -203,8 +209,7 @@ def load_base(
     hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in kwargs}
     with about(name):
         unscaled = read_config(name, config, **hub_kwargs)
-    found = local_snapshot(name, kwargs.get("revision"), kwargs.get("cache_dir"))
-    commit = found.name if found and not Path(source).is_dir() else None
+    commit = base_commit(name, kwargs.get("revision"), kwargs.get("cache_dir"))
     if commit:
         # Its branch may move on before the weights are read.
         kwargs["revision"] = commit

@@ -81,7 +81,7 @@ def _asked(results: Mapping[str, Results]) -> dict[str, str]:
     the same."""
     labels: dict[str, list[str]] = defaultdict(list)
     measured = {label: result for label, result in results.items() if result.cells}
-    how: dict[str, dict[str, str]] = defaultdict(dict)
+    how: dict[str, dict[str, str]] = {}
     for task in tasks_in(measured):
         own = {label: one.settings.options.get(task, {}) for label, one in measured.items() if one.of_task(task)}
         for key in dict.fromkeys(key for options in own.values() for key in options):

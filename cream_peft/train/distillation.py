@@ -29,11 +29,11 @@ def refuse_distillation(args: Any, peft_config: PeftConfig | None) -> None:
         ValueError: naming which of the two.
     """
     given = f"distillation_weight={args.distillation_weight:g}"
-    # What disable_adapter() leaves as it is.
-    changed = {"bias": "none", "init_lora_weights": True}
-    for name, usual in changed.items() if args.distillation_weight else ():
-        value = getattr(peft_config, name, usual)
-        if value not in (usual, *KEEPS_BASE):
+    # Of other values disable_adapter() leaves something in the base.
+    undone = {"bias": ("none",), "init_lora_weights": KEEPS_BASE}
+    for name, values in undone.items() if args.distillation_weight else ():
+        value = getattr(peft_config, name, values[0])
+        if value not in values:
             raise ValueError(f"{given} cannot go with {name}={value}, which changes the base that is held to")
     if args.distillation_weight and peft_config is None:
         raise ValueError(

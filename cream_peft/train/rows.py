@@ -265,7 +265,7 @@ def column_names(dataset: Any) -> list[str]:
 
 def without_padding(dataset: Any, columns: list[str]) -> Any:
     """The tokens in `columns`, without those that an attention_mask beside them says are none."""
-    if MASK not in (dataset.column_names or ()):
+    if MASK not in column_names(dataset):
         return dataset.select_columns(columns)
     rows = dataset.select_columns([*columns, MASK])
     if isinstance(dataset, Dataset):

@@ -56,9 +56,8 @@ class _SetEpoch(TrainerCallback):
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.epoch = int(state.epoch or 0)
         if state.global_step and has_length(train_dataloader):
-            self.epoch = state.global_step // max(
-                1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-            )
+            steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+            self.epoch = state.global_step // max(1, steps)
 
     # Counted, not read from state.epoch: with a streamed data set that one lags behind.
     def on_epoch_begin(self, args, state, control, **kwargs):
