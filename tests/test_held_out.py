@@ -1,6 +1,7 @@
 """A checkpoint chosen by the loss of held-out documents at plain positions beyond the window."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -150,3 +151,28 @@ def test_held_out_documents_are_evaluated_before_the_first_step_without_an_eval_
     assert "eval_strategy is no" not in capsys.readouterr().err
     first, *_ = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
     assert first["step"] == 0 and "eval_loss" in first
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "5", "--eval_on_start", "true"],
+        ["--eval_strategy", "steps", "--eval_steps", "0.5", "--max_steps", "5"],
+        ["--eval_strategy", "epoch", "--max_steps", "-1", "--num_train_epochs", "2"],
+        ["--eval_strategy", "epoch", "--max_steps", "4"],
+    ],
+    ids=["every two steps and at the start", "every half run", "every epoch", "every epoch of so many steps"],
+)
+def test_train_says_how_often_what_is_held_out_is_read_and_what_that_costs(tmp_path, capsys, monkeypatch, asked):
+    loop, losses = CREAMTrainer.evaluation_loop, []
+    monkeypatch.setattr(CREAMTrainer, "evaluation_loop", lambda *args, **keys: losses.append(1) or loop(*args, **keys))
+    batch = ["--max_documents", "28", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
+    held_out = ["--held_out_documents", "4", "--eval_length", "512", "--save_strategy", "no"]
+    assert cli.main(["train", *batch, *held_out, *asked, "--output_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    cost = re.search(r"held out: 4 documents of ([\d,]+) tokens, read (\d+) times, which by plan takes (\d+)%", said)
+    assert int(cost[2]) == len(losses) > 0
+    # A document is 256 tokens, and read forward alone, where training keeps, recomputes and differentiates.
+    assert cost[1] == "1,024"
+    fed = int(re.search(r"([\d,]+) tokens will be fed", said)[1].replace(",", ""))
+    assert 0.2 < int(cost[3]) / 100 / (len(losses) * 1024 / fed) < 0.5

@@ -156,6 +156,18 @@ def test_the_operations_are_those_that_torch_counts_in_a_real_step(targets, chec
     assert parts["head"] == 3 * 2 * 64 * 64
 
 
+def test_the_operations_of_the_held_out_loss_are_those_that_torch_counts_forward():
+    tokens, sizes = 256, {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=176, num_hidden_layers=3, attn_implementation="eager", **sizes
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        AutoModelForCausalLM.from_config(config)(torch.arange(tokens)[None] % 64, use_cache=False)
+    # Eager attention does the whole square.
+    square = 4 * 3 * 64 * tokens / 2
+    assert (plan.held_out_flops(config, tokens) + square) * tokens == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("tokens", "published"), [(1024, 2295), (2048, 2741), (4096, 2926), (8192, 3128), (32_768, 2216)]
 )

@@ -137,6 +137,16 @@ def test_the_header_quotes_the_planned_peak_and_a_card_that_holds_it(path):
     assert header["Peak"].startswith(f"{planned:.1f} GiB planned by cream-peft plan, not run")
     size = re.search(r"of (\d+) GB", header["Hardware"])[1]
     assert planned < min(gpu.gib for name, gpu in cards.GPUS.items() if name.endswith(f" {size}GB"))
+    fits = {fit.card: fit for fit in plan.cards}
+    fit, name = fits["RTX 4090 24GB"], "RTX 4090"
+    if not fit.fits:
+        fit, name = fits["A100 80GB"], "A100 of 80 GB"
+    if fit.hours:
+        least, most = (f"{hours:.1f}" for hours in fit.hours)
+        said = f"{least} planned" if least == most else f"{least} to {most} planned"
+        assert header["Hours"] == f"{said} on an {name}, and the held-out loss"
+    else:
+        assert header["Hours"].startswith("not planned: ")
 
 
 @PER_RECIPE

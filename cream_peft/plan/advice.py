@@ -49,7 +49,7 @@ def training_flops(config: PreTrainedConfig, training: Training) -> dict[str, fl
     again, linears = int(training.gradient_checkpointing), 2 * used_parameters(config)
     down_proj = 2 * config.num_hidden_layers * inner_width(config) * config.hidden_size
     adapted = "down_proj" in target_linears(config, training.target_modules)
-    attention = 4 * config.num_hidden_layers * attention_widths(config)[0] * training.context_length / 2
+    attention = _attention_flops(config, training.context_length)
     if not training.use_peft:
         # Backward to the inputs and to the weights.
         passes = {"linears": (3 + again) * linears, "attention": (3 + again) * attention}
@@ -67,6 +67,16 @@ def training_flops(config: PreTrainedConfig, training: Training) -> dict[str, fl
             flops["linears"] + flops["adapter"] + linears + share * (flops["attention"] + attention)
         )
     return flops
+
+
+def held_out_flops(config: PreTrainedConfig, length: int) -> float:
+    """Floating-point operations a token of the loss of held-out documents of `length` tokens: a forward pass."""
+    head = 2 * config.vocab_size * config.hidden_size
+    return 2 * used_parameters(config) + _attention_flops(config, length) + head
+
+
+def _attention_flops(config: PreTrainedConfig, length: int) -> float:
+    return 4 * config.num_hidden_layers * attention_widths(config)[0] * length / 2
 
 
 def advise(config: PreTrainedConfig, gib: float, settings: Settings) -> dict[str, Any] | None:
@@ -282,6 +292,7 @@ def text_of(plan: Plan) -> str:
         f"hours: {work.tokens_per_step:,} tokens a step, {steps * work.tokens_per_step:,} in {steps:,} steps, assuming "
         f"{UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of the GPU's dense 16-bit peak, or the share published for it"
     )
+    timed += "; the held-out loss adds to it, train says how much" if plan.validation else ""
     if not work.utilisation:
         timed = f"no hours: below {SMALLEST_TIMED / 1e9:.1f} billion parameters a GPU mostly waits for Python"
     elif not any(fit.hours for fit in plan.cards):

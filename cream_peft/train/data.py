@@ -69,11 +69,16 @@ def load_data(recipe: Recipe, tokenizer: Any, vocab_size: int) -> tuple[Any, Any
     return documents.select(range(last)), documents.select(range(last, len(documents)))
 
 
-def summary_of(documents: Dataset, window: int, examples: float) -> str:
-    """How many documents and tokens there are, and how many of them `examples` draws of `window` tokens feed."""
+def lengths_of(documents: Dataset) -> np.ndarray:
+    """Tokens of each tokenised document."""
     columns = documents.select_columns(["input_ids"]).with_format("arrow")
     parts = [table["input_ids"].combine_chunks().value_lengths().to_numpy() for table in columns.iter(10_000)]
-    lengths = np.concatenate(parts)
+    return np.concatenate(parts)
+
+
+def summary_of(documents: Dataset, window: int, examples: float) -> str:
+    """How many documents and tokens there are, and how many of them `examples` draws of `window` tokens feed."""
+    lengths = lengths_of(documents)
     fed, short = examples * np.minimum(lengths, window).mean(), (lengths < window).mean()
     return (
         f"{len(lengths):,} documents of {lengths.sum():,} tokens (median {np.median(lengths):,.0f}, {short:.0%} "

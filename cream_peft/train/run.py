@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedConfig, ProgressCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -17,15 +19,16 @@ from ..locks import locked
 from ..model.adapter import Adapter
 from ..model.base import base_options, load_base, load_tokenizer
 from ..model.record import AdapterError, Record, peak_gib
+from ..plan.advice import held_out_flops, training_flops
 from ..publish.push import PushError
 from ..rope import pretrained_window
 from ..terminal import is_first_process
 from ..tiny import TINY_ID
 from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
 from .collator import MIXED
-from .data import load_data, summary_of
+from .data import lengths_of, load_data, summary_of
 from .distillation import refuse_distillation
-from .machine import base_config, check_machine, find_adapter, memory_explained, refuse_separate_runs
+from .machine import base_config, check_machine, find_adapter, memory_explained, memory_settings, refuse_separate_runs
 from .recipe import Recipe, RecipeError
 from .saving import refuse_output
 from .templates import set_chat_template
@@ -186,7 +189,7 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
     if not run.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_ProgressBar)
-    _announce(trainer)
+    _announce(trainer, recipe, config)
     if recipe.is_embedded and recipe.data.dataset_name != TINY_ID:
         logger.info("without --config, what is not given is as in the recipe of the embedded model")
     if "messages" in (documents.column_names or ()) and not run.assistant_only_loss:
@@ -196,8 +199,8 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
     return trainer
 
 
-def _announce(trainer: CREAMTrainer) -> None:
-    """Say what is about to be trained, on how much."""
+def _announce(trainer: CREAMTrainer, recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Say what is about to be trained, on how much, and what the held-out loss adds."""
     run, documents = trainer.args, trainer.train_dataset
     length = f"{run.max_steps:,} steps" if run.max_steps > 0 else f"{run.num_train_epochs:g} epochs"
     own = run.strategy_options() | {name: getattr(run, name) for name in (*MIXED, "distillation_weight")}
@@ -214,6 +217,30 @@ def _announce(trainer: CREAMTrainer) -> None:
     if run.max_steps > 0:
         examples = run.max_steps * run.train_batch_size * run.gradient_accumulation_steps * run.world_size
     logger.info(f"on {summary_of(documents, run.context_length or 0, examples)}")
+    if isinstance(trainer.eval_dataset, Dataset):
+        logger.info(_held_out_cost(trainer, recipe, config, examples))
+
+
+def _held_out_cost(trainer: CREAMTrainer, recipe: Recipe, config: PreTrainedConfig, examples: float) -> str:
+    """How often how many held-out tokens are read, and how much longer that makes a run of so many examples."""
+    run, documents, held_out = trainer.args, cast(Dataset, trainer.train_dataset), cast(Dataset, trainer.eval_dataset)
+    lengths = np.minimum(lengths_of(held_out), trainer.lengths.eval_length)
+    steps = max(1, round(examples / (run.train_batch_size * run.gradient_accumulation_steps * run.world_size)))
+    every = run.eval_steps or 1
+    # After the last step too.
+    times = {
+        "steps": ceil(steps / ceil(every if every >= 1 else every * steps)),
+        "epoch": ceil(examples / len(documents)),
+    }
+    read = times.get(run.eval_strategy, 0) + run.eval_on_start
+    training, _ = memory_settings(recipe)
+    fed = examples * np.minimum(lengths_of(documents), training.context_length).mean()
+    trained = fed * sum(training_flops(config, training).values())
+    share = read * sum(length * held_out_flops(config, length) for length in lengths.tolist()) / trained
+    return (
+        f"held out: {len(lengths):,} documents of {lengths.sum():,} tokens, read {read:,} times, which by plan takes "
+        f"{share:.0%} of the training's time on top"
+    )
 
 
 def _is_saved(trainer: CREAMTrainer, steps: int) -> bool:
