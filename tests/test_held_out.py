@@ -123,6 +123,17 @@ def test_short_documents_held_out_are_joined_to_eval_length_as_those_for_trainin
     assert trainer.data_collator([rows[0]])["position_ids"][0].tolist() == list(range(fed[0]))
 
 
+def test_predict_reads_what_it_is_handed_as_evaluate_does(make_chooser):
+    trainer = make_chooser(loss_type="nll")
+    documents = Dataset.from_dict({"input_ids": [[5 + place % 7 for place in range(3 * WINDOW)]] * 2})
+    read = trainer.predict(documents)
+    assert read.metrics["test_loss"] == pytest.approx(trainer.evaluate(documents)["eval_loss"])
+    tokens = torch.tensor(documents["input_ids"])[:, : 2 * WINDOW]
+    with torch.no_grad():
+        logits = trainer.model(tokens).logits
+    assert torch.allclose(torch.tensor(read.predictions), logits, atol=1e-4)
+
+
 def test_a_held_out_document_without_a_label_to_score_does_not_count_as_a_loss_of_0(
     make_model, make_config, tiny_tokenizer, lora, caplog
 ):

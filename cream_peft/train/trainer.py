@@ -296,6 +296,11 @@ class CREAMTrainer(ResumingTrainer):
             dataset = dataset.map(lambda row, index: {**row, ROW_COLUMN: index}, with_indices=True)
         return dataset.with_format("numpy")
 
+    def get_test_dataloader(self, test_dataset: Any):
+        # TRL prepares what evaluate gets, and not what predict gets.
+        how = self.processing_class, self.args, False, self._formatting_func, "test"
+        return super().get_test_dataloader(self._prepare_dataset(test_dataset, *how))
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         columns = self._signature_columns or []
