@@ -76,6 +76,9 @@ def test_tool_calls_and_their_answers_stay():
     # The null is Arrow's: no caller wrote it.
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
     assert messages[0] == {"role": "user", "content": "1 + 1?"} and messages[2]["name"] == "sum"
+    # A log that ends at the tool's result, or at the next question, teaches the call.
+    for end in (turns[:3], [*turns[:3], turns[2]], [*turns[:3], turns[0]]):
+        assert to_messages(end) == messages[:2]
 
 
 USER, ANSWER = CONVERSATION[:2]
@@ -89,6 +92,7 @@ WRONG_TURNS = [
     ([USER, USER, ANSWER], "turns out of order: user after user"),
     ([USER, ANSWER, ANSWER], "turns out of order: assistant after assistant"),
     ([USER, {"role": "system", "content": "x"}, ANSWER], "turns out of order: system after user"),
+    ([USER, ANSWER, {"role": "system", "content": "x"}], "turns out of order: system after assistant"),
     ([{"from": "robot", "value": "x"}, ANSWER], "unknown role 'robot'"),
     ([{"role": None, "content": "x"}, ANSWER], "unknown role None"),
     ([{"role": 3, "content": "x"}, ANSWER], "unknown role 3"),

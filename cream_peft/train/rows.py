@@ -64,7 +64,7 @@ def without_nulls(value: Any) -> Any:
 def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, Any]]:
     """One conversation as messages (role, content) that begin with the user, after `system` if it brings none.
 
-    Leading assistant turns and a trailing user turn are cut off. Tool calls and their answers stay.
+    Leading assistant turns are cut off, and what no assistant answers at the end. Tool calls and their answers stay.
 
     Raises:
         RowError: an unknown role, an empty turn, turns out of order, content that is no text, a turn with a weight.
@@ -92,7 +92,7 @@ def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, 
         start = [{"role": "system", "content": system}]
     while messages and messages[0]["role"] == "assistant":
         messages.pop(0)
-    while messages and messages[-1]["role"] == "user":
+    while messages and messages[-1]["role"] in ("user", "tool"):
         messages.pop()
     before = None
     for message in messages:

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -138,7 +137,7 @@ ROUNDS = [
     (YARN, list(PRICE), 0),
     (DISTILLED, ["chats", 4096, 1024, 16_384], 0),
     (LONGER, [16_384, 8192, 1024, 4096, 32_768], 0),
-    (LONGEST, [8192, 1024, 16_384, 4096], 0),
+    (LONGEST, [8192, 1024, 16_384, 4096, 32_768], 0),
     (LONGER, [1024, 4096], 1),
     (LONGER_AGAIN, [8192, 16_384, 1024, 4096], 0),
     (OWN_LAW, [8192, 16_384, 1024, 4096], 0),
@@ -486,12 +485,12 @@ NAMES = {
     "cream+128 steps": "CREAM, twice the steps", "contiguous+128 steps": "plain, twice the steps",
     "pose+128 steps": "PoSE, twice the steps",
 }  # fmt: skip
-FRONT = {
-    "untuned": "RoPE scaling alone", "contiguous+128 steps": "plain fine-tune", "cream+128 steps": "CREAM",
-    "pose+128 steps": "PoSE",
-}  # fmt: skip
-"""What is drawn, in order: strategy -> what it is called in the picture."""
-AFTER_256 = {name.replace("128", "256"): f"{told}, 256 steps" for name, told in FRONT.items() if "128" in name}
+
+
+def after(steps: int) -> dict[str, str]:
+    """What is shown first: the strategies after so many steps, and what they are called."""
+    trained = {"contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE"}
+    return {"untuned": "RoPE scaling alone"} | {f"{key}+{steps} steps": name for key, name in trained.items()}
 
 
 def drawn(scaling: str, names: dict[str, str]) -> dict[str, str]:
@@ -499,39 +498,38 @@ def drawn(scaling: str, names: dict[str, str]) -> dict[str, str]:
     return names | ({"untuned": "untouched base"} if scaling == "none" else {})
 
 
-def mean_of_seeds(found: list[dict[str, Any]]) -> str:
-    """A cell of the short table, empty of what was not run: accuracy, and the loss of the number alone."""
-    if not found:
-        return ""
-    accuracies, losses = ([at[key] for at in found] for key in ("accuracy", "loss of the number alone"))
-    asked = [at["questions"] for at in found]
-    loss = "-" if None in losses else f"{fmean(losses, asked):.2f}"
-    return f"{fmean(accuracies, asked):.2f} ({loss})" + (f", {len(found)} seeds" if len(found) > 1 else "")
+def brief(measured: dict[str, Any] | None) -> str:
+    """A cell: accuracy, and the loss of the number alone; empty of what was not run."""
+    return f"{measured['accuracy']:.2f} ({losses_of(measured, 'loss of the number alone')})" if measured else ""
 
 
 def short_table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: the rows of FRONT and LONGEST beyond and within the window, over all seeds."""
-    lengths = lengths_of(summary)
+    """Markdown: what is shown first, beyond the window and within it."""
+    found: dict[str, dict[str, str]] = {}
+    for scaling, where, steps in (("yarn", "YaRN", 256), ("none", "no scaling", 128)):
+        for strategy, name in drawn(scaling, after(steps)).items():
+            title = f"{where}: {name}" + ("" if strategy == "untuned" else f", {steps} steps")
+            for row in summary["rows"]:
+                if (row["scaling"], row["strategy"], row["seed"]) == (scaling, strategy, 0):
+                    found[title] = {key: brief(row[key]) for key in row if key.isdecimal()}
+    lengths = [length for length in lengths_of(summary) if any(str(length) in row for row in found.values())]
     lines = [f"| | {' | '.join(f'{length:,}' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
-    for scaling, where in (("yarn", "YaRN"), ("none", "no scaling")):
-        for strategy, name in drawn(scaling, FRONT | AFTER_256).items():
-            mine = [row for row in summary["rows"] if (row["scaling"], row["strategy"]) == (scaling, strategy)]
-            cells = [mean_of_seeds([row[str(length)] for row in mine if str(length) in row]) for length in lengths]
-            if any(cells) or strategy not in AFTER_256:
-                lines.append(f"| {where}: {name} | {' | '.join(cells)} |")
-    return lines
+    return lines + [
+        f"| {title} | {' | '.join(row.get(str(length), '') for length in lengths)} |" for title, row in found.items()
+    ]
 
 
 def seeds_table(summary: dict[str, Any]) -> list[str]:
     """Markdown: each seed of the rows after 128 steps under YaRN."""
     found = {(row["strategy"], row["seed"]): row for row in summary["rows"] if row["scaling"] == "yarn"}
-    names = dict(list(FRONT.items())[1:]) | {OWN_LAW[0].strategy: "CREAM, truncated"}
+    names = after(128) | {OWN_LAW[0].strategy: "CREAM, truncated"}
     seeds = range(3)
     lines = [f"| | {' | '.join(f'{length:,}, seed {seed}' for length in SEEDS_AT for seed in seeds)} |"]
     lines.append("|---" * (len(SEEDS_AT) * len(seeds) + 1) + "|")
     for strategy, name in names.items():
-        told = [found.get((strategy, seed), {}).get(str(length)) for length in SEEDS_AT for seed in seeds]
-        lines.append(f"| {name} | {' | '.join(mean_of_seeds([one] if one else []) for one in told)} |")
+        if strategy != "untuned":
+            told = [found.get((strategy, seed), {}).get(str(length)) for length in SEEDS_AT for seed in seeds]
+            lines.append(f"| {name} | {' | '.join(map(brief, told))} |")
     return lines
 
 
@@ -602,9 +600,8 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     draw(pieces, RESULTS)
     tiny = json.loads((HERE.parent / "cream-peft-tiny/results/demo.json").read_text(encoding="utf-8"))["results"]
     panels = [Results.parse(one) for one in tiny.values()]
-    panels += results_of(pieces, "yarn", FRONT)
-    title = "A skill taught on short examples (left 256 tokens, right 1,000), asked in longer documents;\n"
-    title += "where several seeds were run, their mean"
+    panels += results_of(pieces, "yarn", after(256))
+    title = "A skill taught on short examples (left 256 tokens, right 1,000), asked in longer documents"
     save(tasks_figure(panels, title), RESULTS / "front.png")
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
