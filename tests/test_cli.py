@@ -110,6 +110,10 @@ MISTAKES = {
     "no alpha": (["train", "--config", "flat.yaml"], ["flat.yaml: lora_alpha=-1 must be at least 1"]),
     "no tokens": (["plan", "--context_length", "0"], ["context_length=0 must be at least 2 tokens"]),
     "no documents": (["train", "--max_documents", "0"], ["max_documents=0 must be at least 1"]),
+    "one setting under two names": (
+        ["train", "--activation_checkpointing", "true", "--gradient_checkpointing", "false"],
+        ["activation_checkpointing and gradient_checkpointing are one setting"],
+    ),
     "fewer than no documents held out": (["train", "--held_out_documents", "-1"], ["held_out_documents=-1", "least 0"]),
     "packing": (["train", "--config", "packing.yaml"], ["packing=true", "short_documents=join"]),
     "padding_free": (["train", "--padding_free", "true"], ["padding_free=true", "short_documents=join"]),

@@ -114,6 +114,16 @@ def test_every_recipe_parses_strictly_through_its_own_command(path, monkeypatch)
     assert recipe.keys == list(yaml.safe_load(path.read_text()))
 
 
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_flag_counts_for_what_the_recipe_says_under_the_settings_other_name(name, said, tmp_path):
+    other = {"gradient": "activation", "activation": "gradient"}[name.split("_")[0]] + "_checkpointing"
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model_name_or_path: x\ndataset_name: x\n{name}: {str(said).lower()}\n")
+    run = parse_recipe(["--config", str(file), f"--{other}", str(not said)]).run
+    assert run.gradient_checkpointing is run.activation_checkpointing is not said
+
+
 @PER_RECIPE
 def test_file_name_and_header_agree_with_the_settings(path):
     recipe = parse_recipe(["--config", str(path)])

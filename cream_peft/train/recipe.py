@@ -194,6 +194,17 @@ def _embedded_recipe(arguments: list[str]) -> dict[str, Any]:
     return content
 
 
+def _under_one_name(content: dict[str, Any], flags: list[str]) -> None:
+    """A flag counts for what the recipe says under the setting's other name; transformers would take the new name."""
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = old.replace("gradient", "activation")
+        for name, other in ((old, new), (new, old)):
+            if name in flags:
+                content.pop(other, None)
+        if {old, new} <= {*content, *flags}:
+            raise RecipeError(f"{new} and {old} are one setting: give it under one name")
+
+
 def _in_plain_words(error: Exception, recipe: str, flags: list[str]) -> RecipeError:
     """`error` of the parser or of a dataclass, after the recipe's name unless it is about a flag."""
     if isinstance(error, json.JSONDecodeError):
@@ -223,6 +234,7 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     try:
         path = parser.parse_known_args(arguments)[0].config
         content = _read_yaml(Path(path)) if path else _embedded_recipe(arguments)
+        _under_one_name(content, flags)
         # Only now: before, the message names the file itself.
         recipe = path or ""
         keys = [key for key in dict.fromkeys([*content, *flags]) if key not in ("env", "config")]
