@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from trl import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template
 
 from cream_peft import CREAMTrainer
-from cream_peft.train.data import load_data, prepare_columns
+from cream_peft.train import data
+from cream_peft.train.data import fit_short_documents, load_data, prepare_columns
 from cream_peft.train.files import load_documents
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.rows import DataError, RowError, find_problems, to_messages
@@ -530,3 +532,32 @@ def test_what_was_prepared_is_not_written_again(byte_tokenizer, monkeypatch):
     assert again.column_names == ["messages", "tools"] and list(again["messages"]) == list(prepared["messages"])
     with pytest.raises(TypeError):
         prepare_columns(chats, "d", byte_tokenizer)  # control: these have to be
+
+
+def test_what_another_version_of_the_package_made_is_not_taken_from_the_cache(byte_tokenizer, tmp_path, monkeypatch):
+    file = tmp_path / "documents.jsonl"
+    file.write_text('{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}\n' * 2)
+
+    def joined(prepare):
+        return len(fit_short_documents(prepare(load_dataset("json", data_files=str(file), split="train")), "join", 9))
+
+    def prepared(documents):
+        return prepare_columns(documents, "d", byte_tokenizer)
+
+    def alone(batch, context_length):
+        return batch
+
+    assert joined(prepared) == joined(lambda documents: documents) == 1
+    alone.__module__, alone.__qualname__ = data._join.__module__, data._join.__qualname__
+    monkeypatch.setattr(data, "_join", alone)
+    # The control: datasets takes the two functions for one.
+    assert joined(lambda documents: documents) == 1
+    package = tmp_path / "train"
+    shutil.copytree(Path(data.__file__).parent, package)
+    monkeypatch.setattr(data, "__file__", str(package / "data.py"))
+    data._version.cache_clear()
+    assert joined(prepared) == 1
+    (package / "rows.py").write_text("# Another version.")
+    data._version.cache_clear()
+    assert joined(prepared) == 2
+    data._version.cache_clear()

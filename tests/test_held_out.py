@@ -108,7 +108,7 @@ def test_a_resumed_run_takes_the_best_step_of_before_it_was_killed(make_chooser,
     assert Record.read(run, "run").best.step == BEST
 
 
-@pytest.mark.parametrize(("mode", "lengths"), [("join", [128, 62]), ("shrink", [62] * 4)])
+@pytest.mark.parametrize(("mode", "lengths"), [("join", [124, 124]), ("shrink", [62] * 4)])
 def test_short_documents_held_out_are_joined_to_eval_length_as_those_for_training_to_the_window(
     mode, lengths, make_model, make_config, tiny_tokenizer, lora
 ):

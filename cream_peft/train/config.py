@@ -115,8 +115,8 @@ class CREAMConfig(SFTConfig):
     rope_scaling_type: str | None = option("yarn", f"RoPE scaling of the base: none, {', '.join(ROPE_SCALING_TYPES)}.")
     short_documents: str = option(
         "shrink",
-        "Documents shorter than context_length: shrink the segments, skip the document, or join it "
-        "with its successors until context_length is reached.",
+        "Documents shorter than context_length: shrink the segments, skip the document, or join those that fit "
+        "into it together.",
     )
     eval_length: int | None = option(
         None, "Tokens per evaluation document, at plain positions 0..n-1. None: context_length."

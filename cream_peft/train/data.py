@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
+from copy import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
+import trl
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from .files import FILE_FORMATS, load_documents, place_of
@@ -86,6 +91,21 @@ def summary_of(documents: Dataset, window: int, examples: float) -> str:
     )
 
 
+@cache
+def _version() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return Hasher.hash([trl.__version__, transformers.__version__, *(file.read_bytes() for file in files)])
+
+
+def fingerprinted(dataset: Any) -> Any:
+    """The same documents, under a fingerprint that changes with the version: datasets tells a package's functions apart
+    by their names alone, and would take from its cache what another version of them made."""
+    if isinstance(dataset, Dataset):
+        dataset = copy(dataset)
+        dataset._fingerprint = Hasher.hash([dataset._fingerprint, _version()])
+    return dataset
+
+
 def prepare_columns(
     dataset: Dataset | IterableDataset,
     name: str,
@@ -105,6 +125,7 @@ def prepare_columns(
     Raises:
         DataError: when no known format is found, or most rows cannot be used.
     """
+    dataset = fingerprinted(dataset)
     sample = dataset if isinstance(dataset, Dataset) else _sample(dataset)
     columns = sample.column_names
     if not len(sample):
@@ -263,8 +284,8 @@ def with_labels(dataset: Any, length: int) -> Any:
 def fit_short_documents(dataset: Any, mode: str, context_length: int) -> Any:
     """Apply `short_documents` to tokenised documents (columns input_ids and labels).
 
-    shrink leaves them to the sampler, skip drops those below `context_length` tokens, join concatenates neighbours
-    until `context_length` is reached.
+    shrink leaves them to the sampler, skip drops those below `context_length` tokens, join concatenates neighbours that
+    fit into it together: what is longer is cropped, and an example would lose what its answer refers to.
 
     Raises:
         DataError: when skip leaves nothing.
@@ -287,11 +308,10 @@ def fit_short_documents(dataset: Any, mode: str, context_length: int) -> Any:
 
 def _join(batch: dict[str, list], context_length: int) -> dict[str, list]:
     joined: dict[str, list] = {column: [] for column in batch}
-    length = context_length
-    for index in range(len(batch["input_ids"])):
+    for index, added in enumerate(batch["input_ids"]):
+        fits = bool(joined["input_ids"]) and len(joined["input_ids"][-1]) + len(added) <= context_length
         for column, rows in joined.items():
-            if length >= context_length:
+            if not fits:
                 rows.append([])
             rows[-1].extend(batch[column][index])
-        length = len(joined["input_ids"][-1])
     return joined

@@ -37,7 +37,7 @@ from ..model.record import Record
 from .checkpoints import ResumingTrainer
 from .collator import EVALUATION_ROW, MIXED, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
-from .data import fit_short_documents, prepare_columns, refuse_streamed, report_unlabelled, with_labels
+from .data import fingerprinted, fit_short_documents, prepare_columns, refuse_streamed, report_unlabelled, with_labels
 from .distillation import distil, refuse_distillation
 from .preflight import check_positions
 from .rows import column_names
@@ -272,7 +272,9 @@ class CREAMTrainer(ResumingTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         is_training = dataset is self._training_documents
         name = "train_dataset" if is_training else "eval_dataset"
-        if formatting_func is None:
+        if formatting_func:
+            dataset = fingerprinted(dataset)
+        else:
             size = self.scaled_config.get_text_config().vocab_size
             settings: dict[str, Any] = {"vocab_size": size, "eos_token": args.eos_token}
             dataset = prepare_columns(dataset, name, processing_class, args.dataset_text_field, **settings)
