@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template
 
-from cream_peft import CREAMTrainer
+from cream_peft import CREAMTrainer, cli
 from cream_peft.train import data
 from cream_peft.train.data import fit_short_documents, load_data, prepare_columns
 from cream_peft.train.files import load_documents
@@ -561,3 +561,19 @@ def test_what_another_version_of_the_package_made_is_not_taken_from_the_cache(by
     data._version.cache_clear()
     assert joined(prepared) == 2
     data._version.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("labels", "fed", "count"),
+    [([-100] * 40 + [7] * 60, 64, 2), ([-100] * 40 + [7] * 60, 100, 0), ([7] * 100, 64, 0)],
+    ids=["answers alone", "whole", "every token"],
+)
+def test_examples_whose_answers_may_lose_what_they_refer_to_are_counted(labels, fed, count, tmp_path, capsys):
+    file = tmp_path / "documents.jsonl"
+    rows = [{"input_ids": [7] * len(one), "labels": one} for one in (labels, labels[:50] + labels[-14:], labels)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ["--context_length", str(fed), "--max_steps", "1", "--per_device_train_batch_size", "1"]
+    assert cli.main(["train", "--dataset_name", str(file), *run, "--output_dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert (f"{count} examples are longer than context_length={fed} and are fed in part" in said) is (count > 0)
+    assert ("fed in part" in said) is (count > 0)

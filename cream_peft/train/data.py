@@ -91,6 +91,13 @@ def summary_of(documents: Dataset, window: int, examples: float) -> str:
     )
 
 
+def fed_in_part(documents: Dataset, window: int) -> int:
+    """How many documents are longer than the window, where only some tokens are trained, as the first of them tells."""
+    long = np.flatnonzero(lengths_of(documents) > window)
+    is_masked = len(long) and IGNORE_INDEX in documents[int(long[0])].get("labels", ())[1:]
+    return len(long) if is_masked else 0
+
+
 @cache
 def _version() -> str:
     files = sorted(Path(__file__).parent.glob("*.py"))

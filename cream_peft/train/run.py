@@ -26,7 +26,7 @@ from ..terminal import is_first_process
 from ..tiny import TINY_ID
 from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
 from .collator import MIXED
-from .data import lengths_of, load_data, summary_of
+from .data import fed_in_part, lengths_of, load_data, summary_of
 from .distillation import refuse_distillation
 from .machine import base_config, check_machine, find_adapter, memory_explained, memory_settings, refuse_separate_runs
 from .recipe import Recipe, RecipeError
@@ -217,6 +217,11 @@ def _announce(trainer: CREAMTrainer, recipe: Recipe, config: PreTrainedConfig) -
     if run.max_steps > 0:
         examples = run.max_steps * run.train_batch_size * run.gradient_accumulation_steps * run.world_size
     logger.info(f"on {summary_of(documents, run.context_length or 0, examples)}")
+    if long := fed_in_part(documents, run.context_length or 0):
+        logger.warning(
+            "%s examples are longer than context_length=%d and are fed in part: an answer may lose what it refers to; "
+            "a larger context_length feeds them whole", f"{long:,}", run.context_length,
+        )  # fmt: skip
     if isinstance(trainer.eval_dataset, Dataset):
         logger.info(_held_out_cost(trainer, recipe, config, examples))
 
