@@ -20,8 +20,6 @@ from huggingface_hub.errors import (
 )
 
 ABOUT = "This is about "
-NETWORK_ERRORS = ("ConnectError", "ConnectionError", "ConnectTimeout", "ReadTimeout", "ReadError")
-NETWORK_ERRORS += ("RemoteProtocolError",)
 NO_ACCESS = (
     "{thing} is gated and your account or token may not read it: accept its terms at {page}, give a fine-grained token "
     "access to gated repositories, and try again"
@@ -146,7 +144,9 @@ def _explain_hub(chain: list[BaseException], thing: str) -> str | None:
         if isinstance(link, HfHubHTTPError) and not isinstance(link, EntryNotFoundError):
             return _explain_answer(link, thing)
     lost = (LocalEntryNotFoundError, OfflineModeIsEnabled)
-    if any(isinstance(link, lost) or type(link).__name__ in NETWORK_ERRORS for link in chain):
+    # Of datasets, and of requests. A broken pipe, which is one too, has nothing to do with the Hub.
+    lost_by_name = [link for link in chain if type(link).__name__ == "ConnectionError"]
+    if lost_by_name or any(isinstance(link, lost) or is_transport_error(link) for link in chain):
         if constants.HF_HUB_OFFLINE:
             return f"{thing} is not in the cache and HF_HUB_OFFLINE is set: unset it, or give a local folder"
         return (
@@ -154,6 +154,11 @@ def _explain_hub(chain: list[BaseException], thing: str) -> str | None:
             "give a local folder"
         )
     return None
+
+
+def is_transport_error(error: BaseException) -> bool:
+    """Whether a request of the Hub's client did not get through. By name: some versions use httpx, some httpx2."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
 def is_out_of_reach(error: BaseException) -> bool:

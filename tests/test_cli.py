@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub, Repository
+from huggingface_hub.utils import _http
 from transformers import GPT2Config, LlamaConfig
 from trl import ModelConfig, get_peft_config
 
@@ -632,3 +633,17 @@ def test_ctrl_c_during_training_leaves_no_traceback(environment, folder, tmp_pat
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert rest.splitlines()[-1].startswith("interrupted, --resume_from_checkpoint true")
+
+
+CLIENT = vars(_http).get("httpx2") or vars(_http)["httpx"]
+LOST = [kind for kind in vars(CLIENT).values() if isinstance(kind, type) and issubclass(kind, CLIENT.TransportError)]
+
+
+@pytest.mark.parametrize("kind", [*LOST, ConnectionError])
+def test_whatever_breaks_a_request_the_line_says_that_the_hub_is_not_reached(kind):
+    said = errors.explain(kind("x"))
+    assert said.endswith("or give a local folder")
+
+
+def test_a_broken_pipe_is_none_of_the_hubs():
+    assert len(LOST) > 10 and errors.explain(BrokenPipeError(32, "Broken pipe")) == "[Errno 32] Broken pipe"

@@ -12,7 +12,7 @@ from cream_peft import cli, load_adapter
 from cream_peft.chat import ChatSettings, load_chat
 from cream_peft.evals.models import open_models
 from cream_peft.evals.results import Results
-from cream_peft.model import base
+from cream_peft.model import base, misfit
 from cream_peft.model.adapter import open_adapter
 from cream_peft.model.check import check_adapter
 from cream_peft.model.record import AdapterError, adapter_sha256
@@ -162,6 +162,20 @@ def test_what_would_never_end_is_broken_off(adapter, monkeypatch, kind):
     with pytest.raises(AdapterError, match=r"do not use it|too deep") as raised:
         load_adapter(adapter, load_in_4bit=False)
     assert time.perf_counter() - start < 10 and is_alone(raised.value)
+
+
+def test_an_adapter_that_names_its_modules_is_opened_however_busy_the_machine_is(adapter, monkeypatch):
+    monkeypatch.setattr(misfit, "ends_in_time", lambda task: False)
+    load_adapter(adapter, load_in_4bit=False)
+    content = json.loads((adapter / LORA).read_text())
+    for key, value in (
+        ("target_modules", ".*_proj"), ("exclude_modules", "x+"), ("layers_pattern", ["h*"]),
+        ("rank_pattern", {".*q_proj": 16}), ("layer_replication", [[0, 2]]),
+    ):  # fmt: skip
+        of_some = {"layers_to_transform": [0]} if key == "layers_pattern" else {}
+        (adapter / LORA).write_text(json.dumps(content | {key: value} | of_some))
+        with pytest.raises(AdapterError, match="takes too long"):
+            load_adapter(adapter, load_in_4bit=False)
 
 
 def test_code_that_a_base_or_a_tokenizer_brings_never_runs_unasked(adapter, tmp_path, monkeypatch, capsys):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
 
-import numpy as np
-
-from .prompts import Case, Prompt, Request, TaskError, Writer, drawn, position, prompt_rng
+from .prompts import Case, Prompt, Request, Writer, drawn, position, prompt_rng
 
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAPER_POSITIONS = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}
@@ -32,39 +29,18 @@ def _question(pairs: list[tuple[str, str]], key: str, query_aware: bool) -> str:
     )
 
 
-def _pairs(rng: np.random.Generator, key_length: int | None) -> Callable[[int], list[tuple[str, str]]]:
-    """Keys and values: version 4 UUIDs, or `key_length` hexadecimal digits; no key twice."""
-    seen: set[str] = set()
-
-    def word() -> str:
-        random = uuid.UUID(bytes=rng.bytes(16), version=4)
-        return random.hex[-key_length:] if key_length else str(random)
-
-    def pair() -> tuple[str, str]:
-        if key_length and len(seen) >= 16**key_length // 2:
-            raise TaskError(f"key_length={key_length} gives too few different keys for this length: raise it")
-        key = word()
-        while key in seen:
-            key = word()
-        seen.add(key)
-        return key, word()
-
-    return drawn(pair)
-
-
-def kv_prompt(
-    writer: Writer, case: Case, *, keys: int = 0, key_length: int | None = None, query_aware: bool = False
-) -> Prompt:
-    """One key of `keys` pairs, or of as many as fit. The document is the same at every depth.
+def kv_prompt(writer: Writer, case: Case, *, keys: int = 0, query_aware: bool = False) -> Prompt:
+    """One key of `keys` pairs of version 4 UUIDs, or of as many as fit. The document is the same at every depth.
 
     Args:
-        key_length: hexadecimal digits of keys and values in place of UUIDs, for small models.
         query_aware: name the key before the document as well, as in section 4.2 of the paper.
     """
-    if key_length is not None and not 4 <= key_length <= 12:
-        # Shorter values are in many a wrong reply. The last 12 digits of a version 4 UUID are all random.
-        raise TaskError(f"key_length must be between 4 and 12 hexadecimal digits, not {key_length}")
-    pairs = _pairs(prompt_rng("kv_retrieval", case.seed, case.length, case.index), key_length)
+    rng = prompt_rng("kv_retrieval", case.seed, case.length, case.index)
+
+    def word() -> str:
+        return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+
+    pairs = drawn(lambda: (word(), word()))
 
     def build(count: int) -> Request:
         asked, document = position(case.depth, count), pairs(count)

@@ -33,7 +33,6 @@ class EvaluateOptions:
     depths: list[float] | None = None
     """This option and those below are of single tasks; None: the task's default."""
     keys: int | None = None
-    key_length: int | None = None
     query_aware: bool | None = None
     lines: int | None = None
     haystack: str | None = None
@@ -89,7 +88,6 @@ def add_options(parser: CommandParser) -> None:
     parser.option("threshold", "accuracy that is enough", type=float, default=0.85)
     parser.option("depths", "where the answer stands, 0 to 1; default: the task's", nargs="+", type=float)
     parser.option("keys", "kv_retrieval: so many keys, as the paper's 75 and 140", type=int)
-    parser.option("key_length", "kv_retrieval: keys and values of 4 to 12 digits instead of UUIDs", type=int)
     parser.option("query_aware", "kv_retrieval: name the key before the JSON too", action="store_true", default=None)
     parser.option("lines", "longchat_lines: so many lines", type=int)
     parser.option("haystack", "needles: text file or folder to hide them in", metavar="PATH")

@@ -165,7 +165,7 @@ TASKS: dict[str, Task | Measurement] = {
         contains,
         kv_depths,
         50,
-        (*OF_PROMPTS, "keys", "key_length", "query_aware"),
+        (*OF_PROMPTS, "keys", "query_aware"),
         # Key and value in a sentence, as the original allows for.
         sentence_tokens=100,
         shared_document=True,

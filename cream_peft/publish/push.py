@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import HFValidationError, build_hf_headers, get_session, hf_raise_for_status
 
-from ..errors import explain, is_out_of_reach
+from ..errors import explain, is_out_of_reach, is_transport_error
 from ..evals.results import Results, file_name, tasks_in
 from ..model.check import check_adapter, check_without_base
 from ..model.record import FILE, Record
@@ -44,10 +44,8 @@ class _Busy(Exception):
 def _will_pass(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING
-    # By name: some versions of the Hub's client use httpx, some httpx2.
-    is_lost = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
     # An error page in place of JSON comes from something between us and the Hub.
-    return is_lost or isinstance(error, _Busy | json.JSONDecodeError)
+    return is_transport_error(error) or isinstance(error, _Busy | json.JSONDecodeError)
 
 
 def _explain(error: Exception, repo: str) -> str:
