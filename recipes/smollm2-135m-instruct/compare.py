@@ -583,8 +583,8 @@ def results_of(pieces: list[dict[str, Any]], scaling: str, names: dict[str, str]
 
 
 def draw(pieces: list[dict[str, Any]], folder: Path) -> None:
-    """A picture for each RoPE scaling: skill-SCALING.png."""
-    for scaling in dict.fromkeys(piece["row"]["scaling"] for piece in pieces):
+    """The pictures of the page, one for a RoPE scaling: skill-SCALING.png."""
+    for scaling in ("yarn", "none"):
         results = {one.settings.label or "": one for one in results_of(pieces, scaling, NAMES)}
         if results:
             title = f"A number asked for, taught on 1,000 tokens; RoPE scaling: {scaling}"
