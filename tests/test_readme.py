@@ -181,16 +181,25 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     spans = [f"{min(seeds[name])} to {max(seeds[name])}" for name in ("cream", "pose", "contiguous")]
     assert "three of CREAM have {} right, of PoSE {}, of plain {}.".format(*spans) in front
     assert "three seeds of CREAM have {} right, of PoSE {}, of plain fine-tuning {}: too few".format(*spans) in text
-    lengths, after_256 = (1024, 4096, 8192, 16_384), ("yarn contiguous+256 steps", "yarn cream+256 steps")
-    plain, cream = ([right(name, length) for length in lengths] for name in after_256)
-    assert all(one < other for one, other in zip(plain, cream, strict=True)) and "at all four lengths" in text
-    of_256 = [found["yarn", "contiguous+256 steps", length] for length in lengths]
-    assert [one["p_value"] < 0.05 for one in of_256] == [False, False, True, True]
-    assert [one["alone_loss"]["interval"][1] < 0 for one in of_256] == [False, False, False, True]
-    assert all(one["alone_loss"]["difference"] < 0 for one in of_256)
-    assert of_256[0]["seeds"] == [0] and "After 256 steps there is one." in text
+    lengths = (1024, 4096, 8192, 16_384)
+    plain, pose, cream = ([rows[f"yarn {name}+256 steps"][str(length)]["accuracy"] for length in lengths]
+                          for name in ("contiguous", "pose", "cream"))  # fmt: skip
+    assert all(one > max(others) for one, *others in zip(cream, plain, pose, strict=True))
+    assert "of PoSE at all four lengths" in text and "PoSE lose much of the skill by 16,384 tokens, CREAM less" in front
+    assert min(plain[0] - plain[3], pose[0] - pose[3]) > 0.35 > cream[0] - cream[3]
+    settled = {"contiguous": [False, True, True, True], "pose": [False, False, True, True]}
+    for name, expected in settled.items():
+        of_256 = [found["yarn", f"{name}+256 steps", length] for length in lengths]
+        assert [one["p_value"] < 0.05 for one in of_256] == expected
+        assert [one["alone_loss"]["interval"][1] < 0 for one in of_256] == [False, True, True, True]
+        assert [one["alone_loss"]["documents"] for one in of_256] == [8, 8, 8, 4]
+        assert of_256[0]["seeds"] == [0] and "After 256 steps there is one." in text and "one training each" in front
     best = [max(row[str(length)]["accuracy"] for row in summary["rows"] if str(length) in row) for length in lengths]
-    assert [f"{one:.2f}" for one in best] == cream and "the best that was measured" in text
+    assert best == cream and "the best that was measured" in text
+    ntk = [right(f"ntk {name}", length) for name in ("cream", "contiguous") for length in (8192, 1024)]
+    assert "{} right at 8,192 tokens and {} at 1,024 (plain fine-tuning {} and {})".format(*ntk) in text
+    losses = [f"{rows[f'ntk {name}']['8192']['answer loss']:.2f}" for name in ("cream", "contiguous")]
+    assert "the lower one, {} against {}.".format(*losses) in text
     told = "SmolLM2 had {} right at 8,192 tokens after 256 examples, {} after 1,024 (one seed)"
     after = [right(f"yarn cream{steps}", 8192) for steps in ("", "+256 steps")]
     assert told.format(*after) in " ".join(page("recipes").split())
