@@ -27,8 +27,12 @@ CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 BEGIN = "<!-- cream-peft: begin. Up to the end this is written anew at each save and push; text outside of it stays -->"
 END = "<!-- cream-peft: end -->"
-OURS = re.compile(r"<!-- cream-peft: begin.*?<!-- cream-peft: end -->", re.DOTALL)
-"""Our part of a card."""
+OURS = re.compile(
+    r"<!-- cream-peft: begin.*?<!-- cream-peft: end -->|"
+    r"# [^\n]*\n\nA (?:LoRA adapter|merged model|fully trained model) that extends .*?its limits hold for it too\.",
+    re.DOTALL,
+)
+"""Our part of a card; the second, that of cards from before it was marked."""
 PAPERS = {
     "cream": ("CREAM", "2406.07138"),
     "pose": ("PoSE", "2309.10400"),
