@@ -81,19 +81,18 @@ def lengths_of(documents: Dataset) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def summary_of(documents: Dataset, window: int, examples: float) -> str:
-    """How many documents and tokens there are, and how many of them `examples` draws of `window` tokens feed."""
-    lengths = lengths_of(documents)
-    fed, short = examples * np.minimum(lengths, window).mean(), (lengths < window).mean()
+def summary_of(lengths: np.ndarray, window: int, fed: float) -> str:
+    """How many documents there are, of which lengths in tokens, and how many tokens are fed in windows."""
+    short = (lengths < window).mean()
     return (
         f"{len(lengths):,} documents of {lengths.sum():,} tokens (median {np.median(lengths):,.0f}, {short:.0%} "
         f"shorter than {window:,}): {fed:,.0f} tokens will be fed"
     )
 
 
-def fed_in_part(documents: Dataset, window: int) -> int:
+def fed_in_part(documents: Dataset, lengths: np.ndarray, window: int) -> int:
     """How many documents are longer than the window, where only some tokens are trained, as the first of them tells."""
-    long = np.flatnonzero(lengths_of(documents) > window)
+    long = np.flatnonzero(lengths > window)
     is_masked = len(long) and IGNORE_INDEX in documents[int(long[0])].get("labels", ())[1:]
     return len(long) if is_masked else 0
 

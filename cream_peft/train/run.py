@@ -216,31 +216,33 @@ def _announce(trainer: CREAMTrainer, recipe: Recipe, config: PreTrainedConfig) -
     examples = run.num_train_epochs * len(documents)
     if run.max_steps > 0:
         examples = run.max_steps * run.train_batch_size * run.gradient_accumulation_steps * run.world_size
-    logger.info(f"on {summary_of(documents, run.context_length or 0, examples)}")
-    if long := fed_in_part(documents, run.context_length or 0):
+    lengths, window = lengths_of(documents), run.context_length or 0
+    fed = examples * np.minimum(lengths, window).mean()
+    logger.info(f"on {summary_of(lengths, window, fed)}")
+    if long := fed_in_part(documents, lengths, window):
         logger.warning(
             "%s examples are longer than context_length=%d and are fed in part: an answer may lose what it refers to; "
-            "a larger context_length feeds them whole", f"{long:,}", run.context_length,
+            "a larger context_length feeds them whole", f"{long:,}", window,
         )  # fmt: skip
     if isinstance(trainer.eval_dataset, Dataset):
-        logger.info(_held_out_cost(trainer, recipe, config, examples))
+        training, _ = memory_settings(recipe)
+        trained = fed * sum(training_flops(config, training).values())
+        logger.info(_held_out_cost(trainer, config, examples, trained))
 
 
-def _held_out_cost(trainer: CREAMTrainer, recipe: Recipe, config: PreTrainedConfig, examples: float) -> str:
-    """How often how many held-out tokens are read, and how much longer that makes a run of so many examples."""
-    run, documents, held_out = trainer.args, cast(Dataset, trainer.train_dataset), cast(Dataset, trainer.eval_dataset)
-    lengths = np.minimum(lengths_of(held_out), trainer.lengths.eval_length)
+def _held_out_cost(trainer: CREAMTrainer, config: PreTrainedConfig, examples: float, trained: float) -> str:
+    """How often how many held-out tokens are read, and how much longer that makes a run of so many examples, which
+    takes `trained` floating-point operations."""
+    run, lengths = trainer.args, lengths_of(cast(Dataset, trainer.eval_dataset))
+    lengths = np.minimum(lengths, trainer.lengths.eval_length)
     steps = max(1, round(examples / (run.train_batch_size * run.gradient_accumulation_steps * run.world_size)))
     every = run.eval_steps or 1
     # After the last step too.
     times = {
         "steps": ceil(steps / ceil(every if every >= 1 else every * steps)),
-        "epoch": ceil(examples / len(documents)),
+        "epoch": ceil(examples / len(cast(Dataset, trainer.train_dataset))),
     }
     read = times.get(run.eval_strategy, 0) + run.eval_on_start
-    training, _ = memory_settings(recipe)
-    fed = examples * np.minimum(lengths_of(documents), training.context_length).mean()
-    trained = fed * sum(training_flops(config, training).values())
     share = read * sum(length * held_out_flops(config, length) for length in lengths.tolist()) / trained
     return (
         f"held out: {len(lengths):,} documents of {lengths.sum():,} tokens, read {read:,} times, which by plan takes "

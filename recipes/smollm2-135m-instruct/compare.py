@@ -507,13 +507,12 @@ def brief(measured: dict[str, Any] | None) -> str:
 
 def short_table(summary: dict[str, Any]) -> list[str]:
     """Markdown: what is shown first, beyond the window and within it."""
-    found: dict[str, dict[str, str]] = {}
+    rows, found = {(row["scaling"], row["strategy"]): row for row in summary["rows"] if row["seed"] == 0}, {}
     for scaling, where, steps in (("yarn", "YaRN", 256), ("none", "no scaling", 128)):
         for strategy, name in drawn(scaling, after(steps)).items():
             title = f"{where}: {name}" + ("" if strategy == "untuned" else f", {steps} steps")
-            for row in summary["rows"]:
-                if (row["scaling"], row["strategy"], row["seed"]) == (scaling, strategy, 0):
-                    found[title] = {key: brief(row[key]) for key in row if key.isdecimal()}
+            if row := rows.get((scaling, strategy)):
+                found[title] = {key: brief(row[key]) for key in row if key.isdecimal()}
     lengths = [length for length in lengths_of(summary) if any(str(length) in row for row in found.values())]
     lines = [f"| | {' | '.join(f'{length:,}' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
     return lines + [
