@@ -14,12 +14,13 @@ from trl import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template
 
 from cream_peft import CREAMTrainer, cli
-from cream_peft.train import data
-from cream_peft.train.data import fit_short_documents, load_data, prepare_columns
+from cream_peft.train import data, tokenised
+from cream_peft.train.data import load_data, prepare_columns
 from cream_peft.train.files import load_documents
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.rows import DataError, RowError, find_problems, to_messages
-from cream_peft.train.templates import training_chat_template
+from cream_peft.train.templates import parts_not_written, training_chat_template
+from cream_peft.train.tokenised import fit_short_documents
 
 # The chat template of meta-llama/Llama-2-7b-chat-hf in other words: same output, no generation marks.
 LLAMA_2 = (
@@ -357,6 +358,68 @@ def test_what_stands_beside_the_turns_is_kept(byte_tokenizer):
     assert prepare_columns(Dataset.from_dict(pairs), "d", byte_tokenizer)[0]["completion"][0]["content"] == "1"
 
 
+WRITES_ALL = """{{ tools | tojson }}{% for turn in messages %}<{{ turn.role }}>{{ turn.thinking }}{{ turn.content }}
+{%- for call in turn.tool_calls %}{{ call | tojson }}{% endfor %}</s>{% endfor %}"""
+
+
+def test_what_a_chat_template_leaves_out_is_found(byte_tokenizer):
+    written = {}
+    for name in ("qwen3", "qwen2_5", "llama3", "phi3", "gptoss", "llama3_1"):
+        file = Path(chat_template_utils.__file__).parent / "chat_templates" / f"{name}.jinja"
+        byte_tokenizer.chat_template = file.read_text()
+        written[name] = parts_not_written(byte_tokenizer)
+    thoughts = {"thinking", "reasoning_content"}
+    assert written["qwen3"] == written["gptoss"] == set() and written["qwen2_5"] == written["llama3_1"] == thoughts
+    assert written["llama3"] == {*thoughts, "tools", "tool_calls"} and written["phi3"] == {*written["llama3"], "tool"}
+
+
+def of_a_tool(end: int = 4) -> list[dict]:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"city": "Rome"}}}
+    turns = [{"role": "user", "content": "And in Rome?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return [*turns, {"role": "tool", "content": "Rain."}, {"role": "assistant", "content": "It rains."}][:end]
+
+
+@pytest.mark.parametrize("form", ["messages", "pairs", "stream"])
+@pytest.mark.parametrize("end", [4, 3, 2], ids=["answered", "cut at the result", "cut at the call"])
+def test_tool_calls_that_the_template_does_not_write_are_left_out_and_counted(form, end, byte_tokenizer, caplog):
+    byte_tokenizer.chat_template = SMOLLM2
+    chats = [of_a_tool(end), CONVERSATION, CONVERSATION]
+    rows = Dataset.from_list([{"messages": chat} for chat in chats])
+    if form == "pairs":
+        rows = Dataset.from_list([{"prompt": chat[:1], "completion": chat[1:]} for chat in chats])
+    data_set = rows.to_iterable_dataset() if form == "stream" else rows
+    found = list(prepare_columns(data_set, "d", byte_tokenizer))
+    assert len(found) == 2 and "tool_calls" not in str(found)
+    assert "it holds a tool call, which the chat template does not write (1, the first is row 1)" in caplog.text
+    # Or the model would learn to say nothing.
+    assert "<|im_start|>assistant\n<|im_end|>" in byte_tokenizer.apply_chat_template(
+        to_messages(chats[0]), tokenize=False
+    )
+    byte_tokenizer.chat_template = WRITES_ALL
+    assert len(list(prepare_columns(data_set, "d", byte_tokenizer))) == 3
+
+
+def test_a_tools_result_that_the_template_does_not_write_is_left_out(byte_tokenizer, caplog):
+    byte_tokenizer.chat_template = WRITES_ALL.replace("{{ turn.content }}", "{{ turn.content if turn.role != 'tool' }}")
+    rows = Dataset.from_list([{"messages": chat} for chat in (of_a_tool(), of_a_tool(2), CONVERSATION)])
+    assert len(prepare_columns(rows, "d", byte_tokenizer)) == 2
+    assert "it holds a tool's result, which the chat template does not write" in caplog.text
+
+
+def test_thoughts_and_tools_that_the_template_does_not_write_are_told_once(byte_tokenizer, caplog):
+    byte_tokenizer.chat_template = SMOLLM2
+    data._warn_of_unseen.cache_clear()
+    thought = [CONVERSATION[0], {"from": "gpt", "value": "Lear.", "thinking": "Who was it?"}]
+    rows = Dataset.from_list([{"conversations": thought, "tools": '[{"name": "look"}]'}] * 2)
+    prepared = prepare_columns(rows, "d", byte_tokenizer)
+    assert len(prepare_columns(prepared, "train_dataset", byte_tokenizer)) == 2
+    assert caplog.text.count("the chat template does not write thinking, tools, which rows hold") == 1
+    caplog.clear()
+    data._warn_of_unseen.cache_clear()
+    prepare_columns(Dataset.from_list([{"conversations": CONVERSATION, "tools": None}] * 2), "d", byte_tokenizer)
+    assert not caplog.text
+
+
 def test_a_template_after_whose_answers_nothing_says_that_they_end_is_refused(byte_tokenizer):
     byte_tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     with pytest.raises(DataError, match="never learn to stop: set chat_template_path"):
@@ -366,7 +429,7 @@ def test_a_template_after_whose_answers_nothing_says_that_they_end_is_refused(by
 def test_documents_without_a_label_left_are_refused_not_a_stop_iteration(make_model, make_config, tiny_tokenizer, lora):
     # The first label lies beyond target_length, where TRL cuts.
     rows = {"input_ids": [[1] * 600], "labels": [[-100] * 550 + [1] * 50]}
-    with pytest.raises(DataError, match="1 of 1 documents have no label within target_length=512"):
+    with pytest.raises(DataError, match="1 of 1 training documents have no label within target_length=512"):
         CREAMTrainer(
             model=make_model(), args=make_config(), train_dataset=Dataset.from_dict(rows),
             processing_class=tiny_tokenizer, peft_config=lora(),
@@ -380,7 +443,7 @@ def test_documents_that_lose_all_labels_to_the_cut_are_counted(make_model, make_
         processing_class=tiny_tokenizer, peft_config=lora(),
     )  # fmt: skip
     assert len(trainer.train_dataset) == 3
-    assert "1 of 4 documents have no label within target_length=512 and are left out" in caplog.text
+    assert "1 of 4 training documents have no label within target_length=512 and are left out" in caplog.text
 
 
 def test_a_row_brings_its_own_keys_and_no_others_to_the_template(byte_tokenizer, tmp_path):
@@ -395,7 +458,7 @@ def test_a_row_brings_its_own_keys_and_no_others_to_the_template(byte_tokenizer,
     rows[1]["chat_template_kwargs"] = {"deep": True}
     # Each mapping has the keys of all, as null.
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    byte_tokenizer.chat_template = SMOLLM2
+    byte_tokenizer.chat_template = WRITES_ALL
     loaded = load_documents(str(tmp_path / "rows.parquet"))
     assert loaded[0]["conversations"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}  # control
     for prepared in (
@@ -548,8 +611,8 @@ def test_what_another_version_of_the_package_made_is_not_taken_from_the_cache(by
         return batch
 
     assert joined(prepared) == joined(lambda documents: documents) == 1
-    alone.__module__, alone.__qualname__ = data._join.__module__, data._join.__qualname__
-    monkeypatch.setattr(data, "_join", alone)
+    alone.__module__, alone.__qualname__ = tokenised._join.__module__, tokenised._join.__qualname__
+    monkeypatch.setattr(tokenised, "_join", alone)
     # The control: datasets takes the two functions for one.
     assert joined(lambda documents: documents) == 1
     package = tmp_path / "train"
@@ -575,5 +638,23 @@ def test_examples_whose_answers_may_lose_what_they_refer_to_are_counted(labels, 
     run = ["--context_length", str(fed), "--max_steps", "1", "--per_device_train_batch_size", "1"]
     assert cli.main(["train", "--dataset_name", str(file), *run, "--output_dir", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
-    assert (f"{count} examples are longer than context_length={fed} and are fed in part" in said) is (count > 0)
-    assert ("fed in part" in said) is (count > 0)
+    assert (f"{count} of 3 training documents are longer than context_length={fed} and" in said) is (count > 0)
+    assert ("are read in part" in said) is (count > 0)
+
+
+@pytest.mark.parametrize("eval_length", [None, 256, 512])
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_held_out_answers_beyond_eval_length_are_told_in_python_too(
+    eval_length, is_chat, make_model, make_config, byte_tokenizer, lora, caplog
+):
+    byte_tokenizer.chat_template = SMOLLM2
+    turns = [{"role": "user", "content": "One? " * 64}, {"role": "assistant", "content": "1"}]
+    rows = Dataset.from_list([{"messages": turns} if is_chat else {"text": "One? " * 64}] * 2)
+    trainer = CREAMTrainer(
+        model=make_model(), args=make_config(eval_strategy="steps", eval_length=eval_length), train_dataset=rows,
+        eval_dataset=rows.select([1, 0]), processing_class=byte_tokenizer, peft_config=lora(),
+    )  # fmt: skip
+    assert 256 < len(trainer.train_dataset[0]["input_ids"]) < 512
+    told = f"2 of 2 held-out documents are longer than eval_length={eval_length or 64} and are read in part: an answer"
+    assert (told in caplog.text) is (is_chat and eval_length != 512)
+    assert ("2 of 2 training documents are longer than context_length=64" in caplog.text) is is_chat

@@ -151,8 +151,10 @@ def test_a_held_out_document_without_a_label_to_score_does_not_count_as_a_loss_o
     assert (
         mixed.evaluate()["eval_loss"] == pytest.approx(lower.evaluate()["eval_loss"]) and len(mixed.eval_dataset) == 2
     )
-    assert "1 of 3 documents have no label within eval_length=64 and are left out" in caplog.text
-    with pytest.raises(DataError, match=r"2 of 2 documents have no label within eval_length=64\. These are too many"):
+    assert "1 of 3 held-out documents have no label within eval_length=64 and are left out" in caplog.text
+    with pytest.raises(
+        DataError, match=r"2 of 2 held-out documents have no label within eval_length=64\. These are too many"
+    ):
         trainer([late] * 2)
 
 

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 import trl
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
@@ -19,17 +18,16 @@ from transformers import PreTrainedTokenizerBase
 from .files import FILE_FORMATS, load_documents, place_of
 from .recipe import Recipe, RecipeError
 from .rows import (
-    IGNORE_INDEX,
-    MOST_BAD,
     STREAM_SAMPLE,
     DataError,
     keep_usable,
+    not_seen,
     pair_of,
     to_messages,
     without_nulls,
     without_padding,
 )
-from .templates import check_template
+from .templates import check_template, parts_not_written
 
 logger = logging.getLogger(__name__)
 
@@ -74,29 +72,6 @@ def load_data(recipe: Recipe, tokenizer: Any, vocab_size: int) -> tuple[Any, Any
     return documents.select(range(last)), documents.select(range(last, len(documents)))
 
 
-def lengths_of(documents: Dataset) -> np.ndarray:
-    """Tokens of each tokenised document."""
-    columns = documents.select_columns(["input_ids"]).with_format("arrow")
-    parts = [table["input_ids"].combine_chunks().value_lengths().to_numpy() for table in columns.iter(10_000)]
-    return np.concatenate(parts)
-
-
-def summary_of(lengths: np.ndarray, window: int, fed: float) -> str:
-    """How many documents there are, of which lengths in tokens, and how many tokens are fed in windows."""
-    short = (lengths < window).mean()
-    return (
-        f"{len(lengths):,} documents of {lengths.sum():,} tokens (median {np.median(lengths):,.0f}, {short:.0%} "
-        f"shorter than {window:,}): {fed:,.0f} tokens will be fed"
-    )
-
-
-def fed_in_part(documents: Dataset, lengths: np.ndarray, window: int) -> int:
-    """How many documents are longer than the window, where only some tokens are trained, as the first of them tells."""
-    long = np.flatnonzero(lengths > window)
-    is_masked = len(long) and IGNORE_INDEX in documents[int(long[0])].get("labels", ())[1:]
-    return len(long) if is_masked else 0
-
-
 @cache
 def _version() -> str:
     files = sorted(Path(__file__).parent.glob("*.py"))
@@ -139,6 +114,7 @@ def prepare_columns(
     _check_types(sample.features, name, text_field)
 
     differing: list[bool] = []
+    unseen: set[str] = set()
 
     def differs_from(row: dict[str, Any], converted: dict[str, Any]) -> dict[str, Any]:
         """`converted`; whether it says something else than the row is noted once."""
@@ -169,13 +145,17 @@ def prepare_columns(
     conversation = next((column for column in ("messages", "conversations") if column in columns), None)
     if conversation:
         check_template(tokenizer, f"{name} holds conversations ({conversation})")
+        not_written = parts_not_written(tokenizer)
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
-            return differs_from(row, {"messages": to_messages(row[conversation], row.get("system")), **around(row)})
+            messages, others = to_messages(row[conversation], row.get("system")), around(row)
+            unseen.update(not_seen(messages, others, not_written))
+            return differs_from(row, {"messages": messages, **others})
 
         read = [conversation, *(["system"] if "system" in columns else [])]
         dataset = dataset.select_columns([*read, *beside])
         usable = keep(conversation, convert)
+        _warn_of_unseen(frozenset(unseen))
         # What is as it should be already, such as what was prepared before, is not written again.
         if not changed():
             return usable.select_columns(["messages", *beside])
@@ -184,13 +164,17 @@ def prepare_columns(
         is_text = isinstance(sample.features["prompt"], Value)
         if not is_text:
             check_template(tokenizer, f"{name} holds conversations (prompt, completion)")
+        not_written = set() if is_text else parts_not_written(tokenizer)
 
         def pair(row: dict[str, Any]) -> dict[str, Any]:
-            both = zip(("prompt", "completion"), pair_of(row["prompt"], row["completion"]), strict=True)
-            return differs_from(row, dict(both) | around(row))
+            (prompt, completion), others = pair_of(row["prompt"], row["completion"]), around(row)
+            if not is_text:
+                unseen.update(not_seen([*prompt, *completion], others, not_written))
+            return differs_from(row, {"prompt": prompt, "completion": completion, **others})
 
         dataset = dataset.select_columns(["prompt", "completion", *beside])
         usable = keep("prompt", pair)
+        _warn_of_unseen(frozenset(unseen))
         if not is_text:
             of_both = {"prompt": List(Json()), "completion": List(Json())}
             return usable.map(pair, features=Features(**of_both, **features)) if changed() else usable
@@ -205,6 +189,14 @@ def prepare_columns(
         f"{name} has the columns {', '.join(columns)}; one of these is needed: input_ids, messages, conversations, "
         f"prompt and completion, or {text_field} (dataset_text_field)"
     )
+
+
+@cache
+def _warn_of_unseen(parts: frozenset[str]) -> None:
+    """Once: the data are prepared when they are read, and by the trainer."""
+    if parts:
+        told = ", ".join(sorted(parts))
+        logger.warning("the chat template does not write %s, which rows hold: the model will not see it", told)
 
 
 def _sample(stream: IterableDataset) -> Dataset:
@@ -261,63 +253,3 @@ def refuse_streamed(dataset: Any, args: Any) -> None:
             f"target_growth={args.target_growth:g} cannot go with a streamed data set, of which a resumed run "
             "reads what it skips: set it to 0, or do not stream"
         )
-
-
-def report_unlabelled(dataset: Any, documents: Any, key: str, length: int) -> None:
-    """Say how many of `documents` tokenising has left out, because they have no label within `length` tokens, which
-    `key` sets.
-
-    Raises:
-        DataError: if most have none, and so nothing was trained or evaluated.
-    """
-    if not isinstance(dataset, Dataset) or len(dataset) == len(documents):
-        return
-    told = f"{len(documents) - len(dataset):,} of {len(documents):,} documents have no label within {key}={length:,}"
-    if len(dataset) < (1 - MOST_BAD) * len(documents):
-        raise DataError(
-            f"{told}. These are too many: nothing was trained. Raise it, or look at labels, completion_mask, "
-            "assistant_only_loss and completion_only_loss"
-        )
-    logger.warning("%s and are left out", told)
-
-
-def with_labels(dataset: Any, length: int) -> Any:
-    """The tokenised documents that have a label within their first `length` tokens, whose first is never predicted:
-    others would count as a loss of 0."""
-    return dataset.filter(lambda row: any(label != IGNORE_INDEX for label in row["labels"][1:length]))
-
-
-def fit_short_documents(dataset: Any, mode: str, context_length: int) -> Any:
-    """Apply `short_documents` to tokenised documents (columns input_ids and labels).
-
-    shrink leaves them to the sampler, skip drops those below `context_length` tokens, join concatenates neighbours that
-    fit into it together: what is longer is cropped, and an example would lose what its answer refers to.
-
-    Raises:
-        DataError: when skip leaves nothing.
-    """
-    if mode == "skip":
-        kept = dataset.filter(lambda row: len(row["input_ids"]) >= context_length)
-        if isinstance(dataset, Dataset):
-            if not len(kept):
-                raise DataError(
-                    f"short_documents=skip leaves none of {len(dataset)} documents: all are shorter than "
-                    f"context_length={context_length}. Use join or shrink, or lower context_length"
-                )
-            logger.info("short_documents=skip: %d of %d documents kept", len(kept), len(dataset))
-        return kept
-    if mode == "join":
-        columns = ["input_ids", "labels"]
-        return dataset.select_columns(columns).map(_join, batched=True, fn_kwargs={"context_length": context_length})
-    return dataset
-
-
-def _join(batch: dict[str, list], context_length: int) -> dict[str, list]:
-    joined: dict[str, list] = {column: [] for column in batch}
-    for index, added in enumerate(batch["input_ids"]):
-        fits = bool(joined["input_ids"]) and len(joined["input_ids"][-1]) + len(added) <= context_length
-        for column, rows in joined.items():
-            if not fits:
-                rows.append([])
-            rows[-1].extend(batch[column][index])
-    return joined

@@ -104,6 +104,21 @@ def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, 
     return start + messages
 
 
+def not_seen(messages: list[dict[str, Any]], beside: dict[str, Any], not_written: set[str]) -> set[str]:
+    """What of a conversation, and of the columns `beside` it, the chat template leaves out: see
+    `templates.parts_not_written`.
+
+    Raises:
+        RowError: if that is a tool call, so that an empty answer would be trained, or a tool's result.
+    """
+    held = {part for message in messages for part in (*message, message["role"])}
+    lost = not_written & (held | {name for name, value in beside.items() if value})
+    for part, told in (("tool_calls", "a tool call"), ("tool", "a tool's result")):
+        if part in lost:
+            raise RowError(f"it holds {told}, which the chat template does not write")
+    return lost
+
+
 def pair_of(prompt: Any, completion: Any) -> tuple[Any, Any]:
     """A prompt and its completion: two texts, or the messages of both.
 

@@ -26,12 +26,13 @@ from ..terminal import is_first_process
 from ..tiny import TINY_ID
 from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
 from .collator import MIXED
-from .data import fed_in_part, lengths_of, load_data, summary_of
+from .data import load_data
 from .distillation import refuse_distillation
 from .machine import base_config, check_machine, find_adapter, memory_explained, memory_settings, refuse_separate_runs
 from .recipe import Recipe, RecipeError
 from .saving import refuse_output
 from .templates import set_chat_template
+from .tokenised import lengths_of, summary_of
 from .trainer import CREAMTrainer
 
 logger = logging.getLogger(__name__)
@@ -219,11 +220,6 @@ def _announce(trainer: CREAMTrainer, recipe: Recipe, config: PreTrainedConfig) -
     lengths, window = lengths_of(documents), run.context_length or 0
     fed = examples * np.minimum(lengths, window).mean()
     logger.info(f"on {summary_of(lengths, window, fed)}")
-    if long := fed_in_part(documents, lengths, window):
-        logger.warning(
-            "%s examples are longer than context_length=%d and are fed in part: an answer may lose what it refers to; "
-            "a larger context_length feeds them whole", f"{long:,}", window,
-        )  # fmt: skip
     if isinstance(trainer.eval_dataset, Dataset):
         training, _ = memory_settings(recipe)
         trained = fed * sum(training_flops(config, training).values())

@@ -5,18 +5,51 @@ from __future__ import annotations
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from .rows import DataError
 
-PROBE = [
+PROBE: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "One?"},
     {"role": "assistant", "content": "1"},
     {"role": "user", "content": "Two?"},
     {"role": "assistant", "content": "2"},
 ]
+
+
+MARK = "probed"
+"""A word in that part of a probe that a template may leave out."""
+
+
+def _call(name: str) -> dict[str, Any]:
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": name, "arguments": {"city": "Rome"}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+TOOL = {"name": MARK, "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
+RESULT = {"role": "tool", "name": "look", "tool_call_id": "abcdefghi", "content": MARK}
+# A tool's result is a turn of this role; tools is a column beside the turns, the others are keys of an answer.
+PARTS: dict[str, tuple[list[dict[str, Any]], Any]] = {
+    "tool_calls": ([PROBE[1], _call(MARK)], None),
+    "tool": ([PROBE[1], _call("look"), RESULT, PROBE[2]], None),
+    "tools": (PROBE[1:3], [{"type": "function", "function": TOOL}]),
+    "reasoning_content": ([PROBE[1], PROBE[2] | {"reasoning_content": MARK}], None),
+    "thinking": ([PROBE[1], PROBE[2] | {"thinking": MARK}], None),
+}
+
+
+def parts_not_written(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Those of PARTS that the chat template leaves out without a word, so that the model would never see them."""
+    found = set()
+    for part, (messages, tools) in PARTS.items():
+        # A template that refuses the probe refuses the rows too.
+        with suppress(Exception):
+            if MARK not in str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)):
+                found.add(part)
+    return found
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, what: str) -> None:

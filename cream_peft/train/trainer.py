@@ -37,12 +37,13 @@ from ..model.record import Record
 from .checkpoints import ResumingTrainer
 from .collator import EVALUATION_ROW, MIXED, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
-from .data import fingerprinted, fit_short_documents, prepare_columns, refuse_streamed, report_unlabelled, with_labels
+from .data import fingerprinted, prepare_columns, refuse_streamed
 from .distillation import distil, refuse_distillation
 from .preflight import check_positions
 from .rows import column_names
 from .saving import refuse_output
 from .templates import set_chat_template, training_chat_template
+from .tokenised import CUT, fit_held_out_documents, fit_short_documents, report_unlabelled, warn_of_cut
 from .watch import StopIfNotFinite, digest, refuse_useless
 
 logger = logging.getLogger(__name__)
@@ -281,17 +282,15 @@ class CREAMTrainer(ResumingTrainer):
         if is_training:
             # The training set comes first; the same object handed over for evaluation is an evaluation set.
             self._training_documents = None
-        documents, length = dataset, self.lengths.eval_length
+        documents, key = dataset, "context_length" if is_training else "eval_length"
+        length = getattr(self.lengths, key)
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        report_unlabelled(dataset, documents, "target_length", self.lengths.target_length)
+        report_unlabelled(dataset, documents, CUT[key][0], "target_length", self.lengths.target_length)
+        warn_of_cut(dataset, documents, key, length)
         if not is_training:
-            if args.short_documents == "join":
-                # Else the loss of short documents says nothing about eval_length.
-                dataset = fit_short_documents(dataset, "join", length)
-            documents, dataset = dataset, with_labels(dataset, length)
-            report_unlabelled(dataset, documents, "eval_length", length)
+            dataset = fit_held_out_documents(dataset, args.short_documents, length)
             return dataset.map(lambda row: {ROW_COLUMN: EVALUATION_ROW}).with_format("numpy")
-        dataset = fit_short_documents(dataset, args.short_documents, args.context_length)
+        dataset = fit_short_documents(dataset, args.short_documents, length)
         if isinstance(dataset, Dataset):
             dataset = dataset.add_column(ROW_COLUMN, range(len(dataset)))
         else:
