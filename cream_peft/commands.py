@@ -36,7 +36,7 @@ def train_command(arguments: list[str]) -> None:
         done = f"{summary.steps - summary.resumed_step:,} steps{since} in {summary.seconds:.0f} s"
         print(f"\n{done}, mean loss {summary.loss:.3f}{peak}")
     if summary.redrawn:
-        print(f"{summary.redrawn:,} draws held no label and were drawn again: raise context_length if these are many")
+        print(f"{summary.redrawn:,} draws held no label and others were taken: raise context_length if they are many")
     if summary.unlabelled:
         print(f"{summary.unlabelled:,} examples held no label and taught nothing: leave out documents with few labels")
     write_json(options.json, asdict(summary))

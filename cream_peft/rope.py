@@ -44,17 +44,28 @@ def pretrained_window(config: PreTrainedConfig) -> int:
     return window
 
 
-def doubtful_window(config: PreTrainedConfig) -> str | None:
-    """A line where max_position_embeddings may be a part of what the base reads: with linear RoPE scaling some models'
-    configs have it multiplied by the factor, and some have not."""
-    parameters, window = far_parameters(config), pretrained_window(config)
-    if parameters.get("rope_type") != "linear" or family_of(config.model_type).has_whole_window:
-        return None
-    factor = parameters["factor"]
-    return (
-        f"the base has linear RoPE scaling already, of factor {factor:g}, and its max_position_embeddings, {window:,}, "
-        f"is taken for all that it reads. If that is {window * factor:,.0f}, set it in a copy of its config.json"
-    )
+def doubts(config: PreTrainedConfig, target_length: int, rope_scaling_type: str | None) -> list[str]:
+    """A line for each reason to doubt that the base, unscaled, reaches `target_length` tokens.
+
+    Without scaling nothing was done for positions beyond the window. And max_position_embeddings may be a part of what
+    the base reads: with linear RoPE scaling some models' configs have it multiplied by the factor, and some have not.
+    """
+    parameters, window, found = far_parameters(config), pretrained_window(config), []
+    if target_length <= window:
+        return found
+    if rope_scaling_type is None:
+        found.append(
+            f"rope_scaling_type is none and target_length={target_length:,} is beyond the base's window of {window:,}: "
+            "positions that the base never saw are left to the training alone; yarn, linear or ntk scale them"
+        )
+    if parameters.get("rope_type") == "linear" and not family_of(config.model_type).has_whole_window:
+        factor = parameters["factor"]
+        found.append(
+            f"the base has linear RoPE scaling already, of factor {factor:g}, and its max_position_embeddings, "
+            f"{window:,}, is taken for all that it reads. If that is {window * factor:,.0f}, set it in a copy of its "
+            "config.json"
+        )
+    return found
 
 
 def _far_parameters(config: PreTrainedConfig, target_length: int = 0) -> dict[str, Any]:

@@ -8,8 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template
 
@@ -43,17 +41,6 @@ CONVERSATION = [
     {"from": "human", "value": "And then?"},
     {"from": "gpt", "value": "Storm."},
 ]
-
-
-@pytest.fixture
-def byte_tokenizer():
-    """One token a byte, so that what carries a label can be read back."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, "</s>": 1} | {letter: index + 2 for index, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def test_sharegpt_turns_become_messages():

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from cream_peft import CREAMTrainer, cli
 from cream_peft.model.record import Record, adapter_sha256
+from cream_peft.train.checkpoints import CheckpointError
 from cream_peft.train.rows import DataError
 
 CHOICE = {
@@ -42,11 +43,11 @@ def repeated():
 
 @pytest.fixture
 def make_chooser(repeated, make_model, make_config, tiny_tokenizer, lora):
-    def make(callbacks=(), **changes):
+    def make(callbacks=(), held_out=None, **changes):
         return CREAMTrainer(
             model=make_model(), args=make_config(**(CHOICE | changes)), train_dataset=repeated.select(range(20)),
-            eval_dataset=repeated.select(range(20, 24)), processing_class=tiny_tokenizer, peft_config=lora(),
-            callbacks=[WorsensAfterBest(), *callbacks],
+            eval_dataset=repeated.select(held_out or range(20, 24)), processing_class=tiny_tokenizer,
+            peft_config=lora(), callbacks=[WorsensAfterBest(), *callbacks],
         )  # fmt: skip
 
     return make
@@ -106,6 +107,28 @@ def test_a_resumed_run_takes_the_best_step_of_before_it_was_killed(make_chooser,
     trainer.save_model()
     assert trainer.state.best_global_step == BEST and same(run, run / f"checkpoint-{BEST}")
     assert Record.read(run, "run").best.step == BEST
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval_length": 3 * WINDOW}, "eval_length=128, now 192"),
+        ({"metric_for_best_model": "eval_mean_token_accuracy"}, "metric_for_best_model=loss, now mean_token_accuracy"),
+        ({"eval_dataset": range(19, 23)}, "other held-out documents (4 rows, sha256 "),
+        ({"eval_dataset": range(20, 22)}, "other held-out documents (4 rows, sha256 "),
+        ({"eval_dataset": range(20, 24), "metric_for_best_model": "eval_loss"}, None),
+        ({"eval_dataset": range(19, 23), "load_best_model_at_end": False}, None),
+    ],
+)
+def test_losses_that_cannot_be_compared_choose_no_checkpoint(changes, said, make_chooser, repeated):
+    make_chooser(max_steps=2).train()
+    held_out = changes.pop("eval_dataset", None)
+    resumed = make_chooser(max_steps=3, held_out=held_out, **changes)
+    if said is None:
+        assert resumed.train(resume_from_checkpoint=True).global_step == 3
+        return
+    with pytest.raises(CheckpointError, match=f"was trained with {re.escape(said)}"):
+        resumed.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(("mode", "lengths"), [("join", [124, 124]), ("shrink", [62] * 4)])

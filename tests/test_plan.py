@@ -549,3 +549,10 @@ def test_what_takes_memory_that_is_not_planned_is_said(option, said, tmp_path, m
     monkeypatch.setattr(fit, "allowed_gib", lambda: 80.0)
     machine.check_machine(recipe, config)
     assert caplog.messages == ([f"not planned, and takes more memory: {said}"] if said else [])
+
+
+@pytest.mark.parametrize(("scaling", "is_said"), [("none", True), ("yarn", False)])
+def test_a_target_beyond_the_window_without_scaling_is_doubted_in_the_plan(scaling, is_said, capsys):
+    assert cli.main(["plan", "--rope_scaling_type", scaling]) == 0
+    said = "rope_scaling_type is none and target_length=2,048 is beyond the base's window of 256"
+    assert (said in capsys.readouterr().out) is is_said

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT, load_script
 
+from cream_peft import cli
 from cream_peft.cli import COMMANDS
 from cream_peft.evals.results import Results, comparisons, mean_by
 from cream_peft.model.base import embedded_config
@@ -106,6 +107,25 @@ def test_the_yaml_of_readme_is_a_recipe_of_ten_lines():
     fields = {field.name for dataclass in DATACLASSES for field in dataclasses.fields(dataclass)}
     lines = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1].splitlines()
     assert len(lines) <= 10 and set(yaml.safe_load("\n".join(lines))) <= fields
+
+
+def test_the_recipe_of_a_skill_of_ones_own_trains(make_model, byte_tokenizer, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(re.search(r"`mine.yaml`.*?```yaml\n(.*?)```", page("recipes"), re.DOTALL)[1])
+    byte_tokenizer.chat_template = (ROOT / "cream_peft/train/chat_templates/smollm2.jinja").read_text()
+    for saved in (make_model(max_position_embeddings=512), byte_tokenizer):
+        saved.save_pretrained(tmp_path / "base")
+    for name, count in (("mine", 2), ("long", 50)):
+        turns = [{"role": "user", "content": "One? " * count}, {"role": "assistant", "content": "1"}]
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 4)
+    smaller = {
+        "model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "mine.jsonl", "context_length": 256,
+        "dataset_test_split": tmp_path / "long.jsonl", "target_length": 512, "eval_length": 512, "max_steps": 20,
+        "output_dir": tmp_path / "run", "load_in_4bit": "false",
+    }  # fmt: skip
+    words = [word for key, value in smaller.items() for word in (f"--{key}", str(value))]
+    assert cli.main(["train", "--config", str(tmp_path / "mine.yaml"), *words]) == 0
+    assert "held out: 4 documents of 1," in (said := capsys.readouterr().err) and "read in part" not in said
+    assert json.loads((tmp_path / "run/cream.json").read_text())["best"]["step"] in (10, 20)
 
 
 def test_every_key_in_the_table_is_a_field_with_the_default_it_says():

@@ -168,6 +168,17 @@ def test_more_steps_another_batch_and_learning_rate_are_fine_and_said_in_one_lin
     assert {group["initial_lr"] for group in groups} == {0.01}
 
 
+def test_a_run_that_is_given_more_steps_goes_on_at_the_rate_of_their_schedule(run, tmp_path):
+    def rates(folder):
+        log = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+        return {row["step"]: row["learning_rate"] for row in log if "learning_rate" in row and row["step"] > 4}
+
+    more = ["--max_steps", "8", "--save_steps", "8", "--logging_steps", "1"]
+    assert resume(run, *more).loss is not None
+    run_recipe(parse_recipe([*SHORT, *more, "--output_dir", str(tmp_path / "whole")]))
+    assert rates(run) == rates(tmp_path / "whole") and min(rates(run).values()) > 0
+
+
 def test_documents_are_told_apart_by_every_row_and_not_by_where_they_lie(tmp_path):
     rows = [{"input_ids": [number % 300, 7, *range(number % 5)], "labels": [1]} for number in range(2500)]
     found = rows_identity(Dataset.from_list(rows))

@@ -371,6 +371,16 @@ def test_what_the_window_of_a_linearly_scaled_base_is_taken_for_is_said(make_tra
         assert caplog.text.count("64, is taken for all that it reads. If that is 256, set it") == count
 
 
+@pytest.mark.parametrize(("scaling", "target", "is_said"), [(None, 512, True), ("yarn", 512, False), (None, 64, False)])
+def test_a_target_beyond_the_window_without_scaling_is_doubted(
+    scaling, target, is_said, make_trainer, make_model, caplog
+):
+    make_trainer(model=make_model(), rope_scaling_type=scaling, target_length=target, context_length=32)
+    assert (
+        "rope_scaling_type is none and target_length=512 is beyond the base's window of 64" in caplog.text
+    ) is is_said
+
+
 # Short documents and what is left behind
 
 

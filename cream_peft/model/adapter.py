@@ -20,7 +20,7 @@ from ..tiny import TINY_ID
 from .base import extended_max_length, load_base, load_tokenizer, local_snapshot, read_config, resolve_base
 from .fields import shown
 from .fingerprint import Read, differing, from_files, from_model, weight_files
-from .misfit import read_peft_config, read_scaled_config, refuse_misfit
+from .misfit import RIGHT_BASE, read_peft_config, read_scaled_config, refuse_misfit
 from .record import BASE_FOLDER, REQUIRED_FILES, TOKENIZER_FILES, AdapterError, Record
 
 ADAPTER_FILES = [*REQUIRED_FILES, "config.json", *TOKENIZER_FILES, "*.jinja"]
@@ -83,7 +83,7 @@ class Adapter:
         if other:
             raise AdapterError(
                 f"{self.base_name} has other weights than the base this adapter was trained on "
-                f"({self.record.base_model}): its {other} differs. Pass base_model with the right one"
+                f"({self.record.base_model}): its {other} differs. {RIGHT_BASE}"
             )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -166,7 +166,7 @@ def _refuse_other_base(found: PreTrainedConfig, trained: PreTrainedConfig, recor
         if got != wanted:
             raise AdapterError(
                 f"{name} is not the base this adapter was trained on: its {field} is {got}, trained with {wanted}. "
-                "Pass base_model with the right Hub id or folder"
+                + RIGHT_BASE
             )
 
 
@@ -179,8 +179,9 @@ def _find_base(record: Record, folder: Path, name: str) -> str:
             return base
         gone = f", no longer at {base}" if base else ""
         raise AdapterError(
-            f"{name} was trained on a local base, the folder {record.base_model!r}{gone}: say where it lies "
-            "with base_model (on a command line --base_model), or train with base_model_id, its Hub id"
+            f"{name} was trained on a local base, the folder {record.base_model!r}{gone}: say where it lies with "
+            "base_model (on a command line --base_model, in a recipe model_name_or_path), or train with base_model_id, "
+            "its Hub id"
         )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", record.base_model) or ".." in record.base_model:
         raise AdapterError(

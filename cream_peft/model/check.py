@@ -56,7 +56,8 @@ def _reach(record: Record) -> Finding:
     if record.is_within_window:
         found = f"{record.target_length:,} tokens, within the base's window of {record.pretrained_window:,}"
         return Finding("trained for", "ok", found)
-    return Finding("extended", "ok", f"{record.pretrained_window:,} to {record.target_length:,} tokens")
+    how = "" if record.rope_scaling_type else ", without RoPE scaling"
+    return Finding("extended", "ok", f"{record.pretrained_window:,} to {record.target_length:,} tokens{how}")
 
 
 def check_weights(path: Path) -> Finding:

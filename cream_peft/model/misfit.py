@@ -27,6 +27,7 @@ SHAPE_FIELDS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", 
 SHAPE_FIELDS += ("num_attention_heads", "num_key_value_heads", "head_dim")
 KEEPS_BASE = (True, False, "gaussian", "orthogonal")
 """LoRA's init_lora_weights that leave the base's weights as they are."""
+RIGHT_BASE = "Give the right one, a Hub id or a folder, as base_model (in a recipe: model_name_or_path)"
 REPEATS = ("pissa", "olora")
 """Those that change them, to the same again when the adapter is loaded."""
 
@@ -44,7 +45,7 @@ def read_scaled_config(folder: Path, name: str, base: PreTrainedConfig | None, b
         if wanted is not None and found != wanted:
             raise AdapterError(
                 f"{base_name} is not the base this adapter was trained on: its {field} is {found!r}, trained with "
-                f"{shown(wanted)} ({BASE_CONFIG}). Pass base_model with the right Hub id or folder"
+                f"{shown(wanted)} ({BASE_CONFIG}). {RIGHT_BASE}"
             )
     try:
         return rope.load_base_config(folder)

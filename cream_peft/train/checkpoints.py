@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..model.fingerprint import differing
 from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Positions, Record, is_adapter
 from ..positions import POSITION_STRATEGIES, options_of
 from .collator import MIXED, CREAMDataCollator
 from .config import FIXED_SETTINGS, KEPT_SETTINGS, CREAMConfig
-from .saving import SavingTrainer
+from .saving import CHOICE_SETTINGS, SavingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ TRAINING_FILES = ["optimizer*", "scheduler.pt", "rng_state*.pth"]
 FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights")
 FREE_FIELDS += ("auto_mapping", "peft_version", "task_type")
 """Of adapter_config.json: what may differ when a run is resumed."""
-OPTIONAL = ("model_name_or_path", "model_revision", "dataset_name", *FIXED_SETTINGS)
+OPTIONAL = ("model_name_or_path", "model_revision", "dataset_name", *FIXED_SETTINGS, *CHOICE_SETTINGS)
 """What is not always recorded: compared where both runs say it."""
+OTHER_DATA = {"dataset_name": "other data in dataset_name", "held_out_documents": "other held-out documents"}
 START_ANEW = "set it back, choose another output_dir, or train anew without resume_from_checkpoint"
 
 
@@ -162,7 +164,7 @@ def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
         "short_documents": positions.short_documents,
         "distillation_weight": record.distillation_weight,
         "distillation_length": record.distillation_length,
-        **{key: record.settings.get(key) for key in FIXED_SETTINGS},
+        **{key: record.settings.get(key) for key in (*FIXED_SETTINGS, *CHOICE_SETTINGS)},
         "seed": record.seed,
         "data_seed": positions.seed,
         **{
@@ -191,8 +193,8 @@ def difference(folder: Path, record: Record, trainer: ResumingTrainer) -> str | 
     for key in (key for key in new if key in was):
         one, other = _plain(was[key]), _plain(new[key])
         if one != other and (key not in OPTIONAL or None not in (one, other)):
-            said = f"{key}={one}, now {other}"
-            return f"other data in dataset_name ({one}, now {other})" if key == "dataset_name" else said
+            what = OTHER_DATA.get(key)
+            return f"{what} ({one}, now {other})" if what else f"{key}={one}, now {other}"
     tensor = differing(record.base_fingerprint, lambda name, count: trainer.base_fingerprint.get(name))
     return f"another base in model_name_or_path ({tensor} has other values)" if tensor else None
 
@@ -242,6 +244,16 @@ class ResumingTrainer(SavingTrainer):
             self.run_id, self.resumed_step = checkpoint.record.run_id, checkpoint.step
         self._is_first_checkpoint = True
         return super().train(str(checkpoint.folder) if checkpoint else None, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # With more steps than it was saved with, the optimizer's rate is that of where the old schedule stood: its end.
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if checkpoint and self.optimizer and isinstance(scheduler, LambdaLR):
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]
+            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
 
     # transformers would train one step more each time a finished run is resumed, and keep the checkpoint's save_steps.
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

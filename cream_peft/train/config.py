@@ -159,12 +159,11 @@ class CREAMConfig(SFTConfig):
         None, "Steps over which the rate rises, or below 1 their share of the run. None: 0.05, below 10 steps none."
     )
     per_device_train_batch_size: int = option(1, "Windows of context_length tokens in one forward pass, on each GPU.")
+    per_device_eval_batch_size: int = option(1, "Held-out documents of eval_length tokens in one forward pass.")
     gradient_accumulation_steps: int = option(
         16, "Forward passes per optimizer step; times the batch size they are the windows of a step."
     )
-    logging_nan_inf_filter: bool = option(
-        False, "TRL's; a value that is not finite stops the run here, so that nothing needs to be filtered."
-    )
+    logging_nan_inf_filter: bool = option(False, "TRL's; a value that is not finite stops the run here.")
     max_length: int | None = option(None, "Set by the trainer to target_length; not to be set by hand.")
     bf16: bool | None = option(
         None, "bfloat16 mixed precision. None: true on a GPU that has it; an older GPU gets fp16."
@@ -178,8 +177,8 @@ class CREAMConfig(SFTConfig):
         one_of("short_documents", self.short_documents, SHORT_DOCUMENTS)
         self._check_strategy()
         one_of("memory", self.memory, MEMORY_SETTINGS)
-        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        refuse_below(1, self, *sizes)
+        sizes = ("train_batch_size", "eval_batch_size")
+        refuse_below(1, self, "gradient_accumulation_steps", *(f"per_device_{size}" for size in sizes))
         self._check_rates()
         refuse_license(self.license)
         self._check_lengths()

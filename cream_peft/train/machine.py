@@ -174,9 +174,10 @@ def plan_recipe(recipe: Recipe, config: PreTrainedConfig, gpus: Mapping[str, flo
     lengths = recipe.run.resolve(rope.pretrained_window(config))
     rope.scaled_config(config, lengths.target_length, recipe.run.rope_scaling_type)
     planned = advice.plan_gpus(config, *memory_settings(recipe), recipe.run.target_length, gpus)
+    said = rope.doubts(config, lengths.target_length, recipe.run.rope_scaling_type)
     if more := not_planned(recipe):
-        planned = replace(planned, advice=[*planned.advice, f"not planned, and takes more: {', '.join(more)}"])
-    return planned
+        said.append(f"not planned, and takes more: {', '.join(more)}")
+    return replace(planned, advice=[*planned.advice, *said])
 
 
 def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContextManager[None]:

@@ -159,6 +159,7 @@ def run_recipe(recipe: Recipe) -> RunSummary:
             logger.warning(
                 "%s holds an earlier run, which is overwritten; --resume_from_checkpoint true resumes it", folder
             )
+        _announce(trainer, recipe, config, checkpoint.step if checkpoint else 0)
         return _train_and_save(trainer, checkpoint)
 
 
@@ -190,7 +191,6 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
     if not run.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_ProgressBar)
-    _announce(trainer, recipe, config)
     if recipe.is_embedded and recipe.data.dataset_name != TINY_ID:
         logger.info("without --config, what is not given is as in the recipe of the embedded model")
     if "messages" in (documents.column_names or ()) and not run.assistant_only_loss:
@@ -200,30 +200,34 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
     return trainer
 
 
-def _announce(trainer: CREAMTrainer, recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Say what is about to be trained, on how much, and what the held-out loss adds."""
-    run, documents = trainer.args, trainer.train_dataset
+def _announce(trainer: CREAMTrainer, recipe: Recipe, config: PreTrainedConfig, done: int) -> None:
+    """Say what is about to be trained after `done` steps, on how much, and what the held-out loss adds."""
+    run, documents, further = trainer.args, trainer.train_dataset, recipe.model.adapter_name_or_path
     length = f"{run.max_steps:,} steps" if run.max_steps > 0 else f"{run.num_train_epochs:g} epochs"
     own = run.strategy_options() | {name: getattr(run, name) for name in (*MIXED, "distillation_weight")}
     told = ", ".join(f"{name} {value}" for name, value in own.items() if value)
+    what = f"the adapter {further} further, on {trainer.base_model_name()}," if further else trainer.base_model_name()
+    so_far = f", of which {done:,} are done" if done else ""
     logger.info(
-        f"training {trainer.base_model_name()} for {length}: {run.position_strategy} positions{told and f' ({told})'}, "
+        f"training {what} for {length}{so_far}: {run.position_strategy} positions{told and f' ({told})'}, "
         f"{run.context_length:,} tokens per example for a context of {run.target_length:,}, "
         f"RoPE scaling {run.rope_scaling_type or 'none'}, learning rate {run.learning_rate:g}"
     )
     if not isinstance(documents, Dataset):
         logger.info("on a stream of documents")
         return
-    examples = run.num_train_epochs * len(documents)
-    if run.max_steps > 0:
-        examples = run.max_steps * run.train_batch_size * run.gradient_accumulation_steps * run.world_size
+    each = run.train_batch_size * run.gradient_accumulation_steps * run.world_size
+    examples = run.max_steps * each if run.max_steps > 0 else run.num_train_epochs * len(documents)
+    left = max(0.0, examples - done * each)
+    if not left:
+        return
     lengths, window = lengths_of(documents), run.context_length or 0
-    fed = examples * np.minimum(lengths, window).mean()
-    logger.info(f"on {summary_of(lengths, window, fed)}")
+    fed = left * np.minimum(lengths, window).mean()
+    logger.info(f"on {summary_of(lengths, window, fed)}, {left / len(documents):.3g} epochs")
     if isinstance(trainer.eval_dataset, Dataset):
         training, _ = memory_settings(recipe)
         trained = fed * sum(training_flops(config, training).values())
-        logger.info(_held_out_cost(trainer, config, examples, trained))
+        logger.info(_held_out_cost(trainer, config, left, trained))
 
 
 def _held_out_cost(trainer: CREAMTrainer, config: PreTrainedConfig, examples: float, trained: float) -> str:
@@ -240,8 +244,9 @@ def _held_out_cost(trainer: CREAMTrainer, config: PreTrainedConfig, examples: fl
     }
     read = times.get(run.eval_strategy, 0) + run.eval_on_start
     share = read * sum(length * held_out_flops(config, length) for length in lengths.tolist()) / trained
+    times_read = f"{read:,} time{'s' * (read != 1)}"
     return (
-        f"held out: {len(lengths):,} documents of {lengths.sum():,} tokens, read {read:,} times, which by plan takes "
+        f"held out: {len(lengths):,} documents of {lengths.sum():,} tokens, read {times_read}, which by plan takes "
         f"{share:.0%} of the training's time on top"
     )
 

@@ -55,6 +55,8 @@ REPLACED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "
 REPLACED += ("model-*-of-*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
 """What an earlier save may have left that the new one has not."""
 ROWS_AT_ONCE = 1000
+CHOICE_SETTINGS = ("metric_for_best_model", "eval_length", "held_out_documents")
+"""What a resumed run may not change if it keeps the best checkpoint: losses are compared with those of before."""
 
 
 def rows_identity(dataset: Any) -> str | None:
@@ -149,6 +151,17 @@ class SavingTrainer(SFTTrainer):
         """What tells one set of training documents from another; of a stream its name."""
         return rows_identity(self.train_dataset) or self.recipe.get("dataset_name")
 
+    @cached_property
+    def chosen_by(self) -> dict[str, Any]:
+        """What the best checkpoint is chosen by, without which two losses cannot be compared; empty if none is."""
+        if not self.args.metric_for_best_model:
+            return {}
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        told = [f"{name} {identity}".strip() for name, one in sets.items() if (identity := rows_identity(one))]
+        metric = self.args.metric_for_best_model.removeprefix("eval_")
+        values = (metric, self.lengths.eval_length, "; ".join(told) or None)
+        return dict(zip(CHOICE_SETTINGS, values, strict=True))
+
     def base_model_name(self) -> str:
         """The base's public name: `base_model_id`, its Hub id, or a local folder's last part. Never a path."""
         name = self.args.base_model_id or self.unwrapped_config()._name_or_path
@@ -205,7 +218,8 @@ class SavingTrainer(SFTTrainer):
             versions=versions(),
             packages={key: name for key, name in packages.items() if name},
             recipe=self.recipe,
-            settings={key: without_secrets(getattr(args, key)) for key in (*KEPT_SETTINGS, *FIXED_SETTINGS)},
+            settings={key: without_secrets(getattr(args, key)) for key in (*KEPT_SETTINGS, *FIXED_SETTINGS)}
+            | self.chosen_by,
             run_id=self.run_id,
             data=self.data_identity,
             stages=[*self.earlier.stages, self.earlier.as_stage()] if self.earlier else [],

@@ -226,8 +226,8 @@ class CREAMTrainer(ResumingTrainer):
                 "fine-tune's. Set context_length to the length of your examples, or target_length beyond it",
                 f"{self.lengths.target_length:,}",
             )
-        if self.lengths.target_length > self.pretrained_window and (said := rope.doubtful_window(unscaled)):
-            logger.warning(said)
+        for doubt in rope.doubts(unscaled, self.lengths.target_length, args.rope_scaling_type):
+            logger.warning(doubt)
         self.scaled_config = rope.scaled_config(unscaled, self.lengths.target_length, args.rope_scaling_type)
         rope.apply_scaling(model, self.scaled_config)
         model.unscaled_config = unscaled
