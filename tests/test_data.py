@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template
 
