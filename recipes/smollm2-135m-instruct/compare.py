@@ -118,6 +118,7 @@ MORE_INSIDE = rows("none", "cream+contiguous", "cream+growth", *MORE_STEPS)
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 LONGER_AGAIN = [row for seed in (1, 2) for row in rows("yarn", *MORE_STEPS, seed=seed)]
 LONGEST = rows("yarn", "cream+256 steps", "contiguous+256 steps", "pose+256 steps")
+LONGEST_AGAIN = [Row("yarn", row.strategy, seed) for seed in (1, 2) for row in LONGEST]
 OWN_LAW = [row for seed in (0, 1, 2) for row in rows("yarn", "cream+128 steps+default sigma", seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 SEEDS_AT = (8192, 16_384)
@@ -139,6 +140,9 @@ ROUNDS = [
     (LONGER, [16_384, 8192, 1024, 4096, 32_768], 0),
     (LONGEST, [8192, 1024, 16_384, 4096], 0),
     (LONGEST, [8192, 4096, 1024], 1),
+    (LONGEST_AGAIN, [8192], 0),
+    (LONGEST_AGAIN, [8192], 1),
+    (LONGEST_AGAIN, [1024, 4096, 16_384], 0),
     (LONGEST, [32_768], 0),
     (LONGER, [1024, 4096], 1),
     (LONGER_AGAIN, [8192, 16_384, 1024, 4096], 0),
@@ -158,8 +162,8 @@ BUDGETS = {
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
         [*FIRST, *((some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
-         for some in (YARN + DISTILLED + LONGER + LONGEST, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, OWN_LAW,
-         INSIDE_AGAIN))],
+         for some in (YARN + DISTILLED + LONGER + LONGEST, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, LONGEST_AGAIN,
+         OWN_LAW, INSIDE_AGAIN))],
     ),
 }  # fmt: skip
 
@@ -521,9 +525,10 @@ def short_table(summary: dict[str, Any]) -> list[str]:
 
 
 def seeds_table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: each seed of the rows after 128 steps under YaRN."""
+    """Markdown: each seed of the rows after 128 and 256 steps under YaRN."""
     found = {(row["strategy"], row["seed"]): row for row in summary["rows"] if row["scaling"] == "yarn"}
-    names = after(128) | {OWN_LAW[0].strategy: "CREAM, truncated"}
+    names = {key: f"{name}, {steps} steps" for steps in (128, 256) for key, name in after(steps).items()}
+    names |= {OWN_LAW[0].strategy: "CREAM, truncated, 128 steps"}
     seeds = range(3)
     lines = [f"| | {' | '.join(f'{length:,}, seed {seed}' for length in SEEDS_AT for seed in seeds)} |"]
     lines.append("|---" * (len(SEEDS_AT) * len(seeds) + 1) + "|")
