@@ -35,8 +35,9 @@ from cream_peft import CREAMConfig, CREAMDataCollator, CREAMTrainer
 from cream_peft.evals.answers import scored_answers
 from cream_peft.evals.prompts import Case, Writer
 from cream_peft.evals.recall import embedded_kv_prompt
-from cream_peft.model.base import load_base, load_tokenizer
+from cream_peft.model.base import load_base
 from cream_peft.model.record import machine, versions
+from cream_peft.model.tokenizer import load_tokenizer
 from cream_peft.tiny import TINY_ID
 from cream_peft.tiny.documents import training_rows
 from cream_peft.train.collator import ROW_COLUMN

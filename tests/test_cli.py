@@ -542,7 +542,8 @@ def test_a_model_on_the_hub_is_downloaded_and_trained_and_only_news_is_printed(h
     assert said == [
         "training o/tiny for 2 steps: cream positions, 256 tokens per example for a context of 2,048, "
         "RoPE scaling yarn, learning rate 0.003",
-        "on 2,500 documents of 640,000 tokens (median 256, 0% shorter than 256): 16,384 tokens will be fed, 0.0256 epochs",
+        "on 2,500 documents of 640,000 tokens (median 256, 0% shorter than 256): 16,384 tokens will be fed, "
+        "0.0256 epochs",
     ]
 
 

@@ -72,6 +72,17 @@ def test_tool_calls_and_their_answers_stay():
         assert to_messages(end) == messages[:2]
 
 
+@pytest.mark.parametrize("is_flat", [True, False])
+@pytest.mark.parametrize(
+    ("written", "meant"), [('{"city": "Rome"}', {"city": "Rome"}), ("", {}), ({"city": "Rome"}, {"city": "Rome"})]
+)
+def test_arguments_of_a_tool_call_as_json_text_are_read(written, meant, is_flat):
+    function = {"name": "look", "arguments": written}
+    turn = {"role": "assistant", "content": "", "tool_calls": [function if is_flat else {"function": function}]}
+    (call,) = to_messages([CONVERSATION[0], turn])[-1]["tool_calls"]
+    assert call.get("function", call)["arguments"] == meant
+
+
 USER, ANSWER = CONVERSATION[:2]
 WRONG_TURNS = [
     (None, "holds no turn"),
@@ -93,6 +104,10 @@ WRONG_TURNS = [
     ([{"role": "user", "content": 7}, ANSWER], "the content of a turn is int, not text"),
     ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}, ANSWER], "holds image content"),
     ([USER, {**ANSWER, "weight": 0}], "a turn has a weight"),
+    ([USER, {**ANSWER, "train": False}], "a turn has a train"),
+    ([USER, {**ANSWER, "loss": False}], "a turn has a loss"),
+    ([USER, {**ANSWER, "tool_calls": ["look"]}], "a tool call is no mapping"),
+    ([USER, {**ANSWER, "tool_calls": [{"function": {"arguments": "Rome"}}]}], "arguments of a tool call are no JSON"),
 ]
 
 
@@ -646,3 +661,17 @@ def test_held_out_answers_beyond_eval_length_are_told_in_python_too(
     told = f"2 of 2 held-out documents are longer than eval_length={eval_length or 64} and are read in part: an answer"
     assert (told in caplog.text) is (is_chat and eval_length != 512)
     assert ("2 of 2 training documents are longer than context_length=64" in caplog.text) is is_chat
+
+
+@pytest.mark.parametrize(("target", "end"), [(1024, ""), (256, ", but 2 that were cut at target_length=256")])
+def test_conversations_beyond_the_target_are_said_to_end_there(
+    target, end, byte_tokenizer, caplog, make_model, make_config, lora
+):
+    byte_tokenizer.chat_template = SMOLLM2
+    turns = [{"role": "user", "content": "One? " * 64}, {"role": "assistant", "content": "1"}]
+    CREAMTrainer(
+        model=make_model(), args=make_config(target_length=target), processing_class=byte_tokenizer, peft_config=lora(),
+        train_dataset=Dataset.from_list([{"messages": turns}] * 2),
+    )  # fmt: skip
+    said = "context_length=64 and are read in part: an answer may lose what it refers to; a larger one reads them whole"
+    assert f"{said}{end}\n" in caplog.text

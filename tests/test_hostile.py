@@ -12,7 +12,7 @@ from cream_peft import cli, load_adapter
 from cream_peft.chat import ChatSettings, load_chat
 from cream_peft.evals.models import open_models
 from cream_peft.evals.results import Results
-from cream_peft.model import base, misfit
+from cream_peft.model import base, misfit, tokenizer
 from cream_peft.model.adapter import open_adapter
 from cream_peft.model.check import check_adapter
 from cream_peft.model.record import AdapterError, adapter_sha256
@@ -157,7 +157,7 @@ def endless(adapter, kind):
 @pytest.mark.parametrize("kind", ["template", "target_modules", "layer_replication"])
 def test_what_would_never_end_is_broken_off(adapter, monkeypatch, kind):
     endless(adapter, kind)
-    monkeypatch.setattr(base, "TIME_LIMIT", 1)
+    monkeypatch.setattr(tokenizer, "TIME_LIMIT", 1)
     start = time.perf_counter()
     with pytest.raises(AdapterError, match=r"do not use it|too deep") as raised:
         load_adapter(adapter, load_in_4bit=False)
@@ -193,7 +193,7 @@ def test_code_that_a_base_or_a_tokenizer_brings_never_runs_unasked(adapter, tmp_
     edit(adapter / "tokenizer_config.json", "auto_map", {"AutoTokenizer": ["code.Mine", None]})
     edit(adapter / "tokenizer_config.json", "tokenizer_class", "Mine")
     assert next(row for row in check_adapter(adapter) if row.item == "tokenizer").verdict == "wrong"
-    for load in (lambda: base.load_tokenizer(str(adapter)), lambda: base.load_base(str(other))):
+    for load in (lambda: tokenizer.load_tokenizer(str(adapter)), lambda: base.load_base(str(other))):
         with pytest.raises(ValueError, match="trust_remote_code"):
             load()
     assert not ran.exists()

@@ -18,8 +18,9 @@ from trl import get_peft_config
 from cream_peft import CREAMTrainer, cli, load_adapter, rope
 from cream_peft.model import base
 from cream_peft.model.adapter import open_adapter
-from cream_peft.model.base import load_base, load_tokenizer
+from cream_peft.model.base import load_base
 from cream_peft.model.record import AdapterError, Record
+from cream_peft.model.tokenizer import load_tokenizer
 from cream_peft.tiny import TINY_ID, base_folder
 from cream_peft.train.recipe import parse_recipe
 

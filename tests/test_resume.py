@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from cream_peft import CREAMTrainer, cli
+from cream_peft import CREAMTrainer, cli, load_adapter
 from cream_peft.evals.models import OpenedModel
 from cream_peft.evals.results import Results, Settings
 from cream_peft.evals.run import evaluate
@@ -28,7 +28,8 @@ from cream_peft.train.checkpoints import Checkpoint, CheckpointError, checkpoint
 from cream_peft.train.collator import ROW_COLUMN, CREAMDataCollator
 from cream_peft.train.recipe import RecipeError, parse_recipe
 from cream_peft.train.run import run_recipe
-from cream_peft.train.saving import rows_identity, saved_whole
+from cream_peft.train.saving import saved_whole
+from cream_peft.train.tokenised import rows_identity
 
 TRAIN = ["--max_steps", "9", "--save_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4",
          "--held_out_documents", "8", "--eval_strategy", "steps", "--eval_steps", "2"]  # fmt: skip
@@ -122,6 +123,16 @@ OTHER_SETTINGS = {
     "rslora": (["--use_rslora", "true"], "use_rslora=False, now True"),
     "optimizer": (["--optim", "adafactor"], "optim=adamw_torch_fused, now adafactor"),
     "schedule": (["--lr_scheduler_type", "linear"], "lr_scheduler_type=cosine_with_min_lr, now linear"),
+    "options of the schedule": (
+        ["--lr_scheduler_kwargs", '{"min_lr_rate": 0.5}'],
+        "lr_scheduler_kwargs={'min_lr_rate': 0.05}, now {'min_lr_rate': 0.5}",
+    ),
+    "moments": (["--adam_beta1", "0.5"], "adam_beta1=0.9, now 0.5"),
+    "clipping": (["--max_grad_norm", "0.01"], "max_grad_norm=1.0, now 0.01"),
+    "loss": (["--loss_type", "dft"], "loss_type=nll, now dft"),
+    "noise": (["--neftune_noise_alpha", "5"], "neftune_noise_alpha=none, now 5.0"),
+    "order": (["--train_sampling_strategy", "sequential"], "train_sampling_strategy=random, now sequential"),
+    "dropout": (["--lora_dropout", "0.5"], "lora_dropout=0.0, now 0.5"),
     "weight decay": (["--weight_decay", "0.5"], "weight_decay=0.0, now 0.5"),
     "fewer documents": (["--max_documents", "32"], "other data in dataset_name (64 rows, sha256 "),
     "as many other documents": (["--dataset_name", "other.jsonl"], "now 64 rows, sha256 "),
@@ -177,6 +188,49 @@ def test_a_run_that_is_given_more_steps_goes_on_at_the_rate_of_their_schedule(ru
     assert resume(run, *more).loss is not None
     run_recipe(parse_recipe([*SHORT, *more, "--output_dir", str(tmp_path / "whole")]))
     assert rates(run) == rates(tmp_path / "whole") and min(rates(run).values()) > 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_in_python_a_run_is_resumed_as_the_config_says_or_said_to_be_overwritten(
+    asked, make_model, make_config, make_documents, tiny_tokenizer, lora, caplog
+):
+    def trainer(**changes):
+        return CREAMTrainer(
+            model=make_model(), args=make_config(save_strategy="steps", save_steps=1, **changes), peft_config=lora(),
+            train_dataset=make_documents(), processing_class=tiny_tokenizer,
+        )  # fmt: skip
+
+    trainer(max_steps=2).train()
+    assert "overwritten" not in caplog.text
+    again = trainer(max_steps=3, resume_from_checkpoint="true" if asked else None)
+    again.train()
+    assert again.resumed_step == (2 if asked else 0)
+    assert ("holds an earlier run, which is overwritten" in caplog.text) is not asked
+
+
+def test_how_a_base_was_quantized_is_recorded_compared_and_loaded_again(tmp_path):
+    folder = tmp_path / "run"
+    own = ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "fp4", "--use_bnb_nested_quant", "false"]
+    train(folder, *own)
+    found = Record.read(folder, "run").quantization
+    assert found == {"bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": False}
+    with pytest.raises(CheckpointError, match="bnb_4bit_quant_type=fp4, now nf4"):
+        resume(folder, "--load_in_4bit", "true", "--use_bnb_nested_quant", "false")
+    loaded, _ = load_adapter(folder)
+    kind = loaded.base_model.model.config.quantization_config
+    assert (kind.bnb_4bit_quant_type, kind.bnb_4bit_use_double_quant) == ("fp4", False)
+    assert "a 4-bit (FP4) base" in (folder / "README.md").read_text()
+    content = json.loads((folder / "cream.json").read_text())
+    (folder / "cream.json").write_text(json.dumps(content | {"quantization": {"bnb_4bit_quant_type": "x"}}))
+    with pytest.raises(AdapterError, match="must be of nf4 or fp4"):
+        load_adapter(folder)
+
+
+def test_an_adapter_of_a_16_bit_base_that_is_loaded_in_4_is_said(finished, caplog):
+    load_adapter(finished, load_in_4bit=False)
+    assert not caplog.text
+    load_adapter(finished)
+    assert "was trained on a base of 16 bits and is loaded in 4: see load_in_4bit=False" in caplog.text
 
 
 def test_documents_are_told_apart_by_every_row_and_not_by_where_they_lie(tmp_path):

@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TARGET
 from datasets import Dataset
-from peft import IA3Config, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProcessorMixin, TrainerCallback
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    ProcessorMixin,
+    TrainerCallback,
+)
 from transformers.masking_utils import create_causal_mask
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -19,7 +27,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 import cream_peft
 from cream_peft import CREAMConfig, CREAMTrainer, load_adapter, rope
 from cream_peft.model.base import keep_4bit_trainable_on_cpu, quantization_config
-from cream_peft.model.record import Record, is_adapter, model_sha256
+from cream_peft.model.record import AdapterError, Record, is_adapter, model_sha256
 from cream_peft.publish.serving import ServingError, llama_cpp_command, vllm_command
 from cream_peft.tiny import TINY_ID, base_folder
 from cream_peft.train.collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
@@ -673,18 +681,94 @@ def test_left_open_the_rate_is_that_of_the_bases_size(make_trainer, make_model):
         ({"quantization_config": quantization_config(torch.float32)}, "quantization_config goes with a model's name"),
         ({"model": "adapter"}, "peft_config goes with a base"),
         ({"model": "frozen", "peft_config": None}, "adapter is frozen.*is_trainable=True"),
+        ({"model": TINY_ID, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "a base in 8 bits"),
+        ({"peft_config": PromptTuningConfig(num_virtual_tokens=4)}, "peft_config=PROMPT_TUNING puts tokens of its own"),
     ],
 )
 def test_arguments_that_exclude_one_another_are_refused_at_construction(
     given, message, make_model, make_documents, make_config, tiny_tokenizer, lora
 ):
     settings = {"model": make_model(), "peft_config": lora()} | given
-    if isinstance(settings["model"], str):
+    if settings["model"] in ("adapter", "frozen"):
         adapter = get_peft_model(make_model(), lora())
         adapter.requires_grad_(settings["model"] != "frozen")
         settings["model"] = adapter
     with pytest.raises(ValueError, match=message):
         CREAMTrainer(args=make_config(), train_dataset=make_documents(), processing_class=tiny_tokenizer, **settings)
+
+
+def test_several_held_out_sets_need_a_metric_of_one_before_anything_is_trained(make_trainer, make_documents):
+    sets = {name: make_documents(2) for name in ("near", "far")}
+    best = dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | {"load_best_model_at_end": True}
+    best |= {"eval_steps": 1, "save_steps": 1}
+    with pytest.raises(ValueError, match="set metric_for_best_model to the loss of one, of eval_near_loss, eval_far_"):
+        make_trainer(eval_dataset=sets, **best)
+    trainer = make_trainer(eval_dataset=sets, metric_for_best_model="eval_far_loss", **best)
+    trainer.train()
+    assert trainer.best.metric == "eval_far_loss"
+
+
+def changed(model, how):
+    if how == "merged":
+        return get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).merge_and_unload()
+    if how == "tokens added":
+        model.resize_token_embeddings(400)
+    return model.to(torch.bfloat16) if how == "another dtype" else model
+
+
+@pytest.mark.parametrize("how", ["merged", "tokens added", "another dtype", "as it is"])
+def test_a_base_that_was_changed_in_memory_is_refused_since_the_adapter_would_name_another(how, make_trainer, tmp_path):
+    base = changed(AutoModelForCausalLM.from_pretrained(base_folder()), how)
+    if how in ("another dtype", "as it is"):
+        assert make_trainer(base)
+        return
+    with pytest.raises(
+        ValueError, match=r"the model's model\.\S+ has other values than the files of .* save_pretrained"
+    ):
+        make_trainer(base)
+    # As a base of its own it can be named; where every weight is trained nothing is.
+    base.save_pretrained(tmp_path / "base")
+    assert make_trainer(AutoModelForCausalLM.from_pretrained(tmp_path / "base")) and make_trainer(
+        base, peft_config=None
+    )
+
+
+def test_an_adapter_that_was_trained_elsewhere_is_said_to_tell_nothing_of_its_scaling(
+    make_trainer, make_model, lora, caplog
+):
+    model = get_peft_model(make_model(), lora())
+    make_trainer(model, peft_config=None)
+    assert "is trained already" not in caplog.text
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    make_trainer(model, peft_config=None)
+    assert "the model's adapter is trained already, and nothing says with which RoPE scaling" in caplog.text
+
+
+def test_each_set_says_for_itself_that_its_completions_alone_count(make_trainer, make_documents):
+    tokens, mask = list(range(1, 33)), [0] * 24 + [1] * 8
+    masked = Dataset.from_dict({"input_ids": [tokens] * 4, "completion_mask": [mask] * 4})
+    for sets in ((masked, make_documents(4)), (make_documents(4), masked)):
+        trainer = make_trainer(documents=sets[0], eval_dataset=sets[1])
+        for found, given in zip((trainer.train_dataset, trainer.eval_dataset), sets, strict=True):
+            labels = found[0]["labels"].tolist()
+            assert ([label != -100 for label in labels] == [bool(one) for one in mask]) is (given is masked)
+    every = make_trainer(documents=make_documents(4), eval_dataset=masked, completion_only_loss=False)
+    assert -100 not in every.eval_dataset[0]["labels"]
+
+
+def test_a_model_that_was_made_in_memory_does_not_name_the_current_folder_as_its_base(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "base_folder.txt").exists()
+    with pytest.raises(AdapterError, match="say where it lies with base_model"):
+        load_adapter(tmp_path / "saved", load_in_4bit=False)
+
+
+def test_the_tokenizer_does_not_warn_of_what_the_model_is_about_to_read(make_trainer):
+    tokenizer = make_trainer().processing_class
+    assert tokenizer.model_max_length == TARGET
 
 
 def test_help_and_dir_show_what_there_is():

@@ -16,10 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .. import rope
 from ..errors import about, missing_folder
 from ..model.adapter import Adapter, adapter_folder, open_adapter
-from ..model.base import base_commit, load_base, load_tokenizer, read_config, resolve_base
+from ..model.base import base_commit, load_base, read_config, resolve_base
 from ..model.check import check_weights
 from ..model.fingerprint import digest
 from ..model.record import Record, adapter_sha256, is_adapter
+from ..model.tokenizer import load_tokenizer
 from .results import Settings, file_name
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,11 +18,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from .. import rope
 from ..errors import about, explain, missing_folder
 from ..tiny import TINY_ID
-from .base import extended_max_length, load_base, load_tokenizer, local_snapshot, read_config, resolve_base
+from .base import load_base, local_snapshot, read_config, resolve_base
 from .fields import shown
 from .fingerprint import Read, differing, from_files, from_model, weight_files
 from .misfit import RIGHT_BASE, read_peft_config, read_scaled_config, refuse_misfit
 from .record import BASE_FOLDER, REQUIRED_FILES, TOKENIZER_FILES, AdapterError, Record
+from .tokenizer import extended_max_length, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILES = [*REQUIRED_FILES, "config.json", *TOKENIZER_FILES, "*.jinja"]
 CHECKPOINTS = ["last-checkpoint/*", "checkpoint-*/*"]
@@ -108,6 +112,7 @@ class Adapter:
             target_length=self.record.target_length,
             rope_scaling_type=self.record.rope_scaling_type,
             load_in_4bit=load_in_4bit,
+            quantization=self.record.quantization,
             config=copy.deepcopy(self.base_config),
             **self.base_options,
             **model_kwargs,
@@ -253,7 +258,7 @@ def load_adapter(
 
     Args:
         repo_or_dir, base_model, revision: see `open_adapter`.
-        load_in_4bit: NF4 base, or one in `dtype`.
+        load_in_4bit: a base quantized as in training, else to NF4; or one in `dtype`.
         is_trainable: train the adapter further, with a CREAMTrainer; else it is frozen.
         model_kwargs: for `load_base` (dtype, attn_implementation, token, device_map, ...).
 
@@ -262,4 +267,6 @@ def load_adapter(
     """
     hub_kwargs = {key: model_kwargs.pop(key) for key in HUB_OPTIONS if key in model_kwargs}
     adapter = open_adapter(repo_or_dir, base_model=base_model, revision=revision, **hub_kwargs)
+    if load_in_4bit and not adapter.record.load_in_4bit:
+        logger.warning("%s was trained on a base of 16 bits and is loaded in 4: see load_in_4bit=False", repo_or_dir)
     return adapter.load(load_in_4bit, is_trainable, **model_kwargs)

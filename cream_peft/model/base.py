@@ -1,14 +1,10 @@
-"""The 4-bit base with its RoPE scaled, and its tokenizer."""
+"""The 4-bit base with its RoPE scaled."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
-import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +16,9 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
@@ -39,9 +33,6 @@ from .attention import use_repeating_sdpa
 GIB = 2**30
 EMBEDDED_CONFIGS = json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
 """Hub id -> config of the recipes' bases, so that planning needs no network."""
-TIME_LIMIT = 20
-"""Seconds that a chat template or the module names of an adapter may take."""
-PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -131,6 +122,15 @@ def quantization_config(
     )
 
 
+def quantization_of(model: PreTrainedModel) -> dict[str, Any]:
+    """How a base in 4 bits was quantized, in the keys of a recipe; empty of another."""
+    found: Any = getattr(model.config, "quantization_config", None)
+    if not getattr(model, "is_loaded_in_4bit", False) or not isinstance(found, BitsAndBytesConfig):
+        return {}
+    kind, is_double = found.bnb_4bit_quant_type, found.bnb_4bit_use_double_quant
+    return {"bnb_4bit_quant_type": kind, "use_bnb_nested_quant": is_double}
+
+
 def base_options(arguments: Any, use_cpu: bool = False) -> dict[str, Any]:
     """`load_base`'s options of a recipe's model arguments (TRL's ModelConfig names)."""
     usual = default_dtype() if arguments.use_peft and not use_cpu else WHOLE_DTYPE
@@ -189,13 +189,14 @@ def load_base(
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     config: PreTrainedConfig | None = None,
+    quantization: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a base model, scaled to `target_length` tokens and quantized, ready for an adapter.
 
     Embeddings, norms and head are loaded in `dtype` and stay there: no fp32 copies are made. `config` is the unscaled
     config to use instead of the one found beside the weights; of a base that nests its decoder in text_config, that
-    decoder alone is loaded. With a `state_dict` too nothing is read from `name`.
+    decoder alone is loaded. `quantization`: see `quantization_of`. With a `state_dict` too nothing is read from `name`.
     Other keyword arguments go to from_pretrained, which quantizes one weight at a time. The model's config._commit_hash
     is the commit of a base from the Hub.
 
@@ -217,7 +218,9 @@ def load_base(
     on_gpu = torch.cuda.is_available() and kwargs.get("device_map") != CPU
     dtype = cast(torch.dtype, getattr(torch, str(dtype), dtype) or (default_dtype() if on_gpu else torch.float32))
     if load_in_4bit:
-        kwargs.setdefault("quantization_config", quantization_config(dtype))
+        known: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True} | (quantization or {})
+        kind, is_double = known["bnb_4bit_quant_type"], known["use_bnb_nested_quant"]
+        kwargs.setdefault("quantization_config", quantization_config(dtype, kind, is_double))
     # ZeRO-3 places the shards itself.
     if on_gpu and not is_deepspeed_zero3_enabled():
         kwargs.setdefault("device_map", {"": torch.cuda.current_device()})
@@ -242,75 +245,6 @@ def load_base(
     use_repeating_sdpa()
     rope.check_scaling(model, scaled)
     return model
-
-
-def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a pad token.
-
-    Raises:
-        ValueError: damaged files, or a chat template that does not come to an end.
-    """
-    with about(name):
-        try:
-            loaded = AutoTokenizer.from_pretrained(resolve_base(name), **({"trust_remote_code": False} | kwargs))
-            tokenizer = with_pad_token(loaded)
-        except (OSError, ValueError, ImportError):
-            raise
-        except Exception as error:  # of tokenizers, which names no file
-            raise ValueError(f"the tokenizer of {name} is damaged ({error}): get it again") from error
-    if tokenizer.chat_template and not ends_in_time(lambda: tokenizer.apply_chat_template(PROBE, tokenize=False)):
-        raise ValueError(f"the chat template of {name} does not come to an end: do not use it")
-    return tokenizer
-
-
-def ends_in_time(task: Callable[[], Any]) -> bool:
-    """Whether `task`, with or without an error, ends within TIME_LIMIT seconds. It is tried in a child process, since a
-    loop inside of a regular expression or a template cannot be broken off."""
-    if not hasattr(os, "fork"):  # Windows
-        return True
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            task()
-        os._exit(0)
-    timer = threading.Timer(TIME_LIMIT, os.kill, (child, signal.SIGKILL))
-    timer.daemon = True
-    timer.start()
-    try:
-        return os.waitpid(child, 0)[1] == 0
-    finally:
-        timer.cancel()
-
-
-def with_pad_token(tokenizer: Any) -> Any:
-    """The tokenizer; a missing pad token becomes the end token. Masks are made from lengths, never from ids, and the
-    embeddings are never resized (PEFT would then save whole embedding matrices)."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    return tokenizer
-
-
-def make_tokenizer_readable(folder: Path, target_length: int) -> None:
-    """Put names that transformers 4 knows too into <folder>/tokenizer_config.json, if there is one, and the length in
-    tokens at which it truncates."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    settings["model_max_length"] = extended_max_length(settings.get("model_max_length"), target_length)
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def extended_max_length(found: Any, target_length: int) -> int:
-    """model_max_length of a tokenizer: below the target it is the base's window, and 1e30 is none; another one is
-    somebody's choice."""
-    is_chosen = isinstance(found, int | float) and target_length <= found < 1e20
-    return int(found) if is_chosen else target_length
 
 
 def embedded_config(model_id: str) -> PreTrainedConfig | None:

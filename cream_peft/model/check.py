@@ -20,10 +20,10 @@ from .. import rope
 from ..errors import explain, is_out_of_reach
 from ..families import far_parameters, key_mapping
 from .adapter import Adapter, adapter_folder, open_adapter
-from .base import load_tokenizer
 from .fingerprint import weight_files
 from .misfit import read_peft_config, read_scaled_config, refuse_misfit
 from .record import Record, is_adapter
+from .tokenizer import load_tokenizer
 
 PRIVATE_FILE = "training_args.bin"
 UNSCALED = (

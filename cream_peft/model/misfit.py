@@ -15,9 +15,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .. import rope
-from .base import check_module_names, ends_in_time
+from .base import check_module_names
 from .fields import known_fields, shown
 from .record import REQUIRED_FILES, AdapterError, read_json
+from .tokenizer import ends_in_time
 
 if TYPE_CHECKING:
     from .adapter import Adapter

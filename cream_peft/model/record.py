@@ -89,6 +89,8 @@ class Record:
     """Of the loss that held the adapter to its base, on the first so many tokens of a window; 0: there was none."""
     distillation_length: int | None = None
     load_in_4bit: bool = False
+    quantization: dict[str, Any] = field(default_factory=dict)
+    """Of a base in 4 bits, see `base.quantization_of`."""
     license: str | None = None
     steps: int = 0
     best: Best | None = None
@@ -170,6 +172,9 @@ class Record:
         for key in ("pretrained_window", "target_length"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}, and must be at least 1 token")
+        kind, is_double = (self.quantization.get(key) for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant"))
+        if kind not in (None, "nf4", "fp4") or is_double not in (None, True, False):
+            raise ValueError(f"quantization is {shown(self.quantization)}, and must be of nf4 or fp4, nested or not")
         is_known = self.rope_scaling_type in (None, *ROPE_SCALING_TYPES)
         if not is_known and not (self.merged and self.has_own_scaling):
             wrong, allowed = shown(self.rope_scaling_type), ", ".join(ROPE_SCALING_TYPES)

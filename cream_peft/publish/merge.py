@@ -27,10 +27,11 @@ from .. import rope
 from ..errors import about
 from ..families import decoder_name
 from ..model.adapter import Adapter, eos_token_id, open_adapter
-from ..model.base import GIB, make_tokenizer_readable, resolve_base
+from ..model.base import GIB, resolve_base
 from ..model.check import check_weights
 from ..model.fingerprint import from_files, weight_files
 from ..model.record import adapter_sha256, write_json
+from ..model.tokenizer import make_tokenizer_readable
 from .card import CARD, write_card
 from .output import MergeError, in_place_of, refuse_output
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PrinterCallback
 from trl import get_peft_config
 
 from .. import rope
-from ..model.base import base_options, load_base, load_tokenizer
+from ..model.base import base_options, load_base
 from ..model.record import machine, versions
+from ..model.tokenizer import load_tokenizer
 from ..plan import memory
 from ..plan.advice import training_flops
 from ..plan.gpus import GPUS, find_gpu

@@ -18,17 +18,18 @@ from ..model.fingerprint import differing
 from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Positions, Record, is_adapter
 from ..positions import POSITION_STRATEGIES, options_of
 from .collator import MIXED, CREAMDataCollator
-from .config import FIXED_SETTINGS, KEPT_SETTINGS, CREAMConfig
-from .saving import CHOICE_SETTINGS, SavingTrainer
+from .config import CREAMConfig
+from .saving import CHOICE_SETTINGS, FIXED_SETTINGS, KEPT_SETTINGS, SavingTrainer
 
 logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"
 TRAINING_FILES = ["optimizer*", "scheduler.pt", "rng_state*.pth"]
-FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "init_lora_weights")
+FREE_FIELDS = ("base_model_name_or_path", "revision", "inference_mode", "init_lora_weights")
 FREE_FIELDS += ("auto_mapping", "peft_version", "task_type")
 """Of adapter_config.json: what may differ when a run is resumed."""
-OPTIONAL = ("model_name_or_path", "model_revision", "dataset_name", *FIXED_SETTINGS, *CHOICE_SETTINGS)
+OPTIONAL = ("model_name_or_path", "model_revision", "bnb_4bit_quant_type", "use_bnb_nested_quant", "dataset_name")
+OPTIONAL += (*FIXED_SETTINGS, *CHOICE_SETTINGS)
 """What is not always recorded: compared where both runs say it."""
 OTHER_DATA = {"dataset_name": "other data in dataset_name", "held_out_documents": "other held-out documents"}
 START_ANEW = "set it back, choose another output_dir, or train anew without resume_from_checkpoint"
@@ -148,11 +149,14 @@ def _options(positions: Positions) -> dict[str, Any]:
 def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
     """Key of a recipe -> what a run must not change when it is resumed; None where it is not known."""
     positions = record.positions
+    # None: not recorded, by an earlier version.
+    said = {key: "none" if value is None else value for key, value in record.settings.items()}
     return {
         # The name of a local folder says nothing; the fingerprint does.
         "model_name_or_path": None if record.base_is_local else record.base_model,
         "model_revision": record.base_revision,
         "load_in_4bit": record.load_in_4bit,
+        **{key: record.quantization.get(key) for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant")},
         "use_peft": bool(adapter),
         # As text, since _plain sorts lists.
         "adapter_name_or_path": str([stage.get("adapter_sha256") for stage in record.stages]),
@@ -164,7 +168,7 @@ def _settings(record: Record, adapter: dict[str, Any]) -> dict[str, Any]:
         "short_documents": positions.short_documents,
         "distillation_weight": record.distillation_weight,
         "distillation_length": record.distillation_length,
-        **{key: record.settings.get(key) for key in (*FIXED_SETTINGS, *CHOICE_SETTINGS)},
+        **{key: said.get(key) for key in (*FIXED_SETTINGS, *CHOICE_SETTINGS)},
         "seed": record.seed,
         "data_seed": positions.seed,
         **{
@@ -205,7 +209,7 @@ def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
     changed = [f"{key}={was}, now {new}" for key, was, new in pairs if was not in (None, new)]
     if changed:
         logger.warning(
-            "%s was trained with %s; the optimizer keeps the learning rate that it was saved with",
+            "%s was trained with %s; the optimizer keeps the peak learning rate that it was saved with",
             checkpoint.folder, "; ".join(changed),
         )  # fmt: skip
 
@@ -216,13 +220,19 @@ class ResumingTrainer(SavingTrainer):
     _is_first_checkpoint = False
 
     def train(self, resume_from_checkpoint: str | bool | Checkpoint | None = None, *args: Any, **kwargs: Any):
-        """Train; `resume_from_checkpoint` is a folder, or true for the newest checkpoint in output_dir.
+        """Train; `resume_from_checkpoint` is a folder, or true for the newest checkpoint in output_dir; None: as the
+        config says.
 
         Raises:
             CheckpointError: a checkpoint that is not whole or was trained with other settings; one is named.
         """
         folder, only_model = Path(str(self.args.output_dir)), self.args.save_only_model
-        checkpoint = find_checkpoint(resume_from_checkpoint, folder, only_model)
+        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = find_checkpoint(wanted, folder, only_model)
+        if checkpoint is None and (checkpoint_folders(folder) or (folder / FILE).exists()):
+            logger.warning(
+                "%s holds an earlier run, which is overwritten; resume_from_checkpoint=true resumes it", folder
+            )
         self.run_id, self.resumed_step, self.best = secrets.token_hex(8), 0, None
         if checkpoint:
             found = difference(checkpoint.folder, checkpoint.record, self)

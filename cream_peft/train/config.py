@@ -68,12 +68,6 @@ def documented(kind: Kind) -> Kind:
     return kind
 
 
-KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
-"""What a resumed run may change, with one line that says so."""
-FIXED_SETTINGS = ("optim", "lr_scheduler_type", "weight_decay")
-"""What it may not: the saved optimizer and schedule go on with their own, or cannot."""
-
-
 @documented
 @dataclass
 class CREAMConfig(SFTConfig):
@@ -204,9 +198,9 @@ class CREAMConfig(SFTConfig):
 
     def strategy_options(self) -> dict[str, Any]:
         """The options of the position strategy that are set."""
-        own = [name for name in STRATEGY_KEYS if name in options_of(self.position_strategy)]
-        kwargs = self.position_strategy_kwargs if isinstance(self.position_strategy_kwargs, dict) else {}
-        values = {name: getattr(self, name) for name in own} | kwargs
+        known, kwargs = options_of(self.position_strategy), self.position_strategy_kwargs
+        values = {name: getattr(self, name) for name in STRATEGY_KEYS if name in known}
+        values |= kwargs if isinstance(kwargs, dict) else {}
         return {name: value for name, value in values.items() if value is not None}
 
     def _check_strategy(self) -> None:

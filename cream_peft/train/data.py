@@ -235,21 +235,3 @@ def _check_reading(tokenizer: PreTrainedTokenizerBase, text: str, name: str, eos
             f"{name} holds text and the tokenizer has no end token to close it with: set eos_token to one of its "
             "tokens, or give token ids in an input_ids column"
         )
-
-
-def refuse_streamed(dataset: Any, args: Any) -> None:
-    """Refuse what cannot go with a streamed data set.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    if isinstance(dataset, IterableDataset) and args.dataloader_num_workers:
-        raise ValueError(
-            f"dataloader_num_workers={args.dataloader_num_workers} cannot go with a streamed data set: each worker "
-            "would number the documents anew. Set it to 0, or do not stream"
-        )
-    if isinstance(dataset, IterableDataset) and args.target_growth:
-        raise ValueError(
-            f"target_growth={args.target_growth:g} cannot go with a streamed data set, of which a resumed run "
-            "reads what it skips: set it to 0, or do not stream"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from itertools import compress
@@ -29,6 +30,8 @@ ROLES |= dict.fromkeys(("human", "user"), "user")
 ROLES |= dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant")
 FOLLOWS = {"user": (None, "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 """Role -> the roles that may stand before it; None: the start, after the system message."""
+WEIGHTS = ("weight", "train", "loss")
+"""Keys by which others leave a turn out of the loss."""
 KEPT_IN_TURNS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
 
@@ -61,6 +64,23 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _with_mapping(call: Any) -> Any:
+    """A tool call whose arguments are a mapping: as JSON text, which OpenAI's API gives, templates would quote them."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise RowError("a tool call is no mapping")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise RowError("the arguments of a tool call are no JSON object")
+        function = function | {"arguments": arguments}
+    return call | {"function": function} if "function" in call else function
+
+
 def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, Any]]:
     """One conversation as messages (role, content) that begin with the user, after `system` if it brings none.
 
@@ -79,14 +99,18 @@ def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, 
         role = ROLES.get(said) if isinstance(said, str) else None
         if role is None:
             raise RowError(f"unknown role {said!r}")
-        if turn.get("weight") not in (None, 1):
-            raise RowError("a turn has a weight, which is not supported: leave the turn or the weight out")
+        for key in WEIGHTS:
+            if turn.get(key) not in (None, 1):
+                raise RowError(f"a turn has a {key}, which is not supported: leave the turn or the {key} out")
         content, rest = _content(turn), {key: turn[key] for key in KEPT_IN_TURNS if turn.get(key)}
         if role == "system" and not content.strip():
             continue
         if not content.strip() and not rest.get("tool_calls"):
             raise RowError(f"an empty {role} turn")
-        messages.append({"role": role, "content": content, **without_nulls(rest)})
+        rest = without_nulls(rest)
+        if "tool_calls" in rest:
+            rest["tool_calls"] = [*map(_with_mapping, rest["tool_calls"])]
+        messages.append({"role": role, "content": content, **rest})
     start = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
     if not start and system and system.strip():
         start = [{"role": "system", "content": system}]

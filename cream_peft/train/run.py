@@ -17,14 +17,15 @@ from trl import get_peft_config
 
 from ..locks import locked
 from ..model.adapter import Adapter
-from ..model.base import base_options, load_base, load_tokenizer
+from ..model.base import base_options, load_base
 from ..model.record import AdapterError, Record, peak_gib
+from ..model.tokenizer import load_tokenizer
 from ..plan.advice import held_out_flops, training_flops
 from ..publish.push import PushError
 from ..rope import pretrained_window
 from ..terminal import is_first_process
 from ..tiny import TINY_ID
-from .checkpoints import Checkpoint, checkpoint_folders, difference, find_checkpoint, wants_newest
+from .checkpoints import Checkpoint, difference, find_checkpoint, wants_newest
 from .collator import MIXED
 from .data import load_data
 from .distillation import refuse_distillation
@@ -155,10 +156,6 @@ def run_recipe(recipe: Recipe) -> RunSummary:
         is_asked = wants_newest(run.resume_from_checkpoint) and run.max_steps > 0
         if is_known and is_asked and _is_saved(trainer, run.max_steps):
             return _summary(trainer, run.max_steps)
-        if checkpoint is None and (checkpoint_folders(folder) or (folder / "cream.json").exists()):
-            logger.warning(
-                "%s holds an earlier run, which is overwritten; --resume_from_checkpoint true resumes it", folder
-            )
         _announce(trainer, recipe, config, checkpoint.step if checkpoint else 0)
         return _train_and_save(trainer, checkpoint)
 
@@ -265,7 +262,7 @@ def _is_saved(trainer: CREAMTrainer, steps: int) -> bool:
 
 def _train_and_save(trainer: CREAMTrainer, checkpoint: Checkpoint | None) -> RunSummary:
     output_dir = str(trainer.args.output_dir)
-    output = trainer.train(checkpoint)
+    output = trainer.train(checkpoint or False)
     if checkpoint and output.global_step == checkpoint.step and _is_saved(trainer, checkpoint.step):
         return _summary(trainer, checkpoint.step)
     try:

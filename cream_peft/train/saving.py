@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -10,11 +9,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import HubStrategy
@@ -22,7 +19,7 @@ from trl import SFTTrainer
 
 from .. import rope
 from ..errors import explain
-from ..model.base import make_tokenizer_readable
+from ..model.base import quantization_of
 from ..model.record import (
     BASE_FOLDER,
     FILE,
@@ -39,14 +36,16 @@ from ..model.record import (
     write_json,
 )
 from ..model.secrets import public_name, without_secrets
+from ..model.tokenizer import make_tokenizer_readable
 from ..plugins import package_of
 from ..positions import POSITION_STRATEGIES, options_of
 from ..publish import push as hub
 from ..publish.card import CARD, write_card
 from ..scalings import ROPE_SCALING_TYPES
 from ..tiny import TINY_ID, TINY_LICENSE, base_folder
-from .collator import MIXED, ROW_COLUMN
-from .config import FIXED_SETTINGS, KEPT_SETTINGS, CREAMConfig, Lengths
+from .collator import MIXED
+from .config import CREAMConfig, Lengths
+from .tokenised import rows_identity
 
 logger = logging.getLogger(__name__)
 
@@ -54,22 +53,15 @@ ASIDE = ".saving"
 REPLACED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
 REPLACED += ("model-*-of-*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
 """What an earlier save may have left that the new one has not."""
-ROWS_AT_ONCE = 1000
+KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+KEPT_SETTINGS += ("warmup_steps",)
+"""What a resumed run may change, with one line that says so."""
+FIXED_SETTINGS = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay")
+FIXED_SETTINGS += ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "loss_type", "label_smoothing_factor")
+FIXED_SETTINGS += ("neftune_noise_alpha", "train_sampling_strategy")
+"""What it may not: the saved optimizer goes on with its own, or the weights would not be those of one run."""
 CHOICE_SETTINGS = ("metric_for_best_model", "eval_length", "held_out_documents")
 """What a resumed run may not change if it keeps the best checkpoint: losses are compared with those of before."""
-
-
-def rows_identity(dataset: Any) -> str | None:
-    """The number of rows and a digest of them; None of a stream."""
-    if not isinstance(dataset, Dataset) or not len(dataset):
-        return None
-    digest, columns = sha256(), sorted(set(dataset.column_names) - {ROW_COLUMN})
-    digest.update(json.dumps(columns).encode())
-    for table in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
-        # Arrow's own form has no more than the rows, wherever they lie in a file.
-        for batch in table.combine_chunks().to_batches():
-            digest.update(batch.serialize())
-    return f"{len(dataset):,} rows, sha256 {digest.hexdigest()[:16]}"
 
 
 def is_folder(name: str | None, folder: Path) -> bool:
@@ -177,8 +169,8 @@ class SavingTrainer(SFTTrainer):
 
     def describe(self) -> Record:
         """The content of cream.json: how the base was scaled, how positions were drawn, what the run took."""
-        args, collator = self.args, self.data_collator
-        is_full = not isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        args, collator, model = self.args, self.data_collator, self.accelerator.unwrap_model(self.model)
+        is_full = not isinstance(model, PeftModel)
         factor = collator.target_length / collator.context_length
         options = options_of(collator.position_strategy) | collator.strategy_options
         packages = {
@@ -206,7 +198,8 @@ class SavingTrainer(SFTTrainer):
             distillation_weight=args.distillation_weight,
             distillation_length=args.distillation_length,
             positions=positions,
-            load_in_4bit=bool(getattr(self.accelerator.unwrap_model(self.model), "is_loaded_in_4bit", False)),
+            load_in_4bit=bool(getattr(model, "is_loaded_in_4bit", False)),
+            quantization=quantization_of(model),
             license=args.license or (TINY_LICENSE if self.base_model_name() == TINY_ID else None),
             steps=self.state.global_step,
             best=self.best,
@@ -267,8 +260,9 @@ class SavingTrainer(SFTTrainer):
             record = replace(record, adapter_sha256=digest)
             record.name_base_in(folder)
             record.write(folder)
-            if record.base_is_local:
-                base = Path(self.unwrapped_config()._name_or_path).absolute()
+            # A model that was made in memory has no name.
+            if record.base_is_local and (name := self.unwrapped_config()._name_or_path):
+                base = Path(name).absolute()
                 (folder / BASE_FOLDER).write_text(f"{base}\n", encoding="utf-8")
             write_card(folder, record, self.hub_model_id if self.args.push_to_hub else None)
 

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from .collator import ROW_COLUMN
 from .rows import IGNORE_INDEX, MOST_BAD, DataError, column_names
 
 logger = logging.getLogger(__name__)
 
-LENGTHS_AT_ONCE = 10_000
+ROWS_AT_ONCE, LENGTHS_AT_ONCE = 1000, 10_000
 CUT = {
     "context_length": ("training", "an answer may lose what it refers to"),
     "eval_length": ("held-out", "an answer beyond is not judged"),
 }
 """The setting that cuts documents -> which, and what that may cost."""
+
+
+def rows_identity(dataset: Any) -> str | None:
+    """The number of rows and a digest of them; None of a stream."""
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return None
+    digest, columns = sha256(), sorted(set(dataset.column_names) - {ROW_COLUMN})
+    digest.update(json.dumps(columns).encode())
+    for table in dataset.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
+        # Arrow's own form has no more than the rows, wherever they lie in a file.
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return f"{len(dataset):,} rows, sha256 {digest.hexdigest()[:16]}"
 
 
 def lengths_of(documents: Dataset) -> np.ndarray:
@@ -36,18 +52,22 @@ def summary_of(lengths: np.ndarray, window: int, fed: float) -> str:
     )
 
 
-def warn_of_cut(dataset: Any, documents: Any, key: str, length: int) -> None:
-    """Say how many of the tokenised `documents` are longer than `length` tokens, which `key` sets (see CUT): harmless
-    for plain text, of which every token is trained, but not where an answer is learned."""
+def warn_of_cut(dataset: Any, documents: Any, key: str, length: int, target_length: int) -> None:
+    """Say how many of the tokenised `documents` are longer than `length` tokens, which `key` sets (see CUT), or cut off
+    at the target: harmless for plain text, of which every token is trained, but not where an answer is learned."""
     if not isinstance(dataset, Dataset):
         return
     lengths, (which, cost) = lengths_of(dataset), CUT[key]
-    long = np.flatnonzero(lengths > length)
-    is_asked = {"messages", "prompt"} & set(column_names(documents))
+    is_asked = bool({"messages", "prompt"} & set(column_names(documents)))
+    ends = lengths >= target_length if is_asked else np.zeros_like(lengths, dtype=bool)
+    long = np.flatnonzero((lengths > length) | ends)
     if len(long) and (is_asked or IGNORE_INDEX in dataset[int(long[0])]["labels"][1:]):
+        remedy = "a larger one reads them whole"
+        if ends.any():
+            remedy += f", but {ends.sum():,} that were cut at target_length={target_length:,}"
         logger.warning(
-            "%s of %s %s documents are longer than %s=%s and are read in part: %s; a larger one reads them whole",
-            f"{len(long):,}", f"{len(lengths):,}", which, key, f"{length:,}", cost,
+            "%s of %s %s documents are longer than %s=%s and are read in part: %s; %s",
+            f"{len(long):,}", f"{len(lengths):,}", which, key, f"{length:,}", cost, remedy,
         )  # fmt: skip
 
 

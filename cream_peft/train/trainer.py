@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from .. import rope
@@ -26,20 +26,19 @@ from ..model.base import (
     keep_4bit_trainable_on_cpu,
     keep_adapter_in_fp32,
     load_base,
-    load_tokenizer,
     local_snapshot,
     resolve_base,
-    with_pad_token,
 )
 from ..model.fingerprint import fingerprint, weight_files
-from ..model.misfit import refuse_unrepeatable
 from ..model.record import Record
+from ..model.tokenizer import extended_max_length, load_tokenizer, with_pad_token
 from .checkpoints import ResumingTrainer
 from .collator import EVALUATION_ROW, MIXED, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
-from .data import fingerprinted, prepare_columns, refuse_streamed
-from .distillation import distil, refuse_distillation
+from .data import fingerprinted, prepare_columns
+from .distillation import distil
 from .preflight import check_positions
+from .refusals import refuse_arguments, refuse_other_collator, refuse_streamed, refuse_unsaved_weights
 from .rows import column_names
 from .saving import refuse_output
 from .templates import set_chat_template, training_chat_template
@@ -98,24 +97,9 @@ class CREAMTrainer(ResumingTrainer):
         **kwargs: Any,
     ):
         args = args if args is not None else CREAMConfig()
-        if not isinstance(args, CREAMConfig):
-            raise TypeError(f"args must be a CREAMConfig, got {type(args).__name__}")
-        if isinstance(model, PeftModel) and not any(p.requires_grad for p in model.parameters()):
-            raise ValueError("the model's adapter is frozen: load it with load_adapter(..., is_trainable=True)")
+        refuse_arguments(model, args, peft_config, quantization_config, processing_class, eval_dataset)
         # What is filled in here is of this base; the caller may use the config for another.
         args = copy.copy(args)
-        if quantization_config is not None and not isinstance(model, str):
-            raise ValueError(
-                "quantization_config goes with a model's name: a model that is loaded already stays as it is"
-            )
-        if peft_config is not None and isinstance(model, PeftModel):
-            raise ValueError("peft_config goes with a base: the model has an adapter already, which is trained further")
-        if isinstance(model, PeftModel) and (name := model.active_adapter) != "default":
-            raise ValueError(f"the model's adapter is called {name!r}: PEFT saves it elsewhere unless it is 'default'")
-        if isinstance(processing_class, ProcessorMixin):
-            raise ValueError("processing_class is a processor of images or sound too: pass its tokenizer")
-        refuse_unrepeatable(peft_config)
-        refuse_distillation(args, peft_config)
         if args.device.type == "cpu":
             # There is nowhere to offload from, and TRL's offloading fails when it looks for a GPU.
             args.activation_offloading = False
@@ -133,16 +117,15 @@ class CREAMTrainer(ResumingTrainer):
             source, revision = (folder, None) if folder else (base.config._name_or_path, commit)
             processing_class = load_tokenizer(source, revision=revision, trust_remote_code=trusted)
         tokenizer = with_pad_token(processing_class)
+        # Else it warns of documents that the model is about to learn to read.
+        tokenizer.model_max_length = extended_max_length(tokenizer.model_max_length, self.lengths.target_length)
         if args.chat_template_path:
             set_chat_template(tokenizer, args.chat_template_path)
             args.chat_template_path = None
         collator = self._collator(args, tokenizer)
-        self._refuse_other_collator(data_collator, collator)
+        refuse_other_collator(data_collator, collator)
         refuse_streamed(train_dataset, args)
         self._training_documents = train_dataset
-        # TRL makes labels of the mask only if it is asked to; rows that have one mean it.
-        if args.completion_only_loss is None and {"input_ids", "completion_mask"} <= set(column_names(train_dataset)):
-            args.completion_only_loss = True
         handed_over = base.named_parameters() if isinstance(base, PeftModel) else ()
         given = {name: p.detach().clone() for name, p in handed_over if p.requires_grad}
 
@@ -206,6 +189,12 @@ class CREAMTrainer(ResumingTrainer):
         use_repeating_sdpa()
         unscaled: Any = getattr(model, "unscaled_config", None) or rope.unscaled_config(model.config)
         self.earlier: Record | None = getattr(model, "trained_record", None)
+        ups = [p for name, p in model.named_parameters() if "lora_B" in name] if isinstance(model, PeftModel) else []
+        if self.earlier is None and any(p.any() for p in ups):
+            logger.warning(
+                "the model's adapter is trained already, and nothing says with which RoPE scaling: load it with "
+                "load_adapter to train it further"
+            )
         if self.earlier and self.earlier.rope_scaling_type != args.rope_scaling_type:
             raise ValueError(
                 f"rope_scaling_type={args.rope_scaling_type or 'none'}, and the adapter was trained with "
@@ -237,26 +226,11 @@ class CREAMTrainer(ResumingTrainer):
         # Of a quantized model the files say what it was made of, if they are known to be its own.
         is_known = commit is not None or Path(resolve_base(name)).is_dir()
         folder = local_snapshot(name, commit) if name and is_known else None
-        self.base_fingerprint = fingerprint(model, weight_files(folder) if folder else {})
+        files = weight_files(folder) if folder else {}
+        self.base_fingerprint = fingerprint(model, files)
+        if not is_whole:
+            refuse_unsaved_weights(model, self.base_fingerprint, files)
         return model
-
-    @staticmethod
-    def _refuse_other_collator(given: Any, ours: CREAMDataCollator) -> None:
-        if given is None:
-            return
-        if not isinstance(given, CREAMDataCollator):
-            raise ValueError(
-                f"data_collator={type(given).__name__} draws no CREAM positions: leave it out, or subclass "
-                "CREAMDataCollator"
-            )
-        for name in ("eval_length", "seed"):
-            if getattr(given, name) is None:
-                setattr(given, name, getattr(ours, name))
-        for name in ("context_length", "target_length", "eval_length", "position_strategy", "strategy_options", *MIXED):
-            if getattr(given, name) != getattr(ours, name):
-                raise ValueError(
-                    f"data_collator has {name}={getattr(given, name)}, args {getattr(ours, name)}: make them equal"
-                )
 
     def _collator(self, args: CREAMConfig, tokenizer: Any) -> CREAMDataCollator:
         return CREAMDataCollator(
@@ -284,9 +258,12 @@ class CREAMTrainer(ResumingTrainer):
             self._training_documents = None
         documents, key = dataset, "context_length" if is_training else "eval_length"
         length = getattr(self.lengths, key)
+        if args.completion_only_loss is None and not formatting_func:
+            # TRL decides it for every set by the first row of the training set, and by a mask only if it is asked to.
+            self.completion_only_loss = bool({"completion", "completion_mask"} & set(column_names(dataset)))
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         report_unlabelled(dataset, documents, CUT[key][0], "target_length", self.lengths.target_length)
-        warn_of_cut(dataset, documents, key, length)
+        warn_of_cut(dataset, documents, key, length, self.lengths.target_length)
         if not is_training:
             dataset = fit_held_out_documents(dataset, args.short_documents, length)
             return dataset.map(lambda row: {ROW_COLUMN: EVALUATION_ROW}).with_format("numpy")

@@ -200,7 +200,8 @@ def train(run: Run, scratch: str) -> Any:
     from peft import LoraConfig
 
     from cream_peft import CREAMConfig, CREAMTrainer
-    from cream_peft.model.base import load_base, load_tokenizer
+    from cream_peft.model.base import load_base
+    from cream_peft.model.tokenizer import load_tokenizer
     from cream_peft.tiny.documents import training_rows
     from cream_peft.train.watch import TrainingError
 

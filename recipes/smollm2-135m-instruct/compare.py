@@ -162,8 +162,8 @@ BUDGETS = {
     "gpu": Budget(
         65_536, {}, (), dict.fromkeys((1024, 4096, 8192, 16_384, 32_768, 65_536), 25),
         [*FIRST, *((some, [1024, 4096, 16_384, 65_536, 8192, 32_768, *PRICE], 0)
-         for some in (YARN + DISTILLED + LONGER + LONGEST, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN, LONGEST_AGAIN,
-         OWN_LAW, INSIDE_AGAIN))],
+         for some in (YARN + DISTILLED + LONGER + LONGEST, INSIDE + MORE_INSIDE, NTK, SEEDS, LONGER_AGAIN,
+         LONGEST_AGAIN + OWN_LAW, INSIDE_AGAIN))],
     ),
 }  # fmt: skip
 

@@ -99,7 +99,7 @@ def trl_case(case: dict[str, Any], recipe: Any, limit: float | None) -> dict[str
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from cream_peft.model.base import load_tokenizer
+    from cream_peft.model.tokenizer import load_tokenizer
     from cream_peft.train import bench
     from cream_peft.train.machine import base_config
 

@@ -45,7 +45,7 @@ def train_case(gpu: PaperGPU, recipe: Any, config: Any) -> dict[str, Any]:
     """Two steps of two micro-batches, and the held-out loss."""
     from trl import get_peft_config
 
-    from cream_peft.model.base import load_tokenizer
+    from cream_peft.model.tokenizer import load_tokenizer
     from cream_peft.tiny import TINY_ID
     from cream_peft.train import bench
     from cream_peft.train.machine import memory_settings
