@@ -21,6 +21,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from cream_peft import CREAMTrainer, cli
 from cream_peft.model import base as model
+from cream_peft.model.tokenizer import load_tokenizer
 from cream_peft.plan import gpus as cards
 from cream_peft.plan.advice import training_flops
 from cream_peft.plan.memory import Training
@@ -58,7 +59,7 @@ def make_trainer(architecture, tmp_path):
             model=loaded,
             args=recipe.run,
             train_dataset=bench.random_documents(config, WINDOW, 6),
-            processing_class=model.load_tokenizer(bench.TINY_ID),
+            processing_class=load_tokenizer(bench.TINY_ID),
             peft_config=get_peft_config(recipe.model),
         )
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from cream_peft.train.data import load_data, prepare_columns
 from cream_peft.train.files import load_documents
 from cream_peft.train.recipe import parse_recipe
 from cream_peft.train.rows import DataError, RowError, find_problems, to_messages
-from cream_peft.train.templates import parts_not_written, training_chat_template
+from cream_peft.train.templates import is_marked, parts_not_written, with_answer_masks
 from cream_peft.train.tokenised import fit_short_documents
 
 # The chat template of meta-llama/Llama-2-7b-chat-hf in other words: same output, no generation marks.
@@ -157,46 +158,89 @@ def test_columns_are_recognised_and_others_named(tiny_tokenizer, byte_tokenizer)
         prepare_columns(chats.select([1]), "d", byte_tokenizer)
 
 
-def test_our_llama_2_template_is_used_only_where_it_renders_the_same(byte_tokenizer):
-    byte_tokenizer.chat_template = LLAMA_2
-    assert "generation" in training_chat_template(byte_tokenizer)
+FAMILIES = Path(chat_template_utils.__file__).parent / "chat_templates"
+
+
+def marked(tokenizer, rows, completion_only=False):
+    """The text of the tokens that are marked as answers, of each row."""
+    return [
+        tokenizer.decode([token for token, mask in zip(row["input_ids"], row["assistant_masks"], strict=True) if mask])
+        for row in with_answer_masks(Dataset.from_list(rows), tokenizer, completion_only)
+    ]
+
+
+@pytest.mark.parametrize("system", [None, " Be brief. "])
+@pytest.mark.parametrize(
+    "name", ["llama3", "cohere", "gemma3", "lfm2", "qwen2_5_vl", "qwen3_instruct_2507", "qwen3_vl"]
+)
+def test_answers_are_found_where_trls_training_templates_have_them(name, system, byte_tokenizer):
+    turns = to_messages([*CONVERSATION[:3], {"from": "gpt", "value": "Stürm!\nA <storm>."}], system=system)
+    byte_tokenizer.chat_template = (FAMILIES / f"{name}.jinja").read_text()
+    (ours,) = marked(byte_tokenizer, [{"messages": turns}])
+    found = byte_tokenizer.apply_chat_template(
+        turns, chat_template=(FAMILIES / f"{name}_training.jinja").read_text(), return_assistant_tokens_mask=True,
+        return_dict=True,
+    )  # fmt: skip
+    theirs = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
+    # Theirs have the line break too that follows the end token.
+    assert ours == re.sub(r"(>)\n(?=Stürm|$)", r"\1", byte_tokenizer.decode(theirs))
+    assert "Lear." in ours and "<storm>." in ours and "Which" not in ours
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("llama-2", " Lear. </s> Storm. </s>"),
+        ("smollm2", "Lear.<|im_end|>Storm.<|im_end|>"),
+        ("llama3_1", "Lear.<|eot_id|>Storm.<|eot_id|>"),
+    ],
+)
+def test_templates_that_trl_does_not_know_need_no_marks(template, said, byte_tokenizer):
+    byte_tokenizer.chat_template = {
+        "llama-2": LLAMA_2,
+        "smollm2": SMOLLM2,
+        "llama3_1": (FAMILIES / "llama3_1.jinja").read_text(),
+    }[template]
     with pytest.raises(ValueError):
-        get_training_chat_template(byte_tokenizer)  # control: TRL has none for Llama-2
-    byte_tokenizer.chat_template = LLAMA_2.replace("[INST] ", "[INST]")
-    assert training_chat_template(byte_tokenizer) is None
-    byte_tokenizer.chat_template = None
-    assert training_chat_template(byte_tokenizer) is None
+        get_training_chat_template(byte_tokenizer)  # control
+    assert not is_marked(byte_tokenizer)
+    chat = to_messages(CONVERSATION)
+    assert marked(byte_tokenizer, [{"messages": chat}]) == [said]
+    pair = [{"prompt": chat[:3], "completion": chat[3:]}]
+    first, last = marked(byte_tokenizer, [{"messages": chat[:2]}]) + marked(byte_tokenizer, pair, True)
+    assert marked(byte_tokenizer, pair) == [said] == [first + last] and "Storm" in last
 
 
-def test_llama_3_1_has_a_training_template_for_text_that_refuses_tools(byte_tokenizer):
-    families = Path(chat_template_utils.__file__).parent / "chat_templates"
-    byte_tokenizer.chat_template = (families / "llama3_1.jinja").read_text()
-    template = training_chat_template(byte_tokenizer)
-    with pytest.raises(ValueError):
-        get_training_chat_template(byte_tokenizer)  # control: TRL has one for Llama-3 alone
-    for turns in (
-        to_messages(CONVERSATION),
-        to_messages(CONVERSATION, system=" Be brief. "),
-        to_messages(CONVERSATION)[:1],
-    ):
-        options = {"tokenize": False, "add_generation_prompt": len(turns) == 1}
-        served = byte_tokenizer.apply_chat_template(turns, **options)
-        assert byte_tokenizer.apply_chat_template(turns, chat_template=template, **options) == served
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
-    for options in ({"conversation": [*turns, call]}, {"conversation": turns, "tools": [{"name": "look"}]}):
-        with pytest.raises(Exception, match="tools cannot go with assistant_only_loss"):
-            byte_tokenizer.apply_chat_template(chat_template=template, **options)
+def test_tool_calls_are_answers_too_and_tools_are_not(byte_tokenizer):
+    byte_tokenizer.chat_template = (FAMILIES / "llama3_1.jinja").read_text()
+    tools = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}]
+    for given in (tools, json.dumps(tools)):
+        (found,) = marked(byte_tokenizer, [{"messages": to_messages(of_a_tool()), "tools": given}])
+        assert '"name": "look"' in found and "It rains.<|eot_id|>" in found
+        assert "Looks." not in found and "Rain." not in found
 
 
-def test_smollm2_has_a_training_template_that_marks_what_the_assistant_says(byte_tokenizer):
+def test_rows_whose_answers_the_template_writes_otherwise_later_are_left_out(byte_tokenizer, caplog):
+    # It takes the thoughts of all answers but the last away.
+    byte_tokenizer.chat_template = (
+        "{% for turn in messages %}<{{ turn.role }}>"
+        "{{ turn.content if loop.last else turn.content.split('|')[-1] }}</s>{% endfor %}"
+    )
+    thought = [{**turn, "value": f"Hm|{turn['value']}"} if turn["from"] == "gpt" else turn for turn in CONVERSATION]
+    rows = Dataset.from_list([{"conversations": one} for one in (thought, CONVERSATION, thought[:2])])
+    assert len(prepare_columns(rows, "d", byte_tokenizer, find_answers=True)) == 2
+    assert "an answer otherwise once turns follow: assistant_only_loss needs a chat_template_path" in caplog.text
+    assert len(prepare_columns(rows, "d", byte_tokenizer)) == 3
+
+
+def test_a_loss_on_answers_alone_is_refused_for_text(byte_tokenizer, make_model, make_config, lora):
     byte_tokenizer.chat_template = SMOLLM2
-    template = training_chat_template(byte_tokenizer)
-    with pytest.raises(ValueError):
-        get_training_chat_template(byte_tokenizer)  # control: TRL has none for SmolLM2
-    options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True}
-    found = byte_tokenizer.apply_chat_template(to_messages(CONVERSATION), **options)
-    marked = [token for token, mask in zip(found["input_ids"], found["assistant_masks"], strict=True) if mask]
-    assert byte_tokenizer.decode(marked) == "Lear.<|im_end|>Storm.<|im_end|>"
+    for row in ({"text": "One? 1"}, {"prompt": "One?", "completion": "1"}):
+        with pytest.raises(DataError, match="assistant_only_loss=true is for conversations"):
+            CREAMTrainer(
+                model=make_model(), args=make_config(assistant_only_loss=True), processing_class=byte_tokenizer,
+                train_dataset=Dataset.from_list([row] * 2), peft_config=lora(),
+            )  # fmt: skip
 
 
 def test_only_assistant_tokens_and_their_end_of_turn_carry_labels(
@@ -368,8 +412,7 @@ WRITES_ALL = """{{ tools | tojson }}{% for turn in messages %}<{{ turn.role }}>{
 def test_what_a_chat_template_leaves_out_is_found(byte_tokenizer):
     written = {}
     for name in ("qwen3", "qwen2_5", "llama3", "phi3", "gptoss", "llama3_1"):
-        file = Path(chat_template_utils.__file__).parent / "chat_templates" / f"{name}.jinja"
-        byte_tokenizer.chat_template = file.read_text()
+        byte_tokenizer.chat_template = (FAMILIES / f"{name}.jinja").read_text()
         written[name] = parts_not_written(byte_tokenizer)
     thoughts = {"thinking", "reasoning_content"}
     assert written["qwen3"] == written["gptoss"] == set() and written["qwen2_5"] == written["llama3_1"] == thoughts

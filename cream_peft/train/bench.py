@@ -102,7 +102,10 @@ def load_random(recipe: Recipe, config: PreTrainedConfig) -> Any:
     options, run = base_options(recipe.model, recipe.run.use_cpu), recipe.run
     options |= {"target_length": run.target_length, "rope_scaling_type": run.rope_scaling_type}
     weights = random_weights(config, options["dtype"], options["load_in_4bit"])
-    return load_base(recipe.model.model_name_or_path or "", config=config, state_dict=weights, **options)
+    model = load_base(recipe.model.model_name_or_path or "", config=config, state_dict=weights, **options)
+    # With random weights it is not the base of that name.
+    model.config._name_or_path = ""
+    return model
 
 
 def random_documents(config: PreTrainedConfig, tokens: int, count: int) -> Dataset:

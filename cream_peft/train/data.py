@@ -27,7 +27,7 @@ from .rows import (
     without_nulls,
     without_padding,
 )
-from .templates import check_template, parts_not_written
+from .templates import answer_spans, check_template, parts_not_written, template_options
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +96,13 @@ def prepare_columns(
     vocab_size: int | None = None,
     split: str = "train",
     eos_token: str | None = None,
+    find_answers: bool = False,
 ) -> Dataset | IterableDataset:
     """Reduce a data set to the columns of its format, and to the rows that can be trained on.
 
     The formats: input_ids, messages, prompt and completion, or text. ShareGPT `conversations` (from, value) become
     `messages` (role, content), with a `system` column as their first turn. `vocab_size`, `eos_token`: where they are
-    not the tokenizer's.
+    not the tokenizer's. `find_answers`: conversations of which `answer_spans` finds none are left out too.
 
     Raises:
         DataError: when no known format is found, or most rows cannot be used.
@@ -150,6 +151,8 @@ def prepare_columns(
         def convert(row: dict[str, Any]) -> dict[str, Any]:
             messages, others = to_messages(row[conversation], row.get("system")), around(row)
             unseen.update(not_seen(messages, others, not_written))
+            if find_answers:
+                answer_spans(tokenizer, messages, **template_options(others))
             return differs_from(row, {"messages": messages, **others})
 
         read = [conversation, *(["system"] if "system" in columns else [])]
@@ -170,6 +173,8 @@ def prepare_columns(
             (prompt, completion), others = pair_of(row["prompt"], row["completion"]), around(row)
             if not is_text:
                 unseen.update(not_seen([*prompt, *completion], others, not_written))
+                if find_answers:
+                    answer_spans(tokenizer, [*prompt, *completion], len(prompt), **template_options(others))
             return differs_from(row, {"prompt": prompt, "completion": completion, **others})
 
         dataset = dataset.select_columns(["prompt", "completion", *beside])

@@ -1,15 +1,19 @@
-"""Chat templates: those that conversations can be trained with."""
+"""Chat templates: those that conversations can be trained with, and where answers are in what they write."""
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import is_conversational
 
-from .rows import DataError
+from .rows import DataError, RowError, column_names
 
 PROBE: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
@@ -80,23 +84,79 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
 
 
-def training_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A template with generation marks that renders exactly what the tokenizer's own does, or None.
+def is_marked(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template says where answers are ({% generation %}), or TRL has a copy of it that does."""
+    if not isinstance(tokenizer.chat_template, str):
+        return True
+    with suppress(ValueError):
+        return has_generation_markers(tokenizer.chat_template) or bool(get_training_chat_template(tokenizer))
+    return False
 
-    TRL has training templates for many families; Llama-2, Llama-3.1 and SmolLM2 are not among them. One of ours is
-    used only where the two render a probe conversation to the same string, so that the model is trained on the format
-    it is served with.
+
+def template_options(beside: dict[str, Any]) -> dict[str, Any]:
+    """What the columns beside the turns are to the chat template, as TRL hands them to it."""
+    tools = beside.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (
+        beside.get("chat_template_kwargs") or {}
+    )
+
+
+def answer_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], first: int = 0, **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the chat template writes it, and the characters there, from and to, of each answer from message
+    `first` on, with what ends it. `options`: see `template_options`.
+
+    Raises:
+        RowError: a template that refuses it, or writes a turn otherwise once others follow.
     """
-    if not tokenizer.chat_template or isinstance(tokenizer.chat_template, dict):
-        return None
-    for file in files("cream_peft").joinpath("train/chat_templates").iterdir():
-        ours = file.read_text(encoding="utf-8")
-        # A template may refuse the probe.
-        with suppress(Exception):
-            if all(
-                tokenizer.apply_chat_template(probe, tokenize=False)
-                == tokenizer.apply_chat_template(probe, tokenize=False, chat_template=ours)
-                for probe in (PROBE, PROBE[1:])
-            ):
-                return ours
-    return None
+
+    def written(end: int, **more: Any) -> str:
+        return str(tokenizer.apply_chat_template(messages[:end], tokenize=False, **options, **more))
+
+    spans = []
+    try:
+        whole = written(len(messages))
+        for index in range(first, len(messages)):
+            if messages[index]["role"] != "assistant":
+                continue
+            before, after = written(index, add_generation_prompt=True), written(index + 1).rstrip()
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise RowError(
+                    "the chat template writes an answer otherwise once turns follow: assistant_only_loss needs a "
+                    "chat_template_path with {% generation %} marks"
+                )
+            spans.append((len(before), len(after)))
+    except TemplateError as error:
+        raise RowError(f"the chat template refuses it ({' '.join(str(error).split()):.100})") from error
+    return whole, spans
+
+
+def with_answer_masks(dataset: Any, tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> Any:
+    """Conversations (messages, or a prompt and a completion, of which with `completion_only` the completion counts)
+    tokenised, with assistant_masks, for a chat template that does not say where answers are.
+
+    Raises:
+        DataError: rows of another kind, or a tokenizer that does not say which characters its tokens are.
+    """
+    if not is_conversational(next(iter(dataset))):
+        raise DataError("assistant_only_loss=true is for conversations: messages, or prompt and completion as messages")
+    if not tokenizer.is_fast:
+        raise DataError(
+            "assistant_only_loss=true needs a fast tokenizer, or a chat template with {% generation %} marks"
+        )
+
+    def masked(row: dict[str, Any]) -> dict[str, Any]:
+        prompt, completion = row.get("prompt", []), row.get("completion", row.get("messages"))
+        first = len(prompt) if completion_only else 0
+        whole, spans = answer_spans(tokenizer, [*prompt, *completion], first, **template_options(row))
+        found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        answers = np.zeros(len(whole) + 1, dtype=np.int64)
+        for start, end in spans:
+            answers[start + 1 : end + 1] = 1
+        # Of each token the answers' characters among its own.
+        counted, offsets = np.cumsum(answers), np.array(found["offset_mapping"]).reshape(-1, 2)
+        masks = (counted[offsets[:, 1]] - counted[offsets[:, 0]] > 0).astype(np.int64)
+        return {"input_ids": found["input_ids"], "assistant_masks": masks.tolist()}
+
+    return dataset.map(masked, remove_columns=column_names(dataset))

@@ -41,7 +41,7 @@ from .preflight import check_positions
 from .refusals import refuse_arguments, refuse_other_collator, refuse_streamed, refuse_unsaved_weights
 from .rows import column_names
 from .saving import refuse_output
-from .templates import set_chat_template, training_chat_template
+from .templates import is_marked, set_chat_template, with_answer_masks
 from .tokenised import CUT, fit_held_out_documents, fit_short_documents, report_unlabelled, warn_of_cut
 from .watch import StopIfNotFinite, digest, refuse_useless
 
@@ -129,26 +129,21 @@ class CREAMTrainer(ResumingTrainer):
         handed_over = base.named_parameters() if isinstance(base, PeftModel) else ()
         given = {name: p.detach().clone() for name, p in handed_over if p.requires_grad}
 
-        served_template, template = tokenizer.chat_template, None
-        if args.assistant_only_loss:
-            template = training_chat_template(tokenizer)
-            tokenizer.chat_template = template or served_template
-        try:
-            super().__init__(
-                model=base,
-                args=args,
-                data_collator=data_collator or collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=tokenizer,
-                callbacks=callbacks,
-                peft_config=peft_config,
-                **kwargs,
-            )
-        finally:
-            if template is not None:
-                tokenizer.chat_template = served_template
-        self.chat_template = template or self.chat_template
+        # Else TRL finds the answers, and needs a chat template that it knows, or one with marks.
+        self._find_answers = bool(args.assistant_only_loss) and not is_marked(tokenizer)
+        if self._find_answers:
+            args.assistant_only_loss = False
+        super().__init__(
+            model=base,
+            args=args,
+            data_collator=data_collator or collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            peft_config=peft_config,
+            **kwargs,
+        )
 
         self.add_callback(_SetEpoch(self.data_collator))
         self.add_callback(StopIfNotFinite(self.accelerator.mixed_precision))
@@ -252,6 +247,7 @@ class CREAMTrainer(ResumingTrainer):
         else:
             size = self.scaled_config.get_text_config().vocab_size
             settings: dict[str, Any] = {"vocab_size": size, "eos_token": args.eos_token}
+            settings["find_answers"] = self._find_answers
             dataset = prepare_columns(dataset, name, processing_class, args.dataset_text_field, **settings)
         if is_training:
             # The training set comes first; the same object handed over for evaluation is an evaluation set.
@@ -261,6 +257,8 @@ class CREAMTrainer(ResumingTrainer):
         if args.completion_only_loss is None and not formatting_func:
             # TRL decides it for every set by the first row of the training set, and by a mask only if it is asked to.
             self.completion_only_loss = bool({"completion", "completion_mask"} & set(column_names(dataset)))
+        if self._find_answers and not formatting_func:
+            dataset = with_answer_masks(dataset, processing_class, self.completion_only_loss)
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         report_unlabelled(dataset, documents, CUT[key][0], "target_length", self.lengths.target_length)
         warn_of_cut(dataset, documents, key, length, self.lengths.target_length)
