@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils
 from trl.chat_template_utils import get_training_chat_template
@@ -68,6 +69,7 @@ def test_tool_calls_and_their_answers_stay():
     # The null is Arrow's: no caller wrote it.
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1}
     assert messages[0] == {"role": "user", "content": "1 + 1?"} and messages[2]["name"] == "sum"
+    assert to_messages([*turns[:2], {**turns[2], "content": ""}, turns[3]])[2]["content"] == ""
     # A log that ends at the tool's result, or at the next question, teaches the call.
     for end in (turns[:3], [*turns[:3], turns[2]], [*turns[:3], turns[0]]):
         assert to_messages(end) == messages[:2]
@@ -75,7 +77,8 @@ def test_tool_calls_and_their_answers_stay():
 
 @pytest.mark.parametrize("is_flat", [True, False])
 @pytest.mark.parametrize(
-    ("written", "meant"), [('{"city": "Rome"}', {"city": "Rome"}), ("", {}), ({"city": "Rome"}, {"city": "Rome"})]
+    ("written", "meant"),
+    [('{"city": "Rome"}', {"city": "Rome"}), ({"city": "Rome"}, {"city": "Rome"}), ("", {}), ("null", {}), (None, {})],
 )
 def test_arguments_of_a_tool_call_as_json_text_are_read(written, meant, is_flat):
     function = {"name": "look", "arguments": written}
@@ -209,6 +212,39 @@ def test_templates_that_trl_does_not_know_need_no_marks(template, said, byte_tok
     pair = [{"prompt": chat[:3], "completion": chat[3:]}]
     first, last = marked(byte_tokenizer, [{"messages": chat[:2]}]) + marked(byte_tokenizer, pair, True)
     assert marked(byte_tokenizer, pair) == [said] == [first + last] and "Storm" in last
+
+
+def test_blanks_of_an_answer_are_marked_where_the_tokenizer_gives_them_no_width(byte_tokenizer):
+    byte_tokenizer.chat_template = SMOLLM2
+    byte_tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    turns = [CONVERSATION[0], {"from": "gpt", "value": "a b\n\n  c é"}]
+    assert marked(byte_tokenizer, [{"messages": to_messages(turns)}]) == ["a b\n\n  c é<|im_end|>"]
+
+
+def test_a_template_that_ends_the_whole_with_a_token_of_its_own_has_its_answers_found(byte_tokenizer):
+    byte_tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}<|endoftext|>{% endif %}"
+    )
+    said = marked(byte_tokenizer, [{"messages": to_messages(CONVERSATION)}])[0].replace("<|endoftext|>", "")
+    # Up to what the next turn begins with, one byte being a token here.
+    assert said.replace("<|end|><|", "<|end|>") == "Lear.<|end|>Storm.<|end|>"
+
+
+def test_sets_that_bring_masks_or_are_only_evaluated_need_no_chats(byte_tokenizer, make_model, make_config, lora):
+    byte_tokenizer.chat_template = SMOLLM2
+    masked = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 2, "assistant_masks": [[0, 0, 1, 1]] * 2})
+    trainer = CREAMTrainer(
+        model=make_model(), args=make_config(assistant_only_loss=True), processing_class=byte_tokenizer,
+        train_dataset=masked, eval_dataset=Dataset.from_dict({"text": ["One? 1"] * 2}), peft_config=lora(),
+    )  # fmt: skip
+    assert trainer.train_dataset[0]["labels"].tolist() == [-100, -100, 7, 8]
+    assert -100 not in trainer.eval_dataset[0]["labels"]
+
+
+def test_of_several_templates_none_is_probed_since_tools_take_another(byte_tokenizer):
+    byte_tokenizer.chat_template = {"default": SMOLLM2, "tool_use": WRITES_ALL}
+    assert parts_not_written(byte_tokenizer) == set()
 
 
 def test_tool_calls_are_answers_too_and_tools_are_not(byte_tokenizer):

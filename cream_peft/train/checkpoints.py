@@ -229,7 +229,7 @@ class ResumingTrainer(SavingTrainer):
         folder, only_model = Path(str(self.args.output_dir)), self.args.save_only_model
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = find_checkpoint(wanted, folder, only_model)
-        if checkpoint is None and (checkpoint_folders(folder) or (folder / FILE).exists()):
+        if checkpoint is None and not wants_newest(wanted) and (checkpoint_folders(folder) or (folder / FILE).exists()):
             logger.warning(
                 "%s holds an earlier run, which is overwritten; resume_from_checkpoint=true resumes it", folder
             )

@@ -70,14 +70,15 @@ def _with_mapping(call: Any) -> Any:
     if not isinstance(function, dict):
         raise RowError("a tool call is no mapping")
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise RowError("the arguments of a tool call are no JSON object")
-        function = function | {"arguments": arguments}
+    try:
+        arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+    except ValueError:
+        arguments = ""
+    # None: a call without any.
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise RowError("the arguments of a tool call are no JSON object")
+    function = function | {"arguments": arguments}
     return call | {"function": function} if "function" in call else function
 
 
@@ -105,7 +106,8 @@ def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, 
         content, rest = _content(turn), {key: turn[key] for key in KEPT_IN_TURNS if turn.get(key)}
         if role == "system" and not content.strip():
             continue
-        if not content.strip() and not rest.get("tool_calls"):
+        # A command may print nothing.
+        if not content.strip() and not rest.get("tool_calls") and role != "tool":
             raise RowError(f"an empty {role} turn")
         rest = without_nulls(rest)
         if "tool_calls" in rest:

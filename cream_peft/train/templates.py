@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ PARTS: dict[str, tuple[list[dict[str, Any]], Any]] = {
 
 def parts_not_written(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Those of PARTS that the chat template leaves out without a word, so that the model would never see them."""
-    found = set()
-    for part, (messages, tools) in PARTS.items():
+    found: set[str] = set()
+    # Of several templates rows with tools take another one.
+    several = not isinstance(tokenizer.chat_template, str)
+    for part, (messages, tools) in () if several else PARTS.items():
         # A template that refuses the probe refuses the rows too.
         with suppress(Exception):
             if MARK not in str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)):
@@ -103,9 +106,9 @@ def template_options(beside: dict[str, Any]) -> dict[str, Any]:
 
 def answer_spans(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], first: int = 0, **options: Any
-) -> tuple[str, list[tuple[int, int]]]:
+) -> tuple[str, list[tuple[int, int, bool]]]:
     """A conversation as the chat template writes it, and the characters there, from and to, of each answer from message
-    `first` on, with what ends it. `options`: see `template_options`.
+    `first` on, with what ends it; and whether a token may reach beyond. `options`: see `template_options`.
 
     Raises:
         RowError: a template that refuses it, or writes a turn otherwise once others follow.
@@ -121,13 +124,18 @@ def answer_spans(
             if messages[index]["role"] != "assistant":
                 continue
             before, after = written(index, add_generation_prompt=True), written(index + 1).rstrip()
-            if not (whole.startswith(after) and after.startswith(before)):
+            shared = len(commonprefix([whole, after]))  # noqa: RUF071 - characters are meant
+            content = str(messages[index]["content"]).strip()
+            # Some templates end the whole with a token of its own; but the answer, and what ends it, must be the same.
+            is_there = bool(content) and content in after
+            needed = after.rfind(content) + len(content) + 1 if is_there else len(after)
+            if not after.startswith(before) or shared < max(needed, len(before) + 1):
                 raise RowError(
                     "the chat template writes an answer otherwise once turns follow: assistant_only_loss needs a "
                     "chat_template_path with {% generation %} marks"
                 )
-            spans.append((len(before), len(after)))
-    except TemplateError as error:
+            spans.append((len(before), shared, shared == len(after)))
+    except (TemplateError, TypeError) as error:
         raise RowError(f"the chat template refuses it ({' '.join(str(error).split()):.100})") from error
     return whole, spans
 
@@ -139,6 +147,8 @@ def with_answer_masks(dataset: Any, tokenizer: PreTrainedTokenizerBase, completi
     Raises:
         DataError: rows of another kind, or a tokenizer that does not say which characters its tokens are.
     """
+    if "assistant_masks" in column_names(dataset):
+        return dataset
     if not is_conversational(next(iter(dataset))):
         raise DataError("assistant_only_loss=true is for conversations: messages, or prompt and completion as messages")
     if not tokenizer.is_fast:
@@ -151,12 +161,15 @@ def with_answer_masks(dataset: Any, tokenizer: PreTrainedTokenizerBase, completi
         first = len(prompt) if completion_only else 0
         whole, spans = answer_spans(tokenizer, [*prompt, *completion], first, **template_options(row))
         found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        answers = np.zeros(len(whole) + 1, dtype=np.int64)
-        for start, end in spans:
-            answers[start + 1 : end + 1] = 1
-        # Of each token the answers' characters among its own.
-        counted, offsets = np.cumsum(answers), np.array(found["offset_mapping"]).reshape(-1, 2)
-        masks = (counted[offsets[:, 1]] - counted[offsets[:, 0]] > 0).astype(np.int64)
+        starts, ends = np.array(found["offset_mapping"]).reshape(-1, 2).T
+        masks = np.zeros(len(starts), dtype=np.int64)
+        for start, end, may_reach_beyond in spans:
+            inside = np.flatnonzero(
+                (ends > start) & (starts < ends) & ((starts if may_reach_beyond else ends - 1) < end)
+            )
+            if len(inside):
+                # From the first to the last: some tokenizers give the blanks between them no width.
+                masks[inside[0] : inside[-1] + 1] = 1
         return {"input_ids": found["input_ids"], "assistant_masks": masks.tolist()}
 
     return dataset.map(masked, remove_columns=column_names(dataset))

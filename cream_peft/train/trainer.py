@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import has_length
+from trl.data_utils import is_conversational
 
 from .. import rope
 from ..model.attention import use_repeating_sdpa
@@ -131,6 +132,8 @@ class CREAMTrainer(ResumingTrainer):
 
         # Else TRL finds the answers, and needs a chat template that it knows, or one with marks.
         self._find_answers = bool(args.assistant_only_loss) and not is_marked(tokenizer)
+        # Nor are there answers in what a function of the user's makes of a row: TRL says what it can do.
+        self._find_answers &= kwargs.get("formatting_func") is None
         if self._find_answers:
             args.assistant_only_loss = False
         super().__init__(
@@ -257,7 +260,7 @@ class CREAMTrainer(ResumingTrainer):
         if args.completion_only_loss is None and not formatting_func:
             # TRL decides it for every set by the first row of the training set, and by a mask only if it is asked to.
             self.completion_only_loss = bool({"completion", "completion_mask"} & set(column_names(dataset)))
-        if self._find_answers and not formatting_func:
+        if self._find_answers and (is_training or is_conversational(next(iter(dataset)))):
             dataset = with_answer_masks(dataset, processing_class, self.completion_only_loss)
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         report_unlabelled(dataset, documents, CUT[key][0], "target_length", self.lengths.target_length)
