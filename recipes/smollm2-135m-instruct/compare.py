@@ -589,11 +589,12 @@ def results_of(pieces: list[dict[str, Any]], scaling: str, names: dict[str, str]
 
 
 def draw(pieces: list[dict[str, Any]], folder: Path) -> None:
-    """The pictures of the page, one for a RoPE scaling: skill-SCALING.png."""
-    for scaling in ("yarn", "none"):
-        results = {one.settings.label or "": one for one in results_of(pieces, scaling, NAMES)}
+    """The pictures of the page, one for a RoPE scaling: skill-SCALING.png. Of YaRN those after 256 steps, seed 0."""
+    first = [piece for piece in pieces if piece["row"]["seed"] == 0]
+    for scaling, told, mine, names in (("yarn", ", 256 steps", first, after(256)), ("none", "", pieces, NAMES)):
+        results = {one.settings.label or "": one for one in results_of(mine, scaling, names)}
         if results:
-            title = f"A number asked for, taught on 1,000 tokens; RoPE scaling: {scaling}"
+            title = f"A number asked for, taught on 1,000 tokens; RoPE scaling: {scaling}{told}"
             plot_results(results, folder / f"skill-{scaling}.png", title=title)
 
 
