@@ -589,9 +589,12 @@ def results_of(pieces: list[dict[str, Any]], scaling: str, names: dict[str, str]
 
 
 def draw(pieces: list[dict[str, Any]], folder: Path) -> None:
-    """The pictures of the page, one for a RoPE scaling: skill-SCALING.png. Of YaRN those after 256 steps, seed 0."""
+    """The pictures of the page, one for a RoPE scaling: skill-SCALING.png. Of YaRN the rows of 256 steps, seed 0, once
+    there are some."""
     first = [piece for piece in pieces if piece["row"]["seed"] == 0]
-    for scaling, told, mine, names in (("yarn", ", 256 steps", first, after(256)), ("none", "", pieces, NAMES)):
+    longest = LONGEST[0].strategy in {piece["row"]["strategy"] for piece in first}
+    yarn: Any = ("yarn", ", 256 steps", first, after(256)) if longest else ("yarn", "", pieces, NAMES)
+    for scaling, told, mine, names in (yarn, ("none", "", pieces, NAMES)):
         results = {one.settings.label or "": one for one in results_of(mine, scaling, names)}
         if results:
             title = f"A number asked for, taught on 1,000 tokens; RoPE scaling: {scaling}{told}"
