@@ -247,6 +247,27 @@ def test_of_several_templates_none_is_probed_since_tools_take_another(byte_token
     assert parts_not_written(byte_tokenizer) == set()
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_answers_are_all_that_carries_labels_in_any_form(
+    is_pair, is_stream, byte_tokenizer, make_model, make_config, lora
+):
+    byte_tokenizer.chat_template = SMOLLM2
+    chat = to_messages(CONVERSATION)
+    rows = Dataset.from_list([{"prompt": chat[:3], "completion": chat[3:]} if is_pair else {"messages": chat}] * 4)
+    trainer = CREAMTrainer(
+        model=make_model(), args=make_config(assistant_only_loss=True, max_steps=1), processing_class=byte_tokenizer,
+        train_dataset=rows.to_iterable_dataset() if is_stream else rows, peft_config=lora(),
+    )  # fmt: skip
+    row = next(iter(trainer.train_dataset))
+    assert byte_tokenizer.decode(row["input_ids"][row["labels"] != -100]) == (
+        "Storm.<|im_end|>" if is_pair else "Lear.<|im_end|>Storm.<|im_end|>"
+    )
+    # As TRL leaves them: a run that it has marked the answers of is told by these columns.
+    assert is_stream or set(rows.column_names) < set(trainer.train_dataset.column_names)
+    trainer.train()
+
+
 def test_tool_calls_are_answers_too_and_tools_are_not(byte_tokenizer):
     byte_tokenizer.chat_template = (FAMILIES / "llama3_1.jinja").read_text()
     tools = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}]

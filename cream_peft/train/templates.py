@@ -172,4 +172,5 @@ def with_answer_masks(dataset: Any, tokenizer: PreTrainedTokenizerBase, completi
                 masks[inside[0] : inside[-1] + 1] = 1
         return {"input_ids": found["input_ids"], "assistant_masks": masks.tolist()}
 
-    return dataset.map(masked, remove_columns=column_names(dataset))
+    # Beside what they were, as TRL leaves them: a run is told by its rows.
+    return dataset.map(masked)
