@@ -221,6 +221,9 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     first = [row for row in summary["rows"] if row["seed"] == 0]
     best = [max(row[str(length)]["accuracy"] for row in first if str(length) in row) for length in lengths]
     assert best == cream and "the best that was measured" in text
+    for length in map(str, lengths):
+        every = [row for row in summary["rows"] if length in row]
+        assert max(every, key=lambda row: row[length]["accuracy"])["name"].startswith("yarn cream+256 steps")
     ntk = [right(f"ntk {name}", length) for name in ("cream", "contiguous") for length in (8192, 1024)]
     assert "{} right at 8,192 tokens and {} at 1,024 (plain fine-tuning {} and {})".format(*ntk) in text
     losses = [f"{rows[f'ntk {name}']['8192']['answer loss']:.2f}" for name in ("cream", "contiguous")]

@@ -227,7 +227,13 @@ def test_in_python_a_run_is_resumed_as_the_config_says_or_said_to_be_overwritten
     again = trainer(max_steps=3, resume_from_checkpoint="true" if asked else None)
     again.train()
     assert again.resumed_step == (2 if asked else 0)
-    assert ("holds an earlier run, which is overwritten" in caplog.text) is not asked
+    assert ("holds an earlier run, which is overwritten; resume_from" in caplog.text) is not asked
+    for folder in checkpoint_folders(Path(again.args.output_dir)):
+        (folder / "optimizer.pt").unlink()
+    # Asked for and not to be had: what it costs is said all the same.
+    caplog.clear()
+    trainer(max_steps=1, resume_from_checkpoint="true").train()
+    assert "holds an earlier run, which is overwritten\n" in caplog.text
 
 
 def test_how_a_base_was_quantized_is_recorded_compared_and_loaded_again(tmp_path):

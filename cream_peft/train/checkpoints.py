@@ -229,10 +229,9 @@ class ResumingTrainer(SavingTrainer):
         folder, only_model = Path(str(self.args.output_dir)), self.args.save_only_model
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = find_checkpoint(wanted, folder, only_model)
-        if checkpoint is None and not wants_newest(wanted) and (checkpoint_folders(folder) or (folder / FILE).exists()):
-            logger.warning(
-                "%s holds an earlier run, which is overwritten; resume_from_checkpoint=true resumes it", folder
-            )
+        if checkpoint is None and (checkpoint_folders(folder) or (folder / FILE).exists()):
+            remedy = "" if wants_newest(wanted) else "; resume_from_checkpoint=true resumes it"
+            logger.warning("%s holds an earlier run, which is overwritten%s", folder, remedy)
         self.run_id, self.resumed_step, self.best = secrets.token_hex(8), 0, None
         if checkpoint:
             found = difference(checkpoint.folder, checkpoint.record, self)

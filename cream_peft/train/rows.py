@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import compress
 from typing import Any
 
@@ -70,10 +71,10 @@ def _with_mapping(call: Any) -> Any:
     if not isinstance(function, dict):
         raise RowError("a tool call is no mapping")
     arguments = function.get("arguments")
-    try:
-        arguments = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
-    except ValueError:
-        arguments = ""
+    if isinstance(arguments, str):
+        # What is no JSON stays text, and is refused below.
+        with suppress(ValueError):
+            arguments = json.loads(arguments or "{}")
     # None: a call without any.
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):

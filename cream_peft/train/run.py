@@ -224,20 +224,19 @@ def _announce(trainer: CREAMTrainer, recipe: Recipe, config: PreTrainedConfig, d
     if isinstance(trainer.eval_dataset, Dataset):
         training, _ = memory_settings(recipe)
         trained = fed * sum(training_flops(config, training).values())
-        logger.info(_held_out_cost(trainer, config, left, trained))
+        logger.info(_held_out_cost(trainer, config, left / each, left / len(documents), trained))
 
 
-def _held_out_cost(trainer: CREAMTrainer, config: PreTrainedConfig, examples: float, trained: float) -> str:
-    """How often how many held-out tokens are read, and how much longer that makes a run of so many examples, which
-    takes `trained` floating-point operations."""
+def _held_out_cost(trainer: CREAMTrainer, config: PreTrainedConfig, steps: float, epochs: float, trained: float) -> str:
+    """How often how many held-out tokens are read, and how much longer that makes a run of so many steps, which are so
+    many epochs and take `trained` floating-point operations."""
     run, lengths = trainer.args, lengths_of(cast(Dataset, trainer.eval_dataset))
     lengths = np.minimum(lengths, trainer.lengths.eval_length)
-    steps = max(1, round(examples / (run.train_batch_size * run.gradient_accumulation_steps * run.world_size)))
-    every = run.eval_steps or 1
+    steps, every = max(1, round(steps)), run.eval_steps or 1
     # After the last step too.
     times = {
         "steps": ceil(steps / ceil(every if every >= 1 else every * steps)),
-        "epoch": ceil(examples / len(cast(Dataset, trainer.train_dataset))),
+        "epoch": ceil(epochs),
     }
     read = times.get(run.eval_strategy, 0) + run.eval_on_start
     share = read * sum(length * held_out_flops(config, length) for length in lengths.tolist()) / trained

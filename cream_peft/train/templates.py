@@ -140,16 +140,20 @@ def answer_spans(
     return whole, spans
 
 
-def with_answer_masks(dataset: Any, tokenizer: PreTrainedTokenizerBase, completion_only: bool) -> Any:
+def with_answer_masks(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, completion_only: bool, is_training: bool = True
+) -> Any:
     """Conversations (messages, or a prompt and a completion, of which with `completion_only` the completion counts)
-    tokenised, with assistant_masks, for a chat template that does not say where answers are.
+    tokenised, with assistant_masks, for a chat template that does not say where answers are. Rows that bring masks, and
+    held-out rows of another kind, stay as they are.
 
     Raises:
-        DataError: rows of another kind, or a tokenizer that does not say which characters its tokens are.
+        DataError: training rows of another kind, or a tokenizer that does not say which characters its tokens are.
     """
-    if "assistant_masks" in column_names(dataset):
+    is_chat = is_conversational(next(iter(dataset)))
+    if "assistant_masks" in column_names(dataset) or not (is_chat or is_training):
         return dataset
-    if not is_conversational(next(iter(dataset))):
+    if not is_chat:
         raise DataError("assistant_only_loss=true is for conversations: messages, or prompt and completion as messages")
     if not tokenizer.is_fast:
         raise DataError(

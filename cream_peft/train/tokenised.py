@@ -39,8 +39,8 @@ def rows_identity(dataset: Any) -> str | None:
 def lengths_of(documents: Dataset) -> np.ndarray:
     """Tokens of each tokenised document."""
     columns = documents.select_columns(["input_ids"]).with_format("arrow")
-    parts = [table["input_ids"].combine_chunks().value_lengths().to_numpy() for table in columns.iter(LENGTHS_AT_ONCE)]
-    return np.concatenate(parts)
+    chunks = (chunk for table in columns.iter(LENGTHS_AT_ONCE) for chunk in table["input_ids"].chunks)
+    return np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
 
 
 def summary_of(lengths: np.ndarray, window: int, fed: float) -> str:

@@ -16,7 +16,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import has_length
-from trl.data_utils import is_conversational
 
 from .. import rope
 from ..model.attention import use_repeating_sdpa
@@ -260,8 +259,8 @@ class CREAMTrainer(ResumingTrainer):
         if args.completion_only_loss is None and not formatting_func:
             # TRL decides it for every set by the first row of the training set, and by a mask only if it is asked to.
             self.completion_only_loss = bool({"completion", "completion_mask"} & set(column_names(dataset)))
-        if self._find_answers and (is_training or is_conversational(next(iter(dataset)))):
-            dataset = with_answer_masks(dataset, processing_class, self.completion_only_loss)
+        if self._find_answers:
+            dataset = with_answer_masks(dataset, processing_class, self.completion_only_loss, is_training)
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         report_unlabelled(dataset, documents, CUT[key][0], "target_length", self.lengths.target_length)
         warn_of_cut(dataset, documents, key, length, self.lengths.target_length)
