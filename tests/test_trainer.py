@@ -5,6 +5,7 @@ import inspect
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import cream_peft
@@ -242,6 +244,39 @@ def test_the_loss_is_trls_own_and_equals_cross_entropy_over_the_draw(make_traine
         ).logits  # fmt: skip
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert torch.allclose(loss, expected, atol=1e-5)
+
+
+def test_on_a_cpu_only_positions_with_a_label_go_through_the_head_and_nothing_else_changes(make_trainer, monkeypatch):
+    # Long questions, short answers: TRL projects the questions too where it has no Triton.
+    documents = Dataset.from_dict({
+        "input_ids": [[index % 300 + token for token in range(1, 60)] for index in range(4)],
+        "completion_mask": [[0] * 55 + [1] * 4] * 4,
+    })  # fmt: skip
+    trainer = make_trainer(documents=documents, completion_only_loss=True)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    assert labels == 16
+    projected = []
+
+    class Watched(trl_utils._ChunkedLogProbFunction):
+        @staticmethod
+        def forward(ctx, hidden, *args):
+            projected.append(len(hidden))
+            return trl_utils_function.forward(ctx, hidden, *args)
+
+    trl_utils_function = trl_utils._ChunkedLogProbFunction
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Watched)
+
+    def gradients(compute_loss):
+        trainer.model.zero_grad()
+        loss = compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(labels))
+        loss.backward()
+        return loss, [weight.grad.clone() for weight in trainer.model.parameters() if weight.grad is not None]
+
+    ours, control = gradients(trainer.compute_loss), gradients(partial(SFTTrainer.compute_loss, trainer))
+    assert projected == [labels, batch["labels"][:, 1:].numel()]
+    torch.testing.assert_close(ours, control)
+    assert not trl_utils._use_triton(torch.device("cpu"))  # elsewhere TRL does as it did
 
 
 def test_the_private_hooks_of_trl_that_are_overridden_still_have_their_shape():

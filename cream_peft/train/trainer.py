@@ -6,7 +6,8 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import has_length
+from trl.trainer import utils as trl_utils
 
 from .. import rope
 from ..model.attention import use_repeating_sdpa
@@ -64,6 +66,20 @@ class _SetEpoch(TrainerCallback):
         self.collator.set_epoch(self.epoch)
         self.collator.set_progress(state.global_step, state.max_steps, args.gradient_accumulation_steps)
         self.epoch += 1
+
+
+@contextmanager
+def _only_labels_projected() -> Iterator[None]:
+    """On a CPU only positions with a label go through the LM head, as on a GPU.
+
+    TRL projects all of them where it has no Triton (`_fused_forward`): with short answers that is half of a step.
+    """
+    has_triton = trl_utils._use_triton
+    trl_utils._use_triton = lambda device: device.type == "cpu" or has_triton(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = has_triton
 
 
 class CREAMTrainer(ResumingTrainer):
@@ -287,7 +303,8 @@ class CREAMTrainer(ResumingTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any):
         if self.args.distillation_weight and self.model.training:
             self._metrics["train"]["distillation_loss"].append(distil(self, model, inputs))
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        with _only_labels_projected():
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any):
         self.check_positions()
