@@ -189,7 +189,17 @@ def test_a_row_of_two_additions_is_compared_with_the_row_that_lacks_the_last(com
     assert (found["only_second"], found["only_first"]) == (1, 0)
 
 
-def test_a_row_has_all_that_its_name_adds_and_the_default_sigma_is_left_to_the_recipe(compare):
+def test_the_recipe_is_the_row_of_256_steps(compare):
+    from cream_peft.train.recipe import parse_recipe
+
+    row = compare.training(compare.Row("yarn", "cream+256 steps"), compare.BUDGETS["cpu"])
+    recipe = vars(parse_recipe(["--config", str(compare.RECIPE)]).run)
+    of_a_cpu = {*compare.ON_A_CPU, "base_model_id"}
+    differing = {key for key, value in row.items() if key in recipe and recipe[key] != value}
+    assert differing <= of_a_cpu and {"sigma", "max_steps", "target_length"} <= row.keys()
+
+
+def test_a_row_has_all_that_its_name_adds_and_the_default_sigma_is_left_out(compare):
     budget = compare.BUDGETS["cpu"]
     more, own = (
         compare.training(compare.Row("yarn", f"cream+128 steps{end}"), budget) for end in ("", "+default sigma")
@@ -237,6 +247,10 @@ def test_every_training_command_parses(compare, monkeypatch, tmp_path):
             recipe = parse_recipe(asked[0][1 : asked[0].index("--json")])
             assert (recipe.run.position_strategy, recipe.run.seed) == (row.strategy.partition("+")[0], row.seed)
             assert recipe.run.context_length == compare.CONTEXT
+            steps = re.search(r"\+(\d+) steps", row.strategy)
+            assert recipe.run.max_steps == int(steps[1] if steps else 64) and recipe.run.save_steps == 8
+            is_clamped = row.strategy.startswith("cream") and "default sigma" not in row.strategy
+            assert recipe.run.sigma == (3 / 8 * recipe.run.target_length / 1024 if is_clamped else None)
             assert recipe.run.target_length == (8192 if row.scaling == "none" else budget.target_length)
 
 
