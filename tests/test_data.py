@@ -214,6 +214,29 @@ def test_templates_that_trl_does_not_know_need_no_marks(template, said, byte_tok
     assert marked(byte_tokenizer, pair) == [said] == [first + last] and "Storm" in last
 
 
+# As Mistral's of 2024: the system message goes into the last turn, if that is a question.
+INTO_THE_LAST = """{% set said = messages[0].content if messages[0].role == 'system' %}
+{%- for turn in messages if turn.role != 'system' %}
+{%- if turn.role == 'user' %}[INST]{{ said + '\n\n' if loop.last and said }}{{ turn.content }}[/INST]
+{%- else %} {{ turn.content }}</s>{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_a_system_message_that_is_not_written_before_answers_is_told_and_the_answers_are_found(
+    is_pair, byte_tokenizer, caplog
+):
+    byte_tokenizer.chat_template = INTO_THE_LAST
+    data._warn_of_unseen.cache_clear()
+    chat = to_messages(CONVERSATION, system="Be brief.")
+    asked = byte_tokenizer.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True)
+    assert "Be brief." in asked and "Be brief." not in byte_tokenizer.apply_chat_template(chat, tokenize=False)
+    row = {"prompt": chat[:4], "completion": chat[4:]} if is_pair else {"messages": chat}
+    rows = prepare_columns(Dataset.from_list([row] * 2), "d", byte_tokenizer, find_answers=True)
+    assert caplog.text.count("the chat template does not write system, which rows hold") == 1
+    said = [" Storm.</s>"] if is_pair else [" Lear.</s> Storm.</s>"]
+    assert marked(byte_tokenizer, rows.to_list(), completion_only=is_pair) == said * 2
+
+
 def test_blanks_of_an_answer_are_marked_where_the_tokenizer_gives_them_no_width(byte_tokenizer):
     byte_tokenizer.chat_template = SMOLLM2
     byte_tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)

@@ -201,7 +201,11 @@ def _warn_of_unseen(parts: frozenset[str]) -> None:
     """Once: the data are prepared when they are read, and by the trainer."""
     if parts:
         told = ", ".join(sorted(parts))
-        logger.warning("the chat template does not write %s, which rows hold: the model will not see it", told)
+        logger.warning(
+            "the chat template does not write %s, which rows hold: the model will not see it. chat_template_path sets "
+            "another template",
+            told,
+        )
 
 
 def _sample(stream: IterableDataset) -> Dataset:

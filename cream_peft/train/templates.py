@@ -36,8 +36,9 @@ def _call(name: str) -> dict[str, Any]:
 
 TOOL = {"name": MARK, "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
 RESULT = {"role": "tool", "name": "look", "tool_call_id": "abcdefghi", "content": MARK}
-# A tool's result is a turn of this role; tools is a column beside the turns, the others are keys of an answer.
+# system and tool are roles of a turn, tools a column beside the turns, the others keys of an answer.
 PARTS: dict[str, tuple[list[dict[str, Any]], Any]] = {
+    "system": ([PROBE[0] | {"content": MARK}, *PROBE[1:3]], None),
     "tool_calls": ([PROBE[1], _call(MARK)], None),
     "tool": ([PROBE[1], _call("look"), RESULT, PROBE[2]], None),
     "tools": (PROBE[1:3], [{"type": "function", "function": TOOL}]),
@@ -120,7 +121,10 @@ def answer_spans(
     spans = []
     try:
         whole = written(len(messages))
-        for index in range(first, len(messages)):
+        # Mistral's write a system message into the last turn if that is a question, so never into what is trained.
+        seen = [turn for turn in messages if turn["role"] != "system" or str(turn["content"]).strip() in whole]
+        first, messages = first - len(messages) + len(seen), seen
+        for index in range(max(first, 0), len(messages)):
             if messages[index]["role"] != "assistant":
                 continue
             before, after = written(index, add_generation_prompt=True), written(index + 1).rstrip()
