@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,13 @@ class _SetEpoch(TrainerCallback):
 
 
 @contextmanager
-def _only_labels_projected() -> Iterator[None]:
+def _only_labels_projected() -> Generator[None]:
     """On a CPU only positions with a label go through the LM head, as on a GPU.
 
     TRL projects all of them where it has no Triton (`_fused_forward`): with short answers that is half of a step.
     """
     has_triton = trl_utils._use_triton
-    trl_utils._use_triton = lambda device: device.type == "cpu" or has_triton(device)
+    trl_utils._use_triton = lambda device: device.type == "cpu" or has_triton(device)  # ty: ignore[invalid-assignment]
     try:
         yield
     finally:
