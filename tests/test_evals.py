@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import cream_peft
 from cream_peft import cli
 from cream_peft.evals import models, run
-from cream_peft.evals.models import ModelSpec, open_models
+from cream_peft.evals.models import ModelSpec, OpenedModel, open_models
 from cream_peft.evals.plots import plot_results
 from cream_peft.evals.results import Cell, Results, Settings, comparisons, effective_lengths, mean_by
 from cream_peft.evals.run import evaluate
@@ -91,7 +91,7 @@ def test_a_base_beside_adapters_is_scaled_as_far_as_they_are(monkeypatch, caplog
     trained, read = {"short": 512, "alike": 512, "long": 1024}, []
     open_model = models.open_model
 
-    def opened(spec, load_in_4bit, base_model):
+    def opened(spec, load_in_4bit, base_model, dtype):
         read.append(spec.name)
         found = open_model(ModelSpec(spec.label, TINY_ID, spec.rope_scaling_type), load_in_4bit)
         target = trained.get(spec.name)
@@ -389,6 +389,27 @@ def test_perplexity_takes_texts_of_a_data_set_as_of_a_file(tmp_path, monkeypatch
     command[-1] = "b.jsonl"
     assert cli.main([*command, "--lengths", "32", "--output_dir", "b"]) == 2
     assert "--text b.jsonl has no column text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [TINY_ID, "adapter"])
+def test_models_are_measured_in_the_precision_that_is_asked_for(name, request, tmp_path, monkeypatch, capsys):
+    name = str(request.getfixturevalue("adapter")) if name == "adapter" else name
+    loaded, load = [], OpenedModel.load
+
+    def watched(opened):
+        model, tokenizer = load(opened)
+        loaded.append(model.get_input_embeddings().weight.dtype)
+        return model, tokenizer
+
+    monkeypatch.setattr(OpenedModel, "load", watched)
+    command = ["evaluate", "--compare", f"m={name}", "--no_4bit", "--tasks", "kv_retrieval", "--samples", "1"]
+    command += ["--lengths", "256", "--output_dir", str(tmp_path)]
+    assert cli.main([*command, "--dtype", "bfloat16"]) == 0
+    assert Results.read(tmp_path / "m.json").settings.dtype == "bfloat16"
+    # What was answered in another one is not mixed in.
+    assert cli.main(command) == 2 and "dtype" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite"]) == 0
+    assert loaded == [torch.bfloat16, torch.float32]
 
 
 def test_python_gets_the_commands_measurement_as_rows(tiny_tokenizer, tmp_path, monkeypatch):

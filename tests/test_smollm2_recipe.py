@@ -11,6 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, load_script
 
+from cream_peft.commands import evaluate_parser
+from cream_peft.evals.results import Results, Settings, file_name
+
 FOLDER = ROOT / "recipes" / "smollm2-135m-instruct"
 
 
@@ -283,6 +286,23 @@ def test_a_cpu_trains_in_what_it_multiplies_faster_and_a_resumed_row_stays_as_it
         first, again = (one[one.index("--dtype") + 1] for one in asked[-2:])
         assert (first, again) == (wanted, "float32")
     compare.quicker_dtype.cache_clear()
+
+
+def test_a_cpu_asks_in_what_it_multiplies_faster_and_the_piece_says_so(compare, monkeypatch, tmp_path):
+    asked = []
+
+    def call(arguments, *others):
+        given = vars(evaluate_parser().parse_args(arguments[1:]))
+        asked.append(given["dtype"])
+        folder = Path(given["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        Results("base", None, {}, 0, Settings()).write(folder / file_name("yarn untuned"))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compare, "quicker_dtype", lambda: "bfloat16")
+    monkeypatch.setattr(compare, "call", call)
+    found = compare.measure(compare.Row("yarn", "untuned"), compare.BUDGETS["cpu"], tmp_path, 0.0, 1024, 0)
+    assert asked == ["bfloat16"] == [found["asked in"]]
 
 
 @pytest.fixture

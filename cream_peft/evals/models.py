@@ -75,12 +75,12 @@ class OpenedModel:
         # A 4-bit model refers to itself.
         gc.collect()
         torch.cuda.empty_cache()
-        in_4bit = bool(self.settings.load_in_4bit)
+        in_4bit, dtype = bool(self.settings.load_in_4bit), self.settings.dtype
         if self.adapter:
-            return self.adapter.load(in_4bit)
+            return self.adapter.load(in_4bit, dtype=dtype)
         name, target, scaling = self.spec.name, self.settings.target_length, self.spec.rope_scaling_type
         options: dict[str, Any] = {"rope_scaling_type": scaling, "load_in_4bit": in_4bit, "target_length": target}
-        return load_base(name, **options, **self._at).eval(), self.tokenizer()
+        return load_base(name, dtype=dtype, **options, **self._at).eval(), self.tokenizer()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone."""
@@ -117,14 +117,17 @@ def _folder(name: str) -> Path | None:
     return path
 
 
-def open_model(spec: ModelSpec, load_in_4bit: bool = True, base_model: str | None = None) -> OpenedModel:
+def open_model(
+    spec: ModelSpec, load_in_4bit: bool = True, base_model: str | None = None, dtype: str | None = None
+) -> OpenedModel:
     """Find a model and read its config. Of a base as it is the target length stays None.
 
     An adapter's base is taken from `base_model` if given.
     """
     adapter, name, folder = None, spec.name, _folder(spec.name)
     is_here = Path(name).is_dir()
-    settings = Settings(label=spec.label, load_in_4bit=load_in_4bit, rope_scaling_type=spec.rope_scaling_type)
+    how: dict[str, Any] = {"load_in_4bit": load_in_4bit, "dtype": dtype}
+    settings = Settings(label=spec.label, rope_scaling_type=spec.rope_scaling_type, **how)
     if folder and is_adapter(folder):
         if spec.rope_scaling_type:
             raise ValueError(f"{name} is an adapter and brings its RoPE scaling: leave out +{spec.rope_scaling_type}")
@@ -163,13 +166,14 @@ def open_models(
     target_length: int | None = None,
     base_model: str | None = None,
     load_in_4bit: bool = True,
+    dtype: str | None = None,
     within_window: bool = False,
 ) -> list[OpenedModel]:
     """The models that are compared, in order, each with its base found.
 
     A base's target is `target_length` (tokens), else that of the adapters beside it, if they have one in common, else 8
-    windows. `base_model` is the base of all adapters, instead of those that they name. `within_window`: the target of a
-    base whose RoPE is not scaled is its window.
+    windows. `base_model` is the base of all adapters, instead of those that they name. `dtype` is of what is not
+    quantized, see `load_base`. `within_window`: the target of a base whose RoPE is not scaled is its window.
 
     Raises:
         ValueError: a model that is not there, or two models of one label.
@@ -178,7 +182,7 @@ def open_models(
     labels = [spec.label for spec in specs]
     if len(set(labels)) < len(labels):
         raise ValueError(f"two models have the same label ({', '.join(labels)}): write LABEL=MODEL")
-    opened = [open_model(spec, load_in_4bit, base_model) for spec in specs]
+    opened = [open_model(spec, load_in_4bit, base_model, dtype) for spec in specs]
     trained = {model.settings.target_length for model in opened if model.settings.target_length}
     beside = min(trained) if len(trained) == 1 else None
     for place, model in enumerate(opened):

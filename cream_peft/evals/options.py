@@ -28,6 +28,8 @@ class EvaluateOptions:
     target_length: int | None = None
     base_model: str | None = None
     load_in_4bit: bool = True
+    dtype: str | None = None
+    """Of what is not quantized; None: bfloat16 on a GPU that has it, float32 on a CPU."""
     kv_cache: str = "auto"
     overwrite: bool = False
     depths: list[float] | None = None
@@ -97,6 +99,8 @@ def add_options(parser: CommandParser) -> None:
     parser.option("stride", "perplexity: tokens between windows; default: half the length", type=int)
     parser.option("max_tokens", "perplexity: tokens read of each document; default: all", type=int)
     parser.option("style", "form of the prompt; default: chat where there is a template", choices=STYLES)
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.option("dtype", "of what is not quantized; default: float32 on a CPU, else bfloat16", choices=dtypes)
     parser.option("chunk_length", f"tokens read at once; default: {PREFILL_CHUNK}", type=int)
     caches = ["auto", *KV_CACHES]
     parser.option("kv_cache", "auto: 16-bit where it fits, else quantized", choices=caches, default="auto")

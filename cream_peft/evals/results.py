@@ -69,6 +69,8 @@ class Settings:
 
     label: str | None = None
     load_in_4bit: bool | None = None
+    dtype: str | None = None
+    """Of what is not quantized, if it was set."""
     pretrained_window: int | None = None
     target_length: int | None = None
     rope_scaling_type: str | None = None

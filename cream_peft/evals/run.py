@@ -144,8 +144,8 @@ def refuse_other_vocabulary(tasks: list[str], config: PreTrainedConfig, name: st
 def _opened(options: EvaluateOptions) -> list[tuple[OpenedModel, list[int]]]:
     """Each model and the lengths it is asked at."""
     found = []
-    target, in_4bit = options.target_length, options.load_in_4bit
-    models = open_models(options.compare, target_length=target, base_model=options.base_model, load_in_4bit=in_4bit)
+    same = {name: getattr(options, name) for name in ("target_length", "base_model", "load_in_4bit", "dtype")}
+    models = open_models(options.compare, **same)
     fed = [model.context_length for model in models if model.context_length]
     for model in models:
         refuse_other_vocabulary(options.tasks, model.config, model.spec.name)

@@ -87,7 +87,8 @@ def _asked(results: Mapping[str, Results]) -> dict[str, str]:
         for key in dict.fromkeys(key for options in own.values() for key in options):
             # Of a text's digest the beginning tells it apart.
             how[f"{task} {key}"] = {label: str(options.get(key, "default"))[:16] for label, options in own.items()}
-    how["load_in_4bit"] = {label: str(one.settings.load_in_4bit) for label, one in measured.items()}
+    for key in ("load_in_4bit", "dtype"):
+        how[key] = {label: str(getattr(one.settings, key)) for label, one in measured.items()}
     differing = {key: values for key, values in how.items() if len(set(values.values())) > 1}
     for label, result in measured.items():
         told = [f"{key} {values[label]}" for key, values in differing.items() if label in values]

@@ -144,8 +144,8 @@ ROUNDS = [
     (LONGEST, [8192, 4096, 1024], 1),
     (LONGEST_AGAIN, [8192], 0),
     (LONGEST_AGAIN, [8192, 1024, 4096], 1),
-    (LONGEST_AGAIN, [1024, 4096, 16_384], 0),
-    (LONGEST, [32_768], 0),
+    (LONGEST_AGAIN, [1024, 4096], 0),
+    *((LONGEST_AGAIN[3:] + LONGEST + LONGEST_AGAIN[:3], [16_384, 32_768], block) for block in (0, 1, 2)),
     (LONGER, [1024, 4096], 1),
     (LONGER_AGAIN, [8192, 16_384, 1024, 4096], 0),
     (OWN_LAW, [8192, 16_384, 1024, 4096], 0),
@@ -226,8 +226,8 @@ def training(row: Row, budget: Budget) -> dict[str, Any]:
 
 @cache
 def quicker_dtype() -> str:
-    """What this CPU trains in: bfloat16 where it multiplies that faster, which takes AVX-512 or AMX; elsewhere it takes
-    eight times as long as float32."""
+    """What this CPU trains and asks in: bfloat16 where it multiplies that faster, which takes AVX-512 or AMX; elsewhere
+    it takes eight times as long as float32."""
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=dtype)
@@ -296,10 +296,13 @@ def measure(row: Row, budget: Budget, output: Path, deadline: float, what: int |
         dtype = json.loads(Path(f"{model}-settings.json").read_text(encoding="utf-8")).get("dtype")
     folder, start = output / "measured" / f"{what}-{block}", time.monotonic()
     command = ["evaluate", "--compare", f"{row.name}={model}", "--target_length", str(target_of(row, budget))]
+    asked_in = None if torch.cuda.is_available() else quicker_dtype()
+    command += ["--dtype", asked_in] if asked_in else []
     command += [*budget.flags, "--base_model", str(BASE), "--output_dir", str(folder), "--tasks"]
     call([*command, *questions(budget, what, block)], deadline, output / "log")
     found = Results.read(folder / file_name(row.name)).asdict()
     told = {"seconds": round(time.monotonic() - start), "machine": machine(), "versions": versions(), "dtype": dtype}
+    told["asked in"] = asked_in
     return identity(row, budget, output, what, block) | told | {"trained": summary, "cells": found["cells"]}
 
 
