@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .. import rope
 from ..errors import about, missing_folder
-from ..model.adapter import Adapter, adapter_folder, open_adapter
+from ..model.adapter import Adapter, adapter_folder, open_adapter, warn_of_fewer_bits
 from ..model.base import base_commit, load_base, read_config, resolve_base
 from ..model.check import check_weights
 from ..model.fingerprint import digest
@@ -147,8 +147,7 @@ def open_model(
         known = {"pretrained_window": window, "base_sha256": weights, "base_revision": base_commit(name)}
         settings = replace(settings, **known)
         return OpenedModel(spec, None, name, config, settings)
-    if load_in_4bit and not record.load_in_4bit:
-        logger.warning("%s was trained on a base of 16 bits and is measured in 4: see --no_4bit", spec.label)
+    warn_of_fewer_bits(record, spec.label, load_in_4bit)
     settings = replace(
         settings,
         pretrained_window=record.pretrained_window,

@@ -245,6 +245,15 @@ def open_adapter(
     return opened
 
 
+def warn_of_fewer_bits(record: Record, name: str | Path, load_in_4bit: bool) -> None:
+    """Say that what was trained on a base of 16 bits is loaded on one of 4."""
+    if load_in_4bit and not record.load_in_4bit:
+        logger.warning(
+            "%s was trained on a base of 16 bits and is loaded in 4: see load_in_4bit=False, --no_4bit of a command",
+            name,
+        )
+
+
 def load_adapter(
     repo_or_dir: str | Path,
     *,
@@ -267,6 +276,5 @@ def load_adapter(
     """
     hub_kwargs = {key: model_kwargs.pop(key) for key in HUB_OPTIONS if key in model_kwargs}
     adapter = open_adapter(repo_or_dir, base_model=base_model, revision=revision, **hub_kwargs)
-    if load_in_4bit and not adapter.record.load_in_4bit:
-        logger.warning("%s was trained on a base of 16 bits and is loaded in 4: see load_in_4bit=False", repo_or_dir)
+    warn_of_fewer_bits(adapter.record, repo_or_dir, load_in_4bit)
     return adapter.load(load_in_4bit, is_trainable, **model_kwargs)
