@@ -228,7 +228,7 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     assert "{} right at 8,192 tokens and {} at 1,024 (plain fine-tuning {} and {})".format(*ntk) in text
     losses = [f"{rows[f'ntk {name}']['8192']['answer loss']:.2f}" for name in ("cream", "contiguous")]
     assert "the lower one, {} against {}.".format(*losses) in text
-    told = "SmolLM2 had {} right at 8,192 tokens after 256 examples, {} after 1,024 (one seed)"
+    told = "SmolLM2 had {} right at 8,192 tokens after 256 examples, {} after 1,024 (one seed, under YaRN)"
     after = [right(f"yarn cream{steps}", 8192) for steps in ("", "+256 steps")]
     assert told.format(*after) in " ".join(page("recipes").split())
     own = [right(f"yarn cream+128 steps+default sigma{seed}", 8192) for seed in ("", " seed 1")]
@@ -333,7 +333,15 @@ def test_what_the_front_page_says_of_feeding_the_whole_target_equals_its_json():
     peaks = [f"{plan['terms']['total']:.1f} GiB and {hours[0]:.0f} to {hours[1]:.0f} hours"
              for plan, hours in zip(plans, found, strict=True)]  # fmt: skip
     text = " ".join(README.split())
-    assert f"take {peaks[0]} on an RTX 4090; with all 32,768 tokens fed they take {peaks[1]}" in text
+    told = "take {} on an RTX 4090; with as many documents of 32,768 tokens fed whole they take {}"
+    assert told.format(*peaks) in text
+    reading = plans[0]["evaluation"]
+    caches = [f"{reading['terms'][cache]['total']:.1f}" for cache in ("quantized", "default")]
+    assert (
+        "Reading 32,768 tokens back takes {} GiB with a 4-bit cache (`pip install hqq`), {} without".format(*caches)
+        in text
+    )
+    assert reading["length"] == 32_768
     assert [plan["work"]["max_steps"] for plan in plans] == [1000, 1000]
     assert [plan["work"]["tokens_at_once"] for plan in plans] == [4096, 32_768]
 

@@ -345,7 +345,7 @@ def test_a_piece_is_done_once_also_if_it_is_committed_and_a_row_that_fails_does_
     assert [(row["name"], row["1024"]["accuracy"]) for row in summary["rows"]] == [
         ("yarn untuned", 0.0), ("yarn cream", 0.75)
     ]  # fmt: skip
-    assert (prepared / "new/skill-yarn.png").stat().st_size > 10_000
+    assert (prepared / "new/skill.png").stat().st_size > 10_000
     assert "not done, these rows failed: yarn contiguous; " in capsys.readouterr().out
     asked.clear()
     run(compare, monkeypatch, prepared / "new", "--first")
@@ -436,7 +436,7 @@ def test_what_is_published_is_the_pieces_the_pictures_and_the_tables_of_the_page
         assert text.count("| yarn cream |") == 1 and "an old row" not in text and "\n\nBetween.\n" in text
     assert compare.read_lines(here / "results/skill/pieces.jsonl") == pieces
     assert {path.name for path in (here / "results/skill").iterdir()} == {
-        "pieces.jsonl", "skill.json", "skill-yarn.png", "front.png"
+        "pieces.jsonl", "skill.json", "skill.png", "front.png"
     }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from cream_peft.evals.plots import plot_results, save, tasks_figure
+from cream_peft.evals.plots import save, tasks_figure
 from cream_peft.evals.results import (
     Cell,
     Results,
@@ -490,23 +490,17 @@ def table(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-# Last what is not in every picture: the others keep their colours.
-NAMES = {
-    "untuned": "RoPE scaling alone", "contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE",
-    "cream+128 steps": "CREAM, twice the steps", "contiguous+128 steps": "plain, twice the steps",
-    "pose+128 steps": "PoSE, twice the steps",
-}  # fmt: skip
+LABELS = ("untouched base", "RoPE scaling alone", "plain fine-tune", "CREAM", "PoSE")
+"""Models in pictures and short tables, in the order of their colours."""
+SHOWN = {"yarn": ("YaRN", 256), "none": ("no scaling", 128)}
+"""RoPE scaling -> what it is called, and after how many steps it is shown first."""
 
 
-def after(steps: int) -> dict[str, str]:
-    """What is shown first: the strategies after so many steps, and what they are called."""
-    trained = {"contiguous": "plain fine-tune", "cream": "CREAM", "pose": "PoSE"}
-    return {"untuned": "RoPE scaling alone"} | {f"{key}+{steps} steps": name for key, name in trained.items()}
-
-
-def drawn(scaling: str, names: dict[str, str]) -> dict[str, str]:
-    """`names` under a RoPE scaling; where there is none, untuned is the base."""
-    return names | ({"untuned": "untouched base"} if scaling == "none" else {})
+def named(scaling: str, steps: int) -> dict[str, str]:
+    """Strategy after so many steps, and untuned -> one of LABELS."""
+    more = "" if steps == UNLESS_NAMED["max_steps"] else f"+{steps} steps"
+    untuned = LABELS[0] if scaling == "none" else LABELS[1]
+    return {"untuned": untuned} | {f"{name}{more}": label for name, label in zip(TRAINED, LABELS[2:], strict=True)}
 
 
 def brief(measured: dict[str, Any] | None) -> str:
@@ -517,8 +511,8 @@ def brief(measured: dict[str, Any] | None) -> str:
 def short_table(summary: dict[str, Any]) -> list[str]:
     """Markdown: what is shown first, beyond the window and within it."""
     rows, found = {(row["scaling"], row["strategy"]): row for row in summary["rows"] if row["seed"] == 0}, {}
-    for scaling, where, steps in (("yarn", "YaRN", 256), ("none", "no scaling", 128)):
-        for strategy, name in drawn(scaling, after(steps)).items():
+    for scaling, (where, steps) in SHOWN.items():
+        for strategy, name in named(scaling, steps).items():
             title = f"{where}: {name}" + ("" if strategy == "untuned" else f", {steps} steps")
             if row := rows.get((scaling, strategy)):
                 found[title] = {key: brief(row[key]) for key in row if key.isdecimal()}
@@ -532,7 +526,7 @@ def short_table(summary: dict[str, Any]) -> list[str]:
 def seeds_table(summary: dict[str, Any]) -> list[str]:
     """Markdown: each seed of the rows after 128 and 256 steps under YaRN."""
     found = {(row["strategy"], row["seed"]): row for row in summary["rows"] if row["scaling"] == "yarn"}
-    names = {key: f"{name}, {steps} steps" for steps in (128, 256) for key, name in after(steps).items()}
+    names = {key: f"{name}, {steps} steps" for steps in (128, 256) for key, name in named("yarn", steps).items()}
     names |= {OWN_LAW[0].strategy: "CREAM, truncated, 128 steps"}
     seeds = range(3)
     lines = [f"| | {' | '.join(f'{length:,}, seed {seed}' for length in SEEDS_AT for seed in seeds)} |"]
@@ -579,31 +573,38 @@ def price_table(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def results_of(pieces: list[dict[str, Any]], scaling: str, names: dict[str, str]) -> list[Results]:
-    """The results of all seeds under a RoPE scaling, as `cream-peft plot` draws them."""
+def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
+    """What is shown first under a RoPE scaling, of seed 0, as `cream-peft plot` draws it; after fewer steps where that
+    was not run."""
+    where, steps = SHOWN[scaling]
+    asked = [piece for piece in pieces if isinstance(piece["what"], int) and piece["row"]["seed"] == 0]
+    mine = [piece for piece in asked if piece["row"]["scaling"] == scaling]
+    if not any(piece["row"]["strategy"] in named(scaling, steps) for piece in mine if piece["trained"]):
+        steps = UNLESS_NAMED["max_steps"]
     found = []
-    for strategy, name in drawn(scaling, names).items():
-        asked = [piece for piece in pieces if isinstance(piece["what"], int)]
-        mine = [one for one in asked if (one["row"]["scaling"], one["row"]["strategy"]) == (scaling, strategy)]
-        lengths = sorted({piece["what"] for piece in mine})
-        cells = [cell for what in lengths for cell in pooled([piece for piece in mine if piece["what"] == what])]
+    for strategy, label in named(scaling, steps).items():
+        own = [piece for piece in mine if piece["row"]["strategy"] == strategy]
+        lengths = sorted({piece["what"] for piece in own})
+        cells = [cell for what in lengths for cell in pooled([piece for piece in own if piece["what"] == what])]
         if cells:
-            settings = Settings(label=name, pretrained_window=8192)
-            found.append(Results("SmolLM2-135M-Instruct", None, mine[-1]["versions"], SEED, settings, cells))
+            settings, model = (
+                Settings(label=label, pretrained_window=8192),
+                f"SmolLM2, {where}, {steps} steps, one seed",
+            )
+            found.append(Results(model, None, own[-1]["versions"], SEED, settings, cells))
     return found
 
 
-def draw(pieces: list[dict[str, Any]], folder: Path) -> None:
-    """The pictures of the page, one for a RoPE scaling: skill-SCALING.png. Of YaRN the rows of 256 steps, seed 0, once
-    there are some."""
-    first = [piece for piece in pieces if piece["row"]["seed"] == 0]
-    longest = LONGEST[0].strategy in {piece["row"]["strategy"] for piece in first}
-    yarn: Any = ("yarn", ", 256 steps", first, after(256)) if longest else ("yarn", "", pieces, NAMES)
-    for scaling, told, mine, names in (yarn, ("none", "", pieces, NAMES)):
-        results = {one.settings.label or "": one for one in results_of(mine, scaling, names)}
-        if results:
-            title = f"A number asked for, taught on 1,000 tokens; RoPE scaling: {scaling}{told}"
-            plot_results(results, folder / f"skill-{scaling}.png", title=title)
+def draw(results: list[Results], title: str, path: Path) -> None:
+    """A panel for each model and task, if there is one."""
+    if results:
+        save(tasks_figure(sorted(results, key=lambda one: LABELS.index(one.settings.label or "")), title), path)
+
+
+def draw_skill(pieces: list[dict[str, Any]], folder: Path) -> None:
+    """The picture of the page: skill.png, a panel for each RoPE scaling."""
+    results = [one for scaling in SHOWN for one in results_of(pieces, scaling)]
+    draw(results, "A number asked for, taught on 1,000 tokens", folder / "skill.png")
 
 
 def publish(pieces: list[dict[str, Any]]) -> None:
@@ -612,12 +613,11 @@ def publish(pieces: list[dict[str, Any]]) -> None:
     (RESULTS / "pieces.jsonl").write_text("".join(json.dumps(piece) + "\n" for piece in pieces), encoding="utf-8")
     summary = summarise(pieces)
     (RESULTS / "skill.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    draw(pieces, RESULTS)
+    draw_skill(pieces, RESULTS)
     tiny = json.loads((HERE.parent / "cream-peft-tiny/results/demo.json").read_text(encoding="utf-8"))["results"]
-    panels = [Results.parse(one) for one in tiny.values()]
-    panels += results_of([piece for piece in pieces if piece["row"]["seed"] == 0], "yarn", after(256))
+    front = [*map(Results.parse, tiny.values()), *results_of(pieces, "yarn")]
     title = "A skill taught on short examples (left 256 tokens, right 1,000), asked in longer documents"
-    save(tasks_figure(panels, title), RESULTS / "front.png")
+    draw(front, title, RESULTS / "front.png")
     page = HERE / "README.md"
     text = page.read_text(encoding="utf-8")
     tables = {
@@ -674,7 +674,7 @@ def main() -> int:
     if pieces:
         summary = summarise(pieces)
         (output / "skill.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        draw(pieces, output)
+        draw_skill(pieces, output)
         print("\n".join([*table(summary), "", *differences_table(summary)]))
     if options.publish:
         publish(pieces)
