@@ -405,12 +405,14 @@ def test_the_short_table_has_the_rows_of_the_front_picture_that_were_run(compare
         piece(compare, compare.Row("none", "untuned"), {0.1: "01"}, what=1024),
         piece(compare, compare.Row("none", "pose+128 steps"), {0.1: "11"}, what=4096),
         piece(compare, compare.Row("yarn", "cream+256 steps"), {0.1: "11"}, alone=1),
+        # A second seed, asked in twice the documents.
+        piece(compare, compare.Row("yarn", "cream+256 steps", 1), {0.1: "0000"}, alone=2),
         piece(compare, compare.Row("yarn", "cream+128 steps"), {0.1: "00"}),
         piece(compare, compare.Row("yarn", "cream"), {0.1: "00"}, what=8192),
     ]
     assert compare.short_table(compare.summarise(pieces)) == [
         "| | 1,024 | 4,096 | 16,384 |", "|---|---|---|---|",
-        "| YaRN: CREAM, 256 steps |  |  | 1.00 (2.00) |",
+        "| YaRN: CREAM, 256 steps |  |  | 0.33 (2.67), 2 seeds |",
         "| no scaling: untouched base | 0.50 (-) |  |  |",
         "| no scaling: PoSE, 128 steps |  | 1.00 (-) |  |",
     ]  # fmt: skip

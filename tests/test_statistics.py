@@ -45,6 +45,16 @@ def test_all_questions_that_both_have_count_however_many_stand_at_a_depth():
     assert compare_cells(losses)["answer_loss"]["difference"] == -1.25
 
 
+def test_a_documents_loss_is_the_mean_over_the_cells_that_have_it():
+    def cell(losses):
+        return Cell("t", 1, 0.0, "accuracy", 0.0, len(losses), correct="0" * len(losses), answer_loss=losses)
+
+    # Two seeds, one of which was asked in more documents; each pair on the documents that both have.
+    pairs = [(cell([4.0, 2.0]), cell([1.0, 1.0, 9.0])), (cell([2.0, 2.0, 5.0]), cell([2.0, 1.0, 3.0]))]
+    found = compare_cells(pairs)["answer_loss"]
+    assert found["documents"] == 3 and found["difference"] == pytest.approx((-1.5 - 1 - 2) / 3)
+
+
 def test_models_that_never_differ_give_no_evidence():
     assert paired_comparison([1, 0, 1], [1, 0, 1])["p_value"] == 1.0
     with pytest.raises(ValueError, match="not 2 and 3"):

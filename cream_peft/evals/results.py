@@ -190,7 +190,7 @@ def compare_cells(pairs: list[tuple[Cell, Cell]]) -> dict[str, Any] | None:
 
     Returns:
         what `paired_comparison` says of the answers; as `answer_loss`, if all cells have it, what `paired_means` says
-        of the loss of the right answers, a document's being the mean over its cells.
+        of the loss of the right answers, a document's being the mean over the cells that have it.
     """
     pairs = [pair for pair in pairs if all(cell.correct is not None for cell in pair)]
     if not pairs:
@@ -201,9 +201,10 @@ def compare_cells(pairs: list[tuple[Cell, Cell]]) -> dict[str, Any] | None:
     answers = ("".join((cell.correct or "")[:count] for cell, count in side) for side in sides)
     found: dict[str, Any] = dict(paired_comparison(*answers))
     # Of recall a depth has as many questions as fall there, and no losses.
-    if len(set(counts)) == 1 and all(cell.answer_loss is not None for pair in pairs for cell in pair):
+    if all(cell.answer_loss is not None for pair in pairs for cell in pair):
         base, other = (
-            [mean((cell.answer_loss or [])[n] for cell, _ in side) for n in range(counts[0])] for side in sides
+            [mean((cell.answer_loss or [])[n] for cell, count in side if n < count) for n in range(max(counts))]
+            for side in sides
         )
         found["answer_loss"] = paired_means(base, other)
     return found

@@ -508,18 +508,34 @@ def brief(measured: dict[str, Any] | None) -> str:
     return f"{measured['accuracy']:.2f} ({losses_of(measured, 'loss of the number alone')})" if measured else ""
 
 
+def together(rows: list[dict[str, Any]], length: int) -> str:
+    """A cell of all questions of a row's seeds, and of how many seeds they are; empty of what was not run."""
+    asked = [row[str(length)] for row in rows if str(length) in row]
+    if not asked:
+        return ""
+    found = {}
+    for key in ("accuracy", "loss of the number alone"):
+        # Earlier pieces have no such loss.
+        told = [one for one in asked if one[key] is not None]
+        count = sum(one["questions"] for one in told)
+        found[key] = sum(one[key] * one["questions"] for one in told) / count if told else None
+    return brief(found) + (f", {len(asked)} seeds" if len(asked) > 1 else "")
+
+
 def short_table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: what is shown first, beyond the window and within it."""
-    rows, found = {(row["scaling"], row["strategy"]): row for row in summary["rows"] if row["seed"] == 0}, {}
+    """Markdown: what is shown first, beyond the window and within it, the seeds together."""
+    rows, found = defaultdict(list), {}
+    for row in summary["rows"]:
+        rows[row["scaling"], row["strategy"]].append(row)
+    lengths = lengths_of(summary)
     for scaling, (where, steps) in SHOWN.items():
         for strategy, name in named(scaling, steps).items():
             title = f"{where}: {name}" + ("" if strategy == "untuned" else f", {steps} steps")
-            if row := rows.get((scaling, strategy)):
-                found[title] = {key: brief(row[key]) for key in row if key.isdecimal()}
-    lengths = [length for length in lengths_of(summary) if any(str(length) in row for row in found.values())]
-    lines = [f"| | {' | '.join(f'{length:,}' for length in lengths)} |", "|---" * (len(lengths) + 1) + "|"]
+            found[title] = [together(rows[scaling, strategy], length) for length in lengths]
+    shown = [place for place in range(len(lengths)) if any(cells[place] for cells in found.values())]
+    lines = [f"| | {' | '.join(f'{lengths[place]:,}' for place in shown)} |", "|---" * (len(shown) + 1) + "|"]
     return lines + [
-        f"| {title} | {' | '.join(row.get(str(length), '') for length in lengths)} |" for title, row in found.items()
+        f"| {title} | {' | '.join(cells[place] for place in shown)} |" for title, cells in found.items() if any(cells)
     ]
 
 
@@ -574,24 +590,24 @@ def price_table(summary: dict[str, Any]) -> list[str]:
 
 
 def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
-    """What is shown first under a RoPE scaling, of seed 0, as `cream-peft plot` draws it; after fewer steps where that
-    was not run."""
+    """What is shown first under a RoPE scaling, the seeds together, as `cream-peft plot` draws it; after fewer steps
+    where that was not run."""
     where, steps = SHOWN[scaling]
-    asked = [piece for piece in pieces if isinstance(piece["what"], int) and piece["row"]["seed"] == 0]
-    mine = [piece for piece in asked if piece["row"]["scaling"] == scaling]
+    mine = [piece for piece in pieces if isinstance(piece["what"], int) and piece["row"]["scaling"] == scaling]
     if not any(piece["row"]["strategy"] in named(scaling, steps) for piece in mine if piece["trained"]):
         steps = UNLESS_NAMED["max_steps"]
-    found = []
-    for strategy, label in named(scaling, steps).items():
-        own = [piece for piece in mine if piece["row"]["strategy"] == strategy]
-        lengths = sorted({piece["what"] for piece in own})
-        cells = [cell for what in lengths for cell in pooled([piece for piece in own if piece["what"] == what])]
+    found, names = [], named(scaling, steps)
+    of_row = {name: [piece for piece in mine if piece["row"]["strategy"] == name] for name in names}
+    counts = {len({piece["row"]["seed"] for piece in own}) for name, own in of_row.items() if own and name != "untuned"}
+    seeds = f"{' to '.join(map(str, sorted(counts)))} seeds" if counts - {1} else "one seed"
+    for strategy, label in names.items():
+        lengths = sorted({piece["what"] for piece in of_row[strategy]})
+        cells = [
+            cell for what in lengths for cell in pooled([piece for piece in of_row[strategy] if piece["what"] == what])
+        ]
         if cells:
-            settings, model = (
-                Settings(label=label, pretrained_window=8192),
-                f"SmolLM2, {where}, {steps} steps, one seed",
-            )
-            found.append(Results(model, None, own[-1]["versions"], SEED, settings, cells))
+            settings, model = Settings(label=label, pretrained_window=8192), f"SmolLM2, {where}, {steps} steps, {seeds}"
+            found.append(Results(model, None, of_row[strategy][-1]["versions"], SEED, settings, cells))
     return found
 
 
