@@ -13,7 +13,7 @@ from ..positions import POSITION_STRATEGIES, generator, options_of
 
 SHOWN = ("contiguous", "pose", "cream")
 LABELS = {"pose": "PoSE", "cream": "CREAM", "randpos": "RandPos"}
-LINES = ("k:", "b--", "r-", "g-.", "m-", "c--", "y-")
+LINES = ("b-.", "g:", "r-", "k--", "m-", "c--", "y-")
 NAMES = {"contiguous": ["all tokens"], "pose": ["first chunk", "second chunk"], "cream": ["head", "middle", "tail"]}
 LOOKS = (("#d9d9d9", ""), ("#f4a582", "////"), ("#92c5de", "...."))
 Segments = list[tuple[int, int]]
@@ -115,8 +115,9 @@ def positions_figure(
             labels += drawn
         top.set(yticks=range(place), yticklabels=labels, ylim=(place - 0.45, -0.5))
         top.text(context_length * 1.1, -0.1, f"the {context_length:,} tokens fed\n\n\ntheir positions", va="center")
-        for axes, what in zip((top, *below), ("position", "position", "distance between two tokens"), strict=True):
+        for axes, what in zip((top, *below), ("position", "position", "distance"), strict=True):
             axes.set(xlim=(0, target_length * 1.02), xticks=np.linspace(0, target_length, 5), xlabel=f"{what} (tokens)")
             axes.xaxis.set_major_formatter("{x:,.0f}")
-        below[0].legend(title="% of examples with it", loc="upper center")
+        below[0].legend(loc="upper center")
+        below[0].set_ylabel("% of examples with it")
         return figure
