@@ -18,9 +18,10 @@ from cream_peft import CREAMTrainer, cli
 from cream_peft.train import data, tokenised
 from cream_peft.train.data import load_data, prepare_columns
 from cream_peft.train.files import load_documents
+from cream_peft.train.messages import TEXT_OF_A_CALL, pair_of, to_messages
 from cream_peft.train.recipe import parse_recipe
-from cream_peft.train.rows import DataError, RowError, find_problems, to_messages
-from cream_peft.train.templates import is_marked, parts_not_written, with_answer_masks
+from cream_peft.train.rows import DataError, RowError, find_problems
+from cream_peft.train.templates import answer_spans, is_marked, parts_not_written, with_answer_masks
 from cream_peft.train.tokenised import fit_short_documents
 
 # The chat template of meta-llama/Llama-2-7b-chat-hf in other words: same output, no generation marks.
@@ -291,6 +292,93 @@ def test_answers_are_all_that_carries_labels_in_any_form(
     trainer.train()
 
 
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + SMOLLM2
+
+
+@pytest.mark.parametrize("find_answers", [False, True])
+@pytest.mark.parametrize("form", ["messages", "pairs", "stream"])
+def test_a_row_that_the_template_refuses_is_left_out_with_its_reason(form, find_answers, byte_tokenizer, caplog):
+    byte_tokenizer.chat_template = REFUSES
+    chats = [to_messages(CONVERSATION, system=system) for system in ("Be brief.", None, None)]
+    rows = [{"prompt": chat[:-1], "completion": chat[-1:]} if form == "pairs" else {"messages": chat} for chat in chats]
+    data_set = Dataset.from_list(rows)
+    data_set = data_set.to_iterable_dataset() if form == "stream" else data_set
+    assert len(list(prepare_columns(data_set, "d", byte_tokenizer, find_answers=find_answers))) == 2
+    assert "the chat template refuses it (no system here) (1, the first is row 1)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        ({"tools": "no json"}, "its tools are no JSON"),
+        ({"tools": '{"type": "function"}'}, "its tools are no list"),
+        ({"chat_template_kwargs": "[1]"}, "its chat_template_kwargs are no mapping"),
+        ({"tools": ""}, None),
+        ({"tools": "[]"}, None),
+        ({"chat_template_kwargs": '{"enable_thinking": false}'}, None),
+    ],
+)
+def test_what_stands_beside_the_turns_is_read_or_leaves_its_row_out(beside, reason, byte_tokenizer, caplog):
+    byte_tokenizer.chat_template = WRITES_ALL.replace("{{ tools", "{{ enable_thinking }}{{ tools")
+    rows = [{"messages": CONVERSATION, **dict.fromkeys(beside), **some} for some in (beside, {}, {})]
+    found = prepare_columns(Dataset.from_list(rows), "d", byte_tokenizer, find_answers=True)
+    assert len(found) == (2 if reason else 3) and (not reason or f"{reason} (1, the first is row 1)" in caplog.text)
+    if "enable_thinking" in str(beside):
+        text = byte_tokenizer.decode(with_answer_masks(found, byte_tokenizer, False)[0]["input_ids"])
+        assert text.startswith("False")
+
+
+def test_the_words_beside_a_tool_call_that_the_template_leaves_out_are_told(byte_tokenizer, caplog):
+    byte_tokenizer.chat_template = (FAMILIES / "llama3_1.jinja").read_text()
+    data._warn_of_unseen.cache_clear()
+    silent, said = of_a_tool(), of_a_tool()
+    said[1] = said[1] | {"content": "Let me look."}
+    for chat, told in ((silent, 0), (said, 1)):
+        rows = prepare_columns(Dataset.from_list([{"messages": chat}] * 2), "d", byte_tokenizer)
+        assert len(rows) == 2
+        assert caplog.text.count("does not write text beside a tool call, which rows hold") == told
+
+
+def test_thoughts_are_read_under_each_of_their_names_and_a_blank_one_is_none():
+    def thought(**more):
+        return to_messages([CONVERSATION[0], CONVERSATION[1] | more])[1].get("reasoning_content")
+
+    assert thought(reasoning="Who?") == thought(reasoning_content="Who?", reasoning="Other.") == "Who?"
+    assert thought(reasoning=" ") is None is thought(reasoning_content=" \n")
+    with pytest.raises(RowError, match="a turn has a function_call, which is OpenAI's old form of tool_calls"):
+        thought(function_call={"name": "look", "arguments": "{}"})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [(1, "user"), (0, "system"), (2, "user")], ids=["a system message", "nothing", "an answer"]
+)
+def test_a_completion_that_another_begins_than_the_assistant_is_refused_for_that(prompt, said):
+    chat = to_messages(CONVERSATION, system="Be brief.")
+    chat = chat if prompt < 2 else chat[1:]
+    with pytest.raises(RowError, match=f"its completion begins with a turn of {said}, not of" if prompt else "empty"):
+        pair_of(chat[:prompt], chat[prompt:])
+
+
+def test_tools_that_are_written_before_the_last_question_hide_no_earlier_answer(byte_tokenizer):
+    # As Mistral's of 2024.
+    byte_tokenizer.chat_template = """{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}
+    {%- for turn in messages %}{% if turn.role == 'user' %}{{ '[TOOLS]' ~ tools if tools and turn == asked[-1] }}
+    {%- raw %}[INST]{% endraw %}{{ turn.content }}[/INST]{% else %} {{ turn.content }}</s>{% endif %}{% endfor %}"""
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    chat = to_messages(CONVERSATION)
+    assert marked(byte_tokenizer, [{"messages": chat, "tools": tools}]) == [" Lear.</s> Storm.</s>"]
+    # Which of two that are the same it is, is not known.
+    same = [turn if turn["role"] == "user" else turn | {"content": "Yes."} for turn in chat]
+    with pytest.raises(RowError, match="otherwise once turns follow"):
+        answer_spans(byte_tokenizer, same, tools=tools)
+
+
+def test_a_system_message_that_a_question_quotes_is_still_known_to_be_unseen(byte_tokenizer):
+    byte_tokenizer.chat_template = INTO_THE_LAST
+    chat = to_messages([{"from": "human", "value": "Is Math hard?"}, CONVERSATION[1]], system="Math")
+    assert marked(byte_tokenizer, [{"messages": chat}]) == [" Lear.</s>"]
+
+
 def test_tool_calls_are_answers_too_and_tools_are_not(byte_tokenizer):
     byte_tokenizer.chat_template = (FAMILIES / "llama3_1.jinja").read_text()
     tools = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}]
@@ -495,7 +583,8 @@ def test_what_a_chat_template_leaves_out_is_found(byte_tokenizer):
         byte_tokenizer.chat_template = (FAMILIES / f"{name}.jinja").read_text()
         written[name] = parts_not_written(byte_tokenizer)
     thoughts = {"thinking", "reasoning_content"}
-    assert written["qwen3"] == written["gptoss"] == set() and written["qwen2_5"] == written["llama3_1"] == thoughts
+    assert written["qwen3"] == written["gptoss"] == set() and written["qwen2_5"] == thoughts
+    assert written["llama3_1"] == {*thoughts, TEXT_OF_A_CALL}
     assert written["llama3"] == {*thoughts, "tools", "tool_calls"} and written["phi3"] == {*written["llama3"], "tool"}
 
 

@@ -16,18 +16,10 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from .files import FILE_FORMATS, load_documents, place_of
+from .messages import beside_turns, not_seen, pair_of, to_messages
 from .recipe import Recipe, RecipeError
-from .rows import (
-    STREAM_SAMPLE,
-    DataError,
-    keep_usable,
-    not_seen,
-    pair_of,
-    to_messages,
-    without_nulls,
-    without_padding,
-)
-from .templates import answer_spans, check_template, parts_not_written, template_options
+from .rows import STREAM_SAMPLE, DataError, keep_usable, without_padding
+from .templates import answer_spans, check_template, parts_not_written, template_options, written
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +131,10 @@ def prepare_columns(
     features = Features(dict.fromkeys(beside, Json()))
 
     def around(row: dict[str, Any]) -> dict[str, Any]:
-        # Of kwargs TRL makes keyword arguments, which null is none of.
-        empty = {"chat_template_kwargs": {}}
-        return {column: empty.get(column) if row[column] is None else without_nulls(row[column]) for column in beside}
+        return {column: beside_turns(column, row[column]) for column in beside}
+
+    # What the template refuses would stop TRL, which writes all rows.
+    write = answer_spans if find_answers else written
 
     conversation = next((column for column in ("messages", "conversations") if column in columns), None)
     if conversation:
@@ -151,8 +144,7 @@ def prepare_columns(
         def convert(row: dict[str, Any]) -> dict[str, Any]:
             messages, others = to_messages(row[conversation], row.get("system")), around(row)
             unseen.update(not_seen(messages, others, not_written))
-            if find_answers:
-                answer_spans(tokenizer, messages, **template_options(others))
+            write(tokenizer, messages, **template_options(others))
             return differs_from(row, {"messages": messages, **others})
 
         read = [conversation, *(["system"] if "system" in columns else [])]
@@ -173,8 +165,8 @@ def prepare_columns(
             (prompt, completion), others = pair_of(row["prompt"], row["completion"]), around(row)
             if not is_text:
                 unseen.update(not_seen([*prompt, *completion], others, not_written))
-                if find_answers:
-                    answer_spans(tokenizer, [*prompt, *completion], len(prompt), **template_options(others))
+                first = {"first": len(prompt)} if find_answers else {}
+                write(tokenizer, [*prompt, *completion], **first, **template_options(others))
             return differs_from(row, {"prompt": prompt, "completion": completion, **others})
 
         dataset = dataset.select_columns(["prompt", "completion", *beside])

