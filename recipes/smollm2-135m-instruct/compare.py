@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import timeit
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -123,7 +123,7 @@ LONGEST = rows("yarn", "cream+256 steps", "contiguous+256 steps", "pose+256 step
 LONGEST_AGAIN = [Row("yarn", row.strategy, seed) for seed in (1, 2) for row in LONGEST]
 OWN_LAW = [row for seed in (0, 1, 2) for row in rows("yarn", "cream+128 steps+default sigma", seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
-SEEDS_AT = (8192, 16_384)
+SEEDS_AT = (8192, 16_384, 32_768)
 """Tokens at which the rows of several seeds are told apart."""
 ONE_TEXT = ("perplexity", "--samples", "1", "--text")
 PRICE = {
@@ -598,8 +598,12 @@ def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
         steps = UNLESS_NAMED["max_steps"]
     found, names = [], named(scaling, steps)
     of_row = {name: [piece for piece in mine if piece["row"]["strategy"] == name] for name in names}
-    counts = {len({piece["row"]["seed"] for piece in own}) for name, own in of_row.items() if own and name != "untuned"}
-    seeds = f"{' to '.join(map(str, sorted(counts)))} seeds" if counts - {1} else "one seed"
+    asked = [
+        (piece["row"]["strategy"], piece["what"], piece["row"]["seed"]) for own in of_row.values() for piece in own
+    ]
+    seeds_at = Counter((strategy, length) for strategy, length, _ in set(asked) if strategy != "untuned").values()
+    counts = sorted({min(seeds_at, default=1), max(seeds_at, default=1)})
+    seeds = "one seed" if counts == [1] else f"{' to '.join(map(str, counts))} seeds"
     for strategy, label in names.items():
         lengths = sorted({piece["what"] for piece in of_row[strategy]})
         cells = [
