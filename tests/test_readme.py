@@ -242,6 +242,16 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     told = "At the target, 32,768, in that one seed, plain has {} right and CREAM {}."
     assert told.format(*(right(f"yarn {name}+256 steps seed 2", 32_768) for name in ("contiguous", "cream"))) in front
     assert "the best that was measured" in text
+    again = Results.read(SMOLLM2 / "results/skill/float32.json")
+    pieces = load_script(SMOLLM2 / "compare.py").read_lines(SMOLLM2 / "results/skill/pieces.jsonl")
+    (was,) = (piece for piece in pieces if piece.get("adapter") == again.settings.adapter_sha256
+              and (piece["what"], piece["block"]) == (8192, 0))  # fmt: skip
+    assert (was["asked in"], again.settings.dtype) == ("bfloat16", "float32")
+    answers = [
+        "".join(cells) for cells in ([cell["correct"] for cell in was["cells"]], [cell.correct for cell in again.cells])
+    ]
+    assert "of the third plain fine-tune's 32 answers at 8,192 tokens one" in text and len(answers[0]) == 32
+    assert sum(one != other for one, other in zip(*answers, strict=True)) == 1
     ntk = [right(f"ntk {name}", length) for name in ("cream", "contiguous", "pose") for length in (8192, 1024)]
     assert "{} right at 8,192 tokens and {} at 1,024 (plain fine-tuning {} and {}, PoSE {} and {})".format(*ntk) in text
     losses = [f"{rows[f'ntk {name}']['8192']['answer loss']:.2f}" for name in ("cream", "contiguous", "pose")]

@@ -78,6 +78,12 @@ def test_losses_on_the_same_documents_are_compared_by_students_t():
     assert found["p_value"] > 0.05 and paired_means(first, [x - 0.4 for x in (2.0, 3.01, 4.0, 5.0)])["p_value"] < 0.01
 
 
+@pytest.mark.filterwarnings("error")
+def test_differences_that_are_nearly_the_same_are_compared_without_a_warning():
+    low, high = paired_means([1.0, 2.0], [0.5, 1.5 + 1e-15])["interval"]
+    assert low == pytest.approx(-0.5) == high
+
+
 def test_one_document_or_none_that_differs_has_no_interval():
     assert paired_means([2.0], [1.0]) == {"difference": -1.0, "documents": 1, "interval": None, "p_value": None}
     assert paired_means([2.0, 3.0], [2.0, 3.0])["interval"] is None

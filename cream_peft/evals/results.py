@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -295,7 +296,10 @@ def paired_means(first: Sequence[float], second: Sequence[float]) -> dict[str, A
     difference = sum(second) / len(second) - sum(first) / len(first)
     found = {"difference": difference, "documents": len(first), "interval": None, "p_value": None}
     if len(first) > 1 and list(first) != list(second):
-        test = ttest_rel(second, first)
+        with warnings.catch_warnings():
+            # Of differences that are nearly the same, which is no fault.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            test = ttest_rel(second, first)
         bounds = tuple(map(float, test.confidence_interval(0.95)))
         found |= {"interval": bounds, "p_value": float(test.pvalue)}
     return found
