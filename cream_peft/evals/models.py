@@ -126,8 +126,8 @@ def open_model(
     """
     adapter, name, folder = None, spec.name, _folder(spec.name)
     is_here = Path(name).is_dir()
-    how: dict[str, Any] = {"load_in_4bit": load_in_4bit, "dtype": dtype}
-    settings = Settings(label=spec.label, rope_scaling_type=spec.rope_scaling_type, **how)
+    scaling = spec.rope_scaling_type
+    settings = Settings(label=spec.label, load_in_4bit=load_in_4bit, dtype=dtype, rope_scaling_type=scaling)
     if folder and is_adapter(folder):
         if spec.rope_scaling_type:
             raise ValueError(f"{name} is an adapter and brings its RoPE scaling: leave out +{spec.rope_scaling_type}")

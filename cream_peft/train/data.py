@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from .files import FILE_FORMATS, load_documents, place_of
-from .messages import beside_turns, not_seen, pair_of, to_messages
+from .messages import BESIDE, beside_turns, not_seen, pair_of, to_messages
 from .recipe import Recipe, RecipeError
 from .rows import STREAM_SAMPLE, DataError, keep_usable, without_padding
 from .templates import answer_spans, check_template, parts_not_written, template_options, written
@@ -24,8 +24,6 @@ from .templates import answer_spans, check_template, parts_not_written, template
 logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
-BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
-"""Columns that TRL hands to the chat template."""
 SPLITS = ("train", "test", "validation", "eval", "dev", "val")
 
 
@@ -126,15 +124,20 @@ def prepare_columns(
     if "input_ids" in columns:
         dataset = without_padding(dataset, [column for column in columns if column in TOKEN_COLUMNS])
         return keep("input_ids")
-    beside = [column for column in BESIDE_MESSAGES if column in columns]
+    beside = [column for column in BESIDE if column in columns]
     # In other types Arrow gives each mapping the keys of all the others again.
     features = Features(dict.fromkeys(beside, Json()))
 
     def around(row: dict[str, Any]) -> dict[str, Any]:
         return {column: beside_turns(column, row[column]) for column in beside}
 
-    # What the template refuses would stop TRL, which writes all rows.
-    write = answer_spans if find_answers else written
+    def look_at(messages: list[dict[str, Any]], others: dict[str, Any], first: int = 0) -> None:
+        """Note what the chat template leaves out; what it refuses would stop TRL, which writes all rows."""
+        unseen.update(not_seen(messages, others, not_written))
+        if find_answers:
+            answer_spans(tokenizer, messages, first, **template_options(others))
+        else:
+            written(tokenizer, messages, **template_options(others))
 
     conversation = next((column for column in ("messages", "conversations") if column in columns), None)
     if conversation:
@@ -142,14 +145,15 @@ def prepare_columns(
         not_written = parts_not_written(tokenizer)
 
         def convert(row: dict[str, Any]) -> dict[str, Any]:
-            messages, others = to_messages(row[conversation], row.get("system")), around(row)
-            unseen.update(not_seen(messages, others, not_written))
-            write(tokenizer, messages, **template_options(others))
-            return differs_from(row, {"messages": messages, **others})
+            return differs_from(row, {"messages": to_messages(row[conversation], row.get("system")), **around(row)})
+
+        def check(row: dict[str, Any]) -> None:
+            found = convert(row)
+            look_at(found["messages"], found)
 
         read = [conversation, *(["system"] if "system" in columns else [])]
         dataset = dataset.select_columns([*read, *beside])
-        usable = keep(conversation, convert)
+        usable = keep(conversation, check)
         _warn_of_unseen(frozenset(unseen))
         # What is as it should be already, such as what was prepared before, is not written again.
         if not changed():
@@ -162,15 +166,16 @@ def prepare_columns(
         not_written = set() if is_text else parts_not_written(tokenizer)
 
         def pair(row: dict[str, Any]) -> dict[str, Any]:
-            (prompt, completion), others = pair_of(row["prompt"], row["completion"]), around(row)
+            prompt, completion = pair_of(row["prompt"], row["completion"])
+            return differs_from(row, {"prompt": prompt, "completion": completion, **around(row)})
+
+        def check_pair(row: dict[str, Any]) -> None:
+            found = pair(row)
             if not is_text:
-                unseen.update(not_seen([*prompt, *completion], others, not_written))
-                first = {"first": len(prompt)} if find_answers else {}
-                write(tokenizer, [*prompt, *completion], **first, **template_options(others))
-            return differs_from(row, {"prompt": prompt, "completion": completion, **others})
+                look_at([*found["prompt"], *found["completion"]], found, len(found["prompt"]))
 
         dataset = dataset.select_columns(["prompt", "completion", *beside])
-        usable = keep("prompt", pair)
+        usable = keep("prompt", check_pair)
         _warn_of_unseen(frozenset(unseen))
         if not is_text:
             of_both = {"prompt": List(Json()), "completion": List(Json())}

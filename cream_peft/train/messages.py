@@ -18,6 +18,8 @@ WEIGHTS = ("weight", "train", "loss")
 """Keys by which others leave a turn out of the loss."""
 KEPT_IN_TURNS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 TEXT_OF_A_CALL = "text beside a tool call"
+BESIDE: dict[str, tuple[type, str]] = {"tools": (list, "list"), "chat_template_kwargs": (dict, "mapping")}
+"""Columns that TRL hands to the chat template, and what they hold."""
 
 
 def _content(turn: Mapping[str, Any]) -> str:
@@ -64,28 +66,24 @@ def _with_mapping(call: Any) -> Any:
 
 
 def beside_turns(name: str, value: Any) -> Any:
-    """What a column beside the turns holds: of `tools` a list, perhaps as JSON text, None if that is blank; of
-    `chat_template_kwargs` a mapping.
+    """What a column of BESIDE holds: of tools a list, perhaps as JSON text, None if that is blank; of
+    chat_template_kwargs a mapping.
 
     Raises:
         RowError: anything else.
     """
-    read = value
-    if isinstance(value, str) and name in ("tools", "chat_template_kwargs"):
-        try:
-            read = json.loads(value) if value.strip() else None
-        except ValueError as error:
-            raise RowError(f"its {name} are no JSON") from error
+    kind, told = BESIDE[name]
+    try:
+        read = (json.loads(value) if value.strip() else None) if isinstance(value, str) else value
+    except ValueError as error:
+        raise RowError(f"its {name} are no JSON") from error
+    if not isinstance(read, kind | None):
+        raise RowError(f"its {name} are no {told}")
     if name == "tools":
-        if not isinstance(read, list | None):
-            raise RowError("its tools are no list")
-        return without_nulls(read if read is None else value)
-    if name == "chat_template_kwargs":
-        if not isinstance(read, dict | None):
-            raise RowError("its chat_template_kwargs are no mapping")
-        # TRL makes keyword arguments of it, which null is none of.
-        return without_nulls(read or {})
-    return without_nulls(value)
+        # As it was: TRL reads the text too, and a run is told by its rows.
+        return None if read is None else without_nulls(value)
+    # TRL makes keyword arguments of it, which null is none of.
+    return without_nulls(read or {})
 
 
 def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, Any]]:
@@ -172,9 +170,8 @@ def pair_of(prompt: Any, completion: Any) -> tuple[Any, Any]:
     if isinstance(prompt, str):
         return prompt, completion
     messages = to_messages([*prompt, *completion])
-    if first := [turn for turn in completion if isinstance(turn, dict)][:1]:
-        said = str(first[0].get("role") or first[0].get("from"))
-        if ROLES.get(said) != "assistant":
-            raise RowError(f"its completion begins with a turn of {said}, not of the assistant")
+    said = completion[0].get("role") or completion[0].get("from")
+    if ROLES[said] != "assistant":
+        raise RowError(f"its completion begins with a turn of {said}, not of the assistant")
     answers = len(to_messages([{"role": "user", "content": "-"}, *completion])) - 1
     return messages[:-answers], messages[-answers:]

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import timeit
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -302,8 +302,8 @@ def measure(row: Row, budget: Budget, output: Path, deadline: float, what: int |
     call([*command, *questions(budget, what, block)], deadline, output / "log")
     found = Results.read(folder / file_name(row.name)).asdict()
     told = {"seconds": round(time.monotonic() - start), "machine": machine(), "versions": versions(), "dtype": dtype}
-    told["asked in"] = asked_in
-    return identity(row, budget, output, what, block) | told | {"trained": summary, "cells": found["cells"]}
+    told |= {"asked in": asked_in, "trained": summary, "cells": found["cells"]}
+    return identity(row, budget, output, what, block) | told
 
 
 def unique(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -596,22 +596,21 @@ def results_of(pieces: list[dict[str, Any]], scaling: str) -> list[Results]:
     mine = [piece for piece in pieces if isinstance(piece["what"], int) and piece["row"]["scaling"] == scaling]
     if not any(piece["row"]["strategy"] in named(scaling, steps) for piece in mine if piece["trained"]):
         steps = UNLESS_NAMED["max_steps"]
-    found, names = [], named(scaling, steps)
-    of_row = {name: [piece for piece in mine if piece["row"]["strategy"] == name] for name in names}
-    asked = [
-        (piece["row"]["strategy"], piece["what"], piece["row"]["seed"]) for own in of_row.values() for piece in own
-    ]
-    seeds_at = Counter((strategy, length) for strategy, length, _ in set(asked) if strategy != "untuned").values()
-    counts = sorted({min(seeds_at, default=1), max(seeds_at, default=1)})
-    seeds = "one seed" if counts == [1] else f"{' to '.join(map(str, counts))} seeds"
-    for strategy, label in names.items():
-        lengths = sorted({piece["what"] for piece in of_row[strategy]})
-        cells = [
-            cell for what in lengths for cell in pooled([piece for piece in of_row[strategy] if piece["what"] == what])
-        ]
-        if cells:
-            settings, model = Settings(label=label, pretrained_window=8192), f"SmolLM2, {where}, {steps} steps, {seeds}"
-            found.append(Results(model, None, of_row[strategy][-1]["versions"], SEED, settings, cells))
+    asked: dict[str, dict[int, list[dict[str, Any]]]] = {name: defaultdict(list) for name in named(scaling, steps)}
+    for piece in mine:
+        if piece["row"]["strategy"] in asked:
+            asked[piece["row"]["strategy"]][piece["what"]].append(piece)
+    counts = {
+        len({piece["row"]["seed"] for piece in there})
+        for name, at in asked.items() if name != "untuned" for there in at.values()
+    }  # fmt: skip
+    seeds = f"{' to '.join(map(str, sorted({min(counts), max(counts)})))} seeds" if counts - {1} else "one seed"
+    model, found = f"SmolLM2, {where}, {steps} steps, {seeds}", []
+    for strategy, label in named(scaling, steps).items():
+        if at := asked[strategy]:
+            cells = [cell for what in sorted(at) for cell in pooled(at[what])]
+            settings = Settings(label=label, pretrained_window=8192)
+            found.append(Results(model, None, {}, SEED, settings, cells))
     return found
 
 
