@@ -17,7 +17,8 @@ from cream_peft.model.base import embedded_config
 from cream_peft.plan.advice import training_flops
 from cream_peft.plan.memory import Training
 from cream_peft.rope import pretrained_window
-from cream_peft.train.recipe import DATACLASSES, EMBEDDED_RECIPE
+from cream_peft.train.machine import plan_recipe
+from cream_peft.train.recipe import DATACLASSES, EMBEDDED_RECIPE, parse_recipe
 
 TINY, SMOLLM2 = ROOT / "recipes/cream-peft-tiny", ROOT / "recipes/smollm2-135m-instruct"
 PAGES = {
@@ -92,9 +93,10 @@ def test_the_recipes_table_says_what_the_recipes_say():
     for path, cells in rows:
         text = (folder / path).read_text(encoding="utf-8")
         recipe = yaml.safe_load(text)
-        base, job, *lengths, scaling, peak, hours = (cell.strip() for cell in f"{cells} ".split(" |"))
+        base, job, *lengths, scaling, peak, reading, hours = (cell.strip() for cell in f"{cells} ".split(" |"))
         assert recipe["model_name_or_path"].endswith(base) and scaling == recipe["rope_scaling_type"]
-        window = pretrained_window(embedded_config(recipe["model_name_or_path"]))
+        config = embedded_config(recipe["model_name_or_path"])
+        window = pretrained_window(config)
         assert lengths == [f"{length:,}" for length in (window, recipe["context_length"], recipe["target_length"])]
         if job == "skill":
             assert scaling == "none" and "a skill over the window" in text and recipe["target_length"] <= window
@@ -102,6 +104,8 @@ def test_the_recipes_table_says_what_the_recipes_say():
             words = " ".join(text.replace("#", " ").split())
             assert f"from {window:,} to {recipe['target_length']:,} tokens" in words and job in ("window", "both")
         assert f"{peak} planned by cream-peft plan" in text
+        plan = plan_recipe(parse_recipe(["--config", str(folder / path)]), config)
+        assert reading == f"{min(terms['total'] for terms in plan.evaluation.terms.values()):.1f} GiB"
         assert (f" {hours} planned on an RTX 4090" in text) if hours else " planned on an RTX 4090" not in text
 
 

@@ -120,7 +120,7 @@ MORE_INSIDE = rows("none", "cream+contiguous", "cream+growth", *MORE_STEPS)
 SEEDS = [row for seed in (1, 2) for row in rows("yarn", *TRAINED, seed=seed)]
 LONGER_AGAIN = [row for seed in (1, 2) for row in rows("yarn", *MORE_STEPS, seed=seed)]
 LONGEST = rows("yarn", "cream+256 steps", "contiguous+256 steps", "pose+256 steps")
-LONGEST_AGAIN = [Row("yarn", row.strategy, seed) for seed in (1, 2) for row in LONGEST]
+LONGEST_AGAIN = [Row("yarn", row.strategy, seed) for seed in (1, 2, 3) for row in LONGEST]
 OWN_LAW = [row for seed in (0, 1, 2) for row in rows("yarn", "cream+128 steps+default sigma", seed=seed)]
 INSIDE_AGAIN = rows("none", *TRAINED, seed=1)
 SEEDS_AT = (8192, 16_384, 32_768)
@@ -540,17 +540,19 @@ def short_table(summary: dict[str, Any]) -> list[str]:
 
 
 def seeds_table(summary: dict[str, Any]) -> list[str]:
-    """Markdown: each seed of the rows after 128 and 256 steps under YaRN."""
+    """Markdown: the seeds of the rows after 128 and 256 steps under YaRN, in their order; a dash is one not run."""
     found = {(row["strategy"], row["seed"]): row for row in summary["rows"] if row["scaling"] == "yarn"}
     names = {key: f"{name}, {steps} steps" for steps in (128, 256) for key, name in named("yarn", steps).items()}
     names |= {OWN_LAW[0].strategy: "CREAM, truncated, 128 steps"}
-    seeds = range(3)
-    lines = [f"| | {' | '.join(f'{length:,}, seed {seed}' for length in SEEDS_AT for seed in seeds)} |"]
-    lines.append("|---" * (len(SEEDS_AT) * len(seeds) + 1) + "|")
+    lines = [f"| | {' | '.join(f'{length:,}' for length in SEEDS_AT)} |", "|---" * (len(SEEDS_AT) + 1) + "|"]
+    seeds = range(max((seed for _, seed in found), default=0) + 1)
     for strategy, name in names.items():
-        if strategy != "untuned":
-            told = [found.get((strategy, seed), {}).get(str(length)) for length in SEEDS_AT for seed in seeds]
-            lines.append(f"| {name} | {' | '.join(map(brief, told))} |")
+        if strategy != "untuned" and any((strategy, seed) in found for seed in seeds):
+            told = [
+                ", ".join(brief(found.get((strategy, seed), {}).get(str(length))) or "-" for seed in seeds)
+                for length in SEEDS_AT
+            ]
+            lines.append(f"| {name} | {' | '.join(cell.rstrip(', -') for cell in told)} |")
     return lines
 
 
