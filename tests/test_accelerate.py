@@ -51,7 +51,8 @@ def test_accelerate_understands_the_config_and_its_command(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config_from_file(str(path))
     assert config.distributed_type == TYPES[path.stem]
-    assert (config.num_processes, config.mixed_precision) == (2, "bf16")
+    # accelerate's bf16 would have its way where the recipe says no.
+    assert (config.num_processes, config.mixed_precision) == (2, "no" if path.stem == "ddp" else "bf16")
     accelerate, launch, *words = command_of(path)
     assert (accelerate, launch) == ("accelerate", "launch")
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
@@ -110,6 +111,16 @@ def test_processes_that_would_train_apart_are_refused_before_anything_is_written
     line = capsys.readouterr().err
     assert line.startswith("error: 2 processes") and "--use_cpu true" in line and line.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_one_process_for_several_gpus_is_refused_before_the_base_is_loaded(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(CREAMConfig, "parallel_mode", ParallelMode.NOT_DISTRIBUTED)
+    monkeypatch.setattr(CREAMConfig, "n_gpu", 2)
+    monkeypatch.setattr(model.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    output = ["--output_dir", str(tmp_path / "run")] if command == "train" else []
+    assert cli.main([command, *output]) == 2
+    assert "2 GPUs are there for one process: choose one with CUDA_VISIBLE_DEVICES=0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from cream_peft import CREAMTrainer, cli
 from cream_peft.model import base as model
+from cream_peft.model import record
 from cream_peft.model.tokenizer import load_tokenizer
 from cream_peft.plan import gpus as cards
 from cream_peft.plan.advice import training_flops
@@ -187,6 +188,15 @@ def test_a_tied_head_is_the_embeddings_and_is_loaded_once(tmp_path):
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     loaded = bench.load_random(recipe, config)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_the_cpu_is_not_measured_beside_a_gpu_whose_name_it_would_get(architecture, monkeypatch):
+    recipe = bench.parse_bench([*architecture, "--use_cpu", "true"], steps=2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(RecipeError, match="use_cpu=true, and bench measures the GPU that is there"):
+        bench.bench_recipe(recipe)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "RTX 4090")
+    assert record.machine(use_cpu=True).startswith("CPU ") and record.machine() == "RTX 4090"
 
 
 def test_every_weight_is_trained_where_a_recipe_says_so(architecture, monkeypatch):

@@ -62,6 +62,8 @@ def test_the_base_is_nf4_with_double_quantization_and_nothing_in_fp32_that_was_n
     [
         (torch.bfloat16, "llama", True, True, "flash_attention_2"),
         (torch.bfloat16, "llama", True, False, "sdpa"),
+        (torch.bfloat16, "large heads", True, True, "sdpa"),
+        (torch.float16, "a T4", True, True, "sdpa"),
         (torch.float32, "llama", True, True, "sdpa"),
         (torch.bfloat16, "llama", False, True, "sdpa"),
         (torch.bfloat16, "gpt_oss", True, True, "flex_attention"),
@@ -71,7 +73,10 @@ def test_the_base_is_nf4_with_double_quantization_and_nothing_in_fp32_that_was_n
 def test_attention_is_the_fastest_that_can_run(dtype, model_type, on_gpu, has_flash, wanted, monkeypatch):
     # What transformers itself would load: not flash-attn-4, which has the same import name, and none that is too old.
     monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: has_flash)
-    assert base.default_attention(dtype, model_type, on_gpu) == wanted
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5) if model_type == "a T4" else (8, 0))
+    changes = {"head_dim": 512} if model_type == "large heads" else {}
+    config = AutoConfig.for_model("gpt_oss" if model_type == "gpt_oss" else "llama", **changes)
+    assert base.default_attention(dtype, config, on_gpu) == wanted
 
 
 def test_lora_takes_the_recipes_settings():

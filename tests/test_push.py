@@ -28,6 +28,7 @@ from cream_peft.model.check import check_adapter
 from cream_peft.model.record import BASE_FOLDER, AdapterError, Record, adapter_sha256
 from cream_peft.model.secrets import find_secret, public_name
 from cream_peft.publish.card import metadata, write_card
+from cream_peft.publish.files import RESUMED_FROM, files_in
 from cream_peft.publish.licenses import LICENSES
 from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.push import PushError, create_repository, push_folder
@@ -511,6 +512,15 @@ def test_every_hub_strategy_keeps_the_root_complete(hub, tmp_path, strategy, com
     for secret in (hub.token, str(tmp_path), str(Path.home()) + "/"):
         assert not hub.carrying(secret)
     assert f'load_adapter("{REPO}")' in files(hub)["README.md"].decode()
+
+
+def test_all_that_fsdp_and_deepspeed_resume_from_goes_along(tmp_path):
+    wanted = {"pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer.bin", "optimizer_0/.metadata"}
+    wanted |= {"global_step4/zero_pp_rank_0_optim_states.pt", "zero_to_fp32.py", "rng_state_1.pth", "latest"}
+    for name in wanted | {"training_args.bin", "events.out"}:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert set(files_in(tmp_path, RESUMED_FROM)) == wanted
 
 
 def test_training_goes_on_from_the_checkpoint_on_the_hub(hub, tmp_path):

@@ -347,6 +347,39 @@ def test_norms_are_not_trained_in_fp32_before_layers_that_cannot_take_it(make_tr
     with pytest.raises(ValueError, match=r"=\['norm'\] trains in float32 .* in bfloat16, .* dtype to float32 on a CPU"):
         make_trainer(model=make_model().to(torch.bfloat16), peft_config=norms)
     make_trainer(peft_config=norms, max_steps=1).train()
+    # Under mixed precision it can, also where positions are checked, before transformers has put it on.
+    make_trainer(model=make_model().to(torch.bfloat16), peft_config=norms, bf16=True, use_cpu=True, max_steps=1).train()
+
+
+def test_frequencies_that_are_rounded_after_construction_stop_training_before_its_first_step(make_trainer):
+    trainer = make_trainer()
+    # As a launcher's wrapper may.
+    rotary = trainer.model.get_base_model().model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.to(torch.bfloat16)
+    with pytest.raises(rope.RopeError, match=r"inv_freq is torch\.bfloat16"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_several_processes_are_refused_a_stream_which_each_would_number_anew(
+    held_out, make_trainer, make_documents, monkeypatch
+):
+    monkeypatch.setattr(CREAMConfig, "world_size", 2)
+    stream = make_documents().to_iterable_dataset()
+    sets = {"eval_dataset": {"far": stream}} if held_out else {"documents": stream}
+    with pytest.raises(ValueError, match="a streamed data set cannot go with 2 processes"):
+        make_trainer(**sets, max_steps=1)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_whole_weights_are_refused_under_deepspeed_which_leaves_none_whole(is_whole, make_trainer, lora, monkeypatch):
+    monkeypatch.setattr(CREAMConfig, "sharded_by", "DeepSpeed")
+    if not is_whole:
+        assert make_trainer()
+        return
+    with pytest.raises(ValueError, match="use_peft=false cannot go with DeepSpeed"):
+        make_trainer(peft_config=None)
 
 
 def test_adapters_on_a_4bit_base_stay_in_fp32(make_trainer, make_model, tmp_path, tiny_tokenizer, lora, make_documents):
@@ -717,6 +750,8 @@ def test_left_open_the_rate_is_that_of_the_bases_size(make_trainer, make_model):
         ({"model": "adapter"}, "peft_config goes with a base"),
         ({"model": "frozen", "peft_config": None}, "adapter is frozen.*is_trainable=True"),
         ({"model": TINY_ID, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "a base in 8 bits"),
+        ({"bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval=true rounds RoPE's frequencies"),
+        ({"fp16_full_eval": True}, "fp16_full_eval=true rounds"),
         ({"peft_config": PromptTuningConfig(num_virtual_tokens=4)}, "peft_config=PROMPT_TUNING puts tokens of its own"),
     ],
 )
@@ -724,12 +759,15 @@ def test_arguments_that_exclude_one_another_are_refused_at_construction(
     given, message, make_model, make_documents, make_config, tiny_tokenizer, lora
 ):
     settings = {"model": make_model(), "peft_config": lora()} | given
+    args = make_config(
+        **{key: settings.pop(key) for key in given if key in ("use_cpu", "bf16_full_eval", "fp16_full_eval")}
+    )
     if settings["model"] in ("adapter", "frozen"):
         adapter = get_peft_model(make_model(), lora())
         adapter.requires_grad_(settings["model"] != "frozen")
         settings["model"] = adapter
     with pytest.raises(ValueError, match=message):
-        CREAMTrainer(args=make_config(), train_dataset=make_documents(), processing_class=tiny_tokenizer, **settings)
+        CREAMTrainer(args=args, train_dataset=make_documents(), processing_class=tiny_tokenizer, **settings)
 
 
 def test_several_held_out_sets_need_a_metric_of_one_before_anything_is_trained(make_trainer, make_documents):

@@ -9,7 +9,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 FLASH_CAPABILITY = (8, 0)
-"""CUDA compute capability that torch's flash attention needs (ATen/native/transformers/cuda/sdp_utils.cpp)."""
+"""CUDA compute capability that flash attention needs, torch's (ATen/native/transformers/cuda/sdp_utils.cpp) and the
+package flash-attn's."""
+FLASH_HEAD_SIZE = 256
+"""Features of a head, at most, in flash-attn 2."""
 
 
 def _lacks_flash(query: torch.Tensor) -> bool:

@@ -25,10 +25,10 @@ from transformers.utils import is_flash_attn_2_available
 
 from .. import rope
 from ..errors import about
-from ..families import decoder_config, family_of, key_mapping
+from ..families import decoder_config, family_of, head_size, key_mapping
 from ..terminal import did_you_mean
 from ..tiny import TINY_ID, base_folder
-from .attention import use_repeating_sdpa
+from .attention import FLASH_CAPABILITY, FLASH_HEAD_SIZE, use_repeating_sdpa
 
 GIB = 2**30
 EMBEDDED_CONFIGS = json.loads((Path(__file__).parent / "architectures.json").read_text(encoding="utf-8"))
@@ -100,12 +100,13 @@ def expand_cuda_segments() -> None:
     change("expandable_segments:True")
 
 
-def default_attention(dtype: torch.dtype, model_type: str, on_gpu: bool) -> str:
+def default_attention(dtype: torch.dtype, config: PreTrainedConfig, on_gpu: bool) -> str:
     """flash_attention_2 where it is installed and can run, else sdpa. gpt-oss, whose attention has sinks, has neither:
     flex_attention on a GPU, which holds no matrix of scores, else eager."""
-    if family_of(model_type).has_sinks:
+    if family_of(config.model_type).has_sinks:
         return "flex_attention" if on_gpu else "eager"
-    can_run = on_gpu and dtype != torch.float32
+    can_run = on_gpu and dtype != torch.float32 and head_size(config) <= FLASH_HEAD_SIZE
+    can_run = can_run and torch.cuda.get_device_capability() >= FLASH_CAPABILITY
     return "flash_attention_2" if can_run and is_flash_attn_2_available() else "sdpa"
 
 
@@ -233,7 +234,7 @@ def load_base(
             None if is_given else source,
             config=scaled,
             dtype=dtype,
-            attn_implementation=attn_implementation or default_attention(dtype, scaled.model_type, on_gpu),
+            attn_implementation=attn_implementation or default_attention(dtype, scaled, on_gpu),
             **kwargs,
         )
     # transformers keeps the path it loaded from; the embedded model goes by its name.

@@ -283,9 +283,9 @@ def versions() -> dict[str, str]:
     return {"cream_peft": __version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def machine() -> str:
+def machine(use_cpu: bool = False) -> str:
     """The device that computes: the GPU's name, or the CPU's kind and number of cores."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.get_device_name()
     return f"CPU {platform.machine()}, {os.cpu_count()} cores"
 

@@ -26,7 +26,7 @@ PUBLISHED = re.compile(rf"{TAKEN.pattern}|results/[\w.-]+\.(json|png)")
 """What goes to the Hub's root: that, and the results that were named."""
 RESUMED_FROM = re.compile(
     rf"{_MODEL}|{_STATE}|rng_state(_\d+)?\.pth|zero_to_fp32\.py|global_step\d+/[\w.-]+\.pt|"
-    r"(optimizer|pytorch_model_fsdp)_\d+/[\w.-]+"
+    r"pytorch_model_fsdp\.bin|(optimizer|pytorch_model_fsdp)_\d+/[\w.-]+"
 )
 """What of a checkpoint goes to the Hub; the last ones are DeepSpeed's and FSDP's."""
 UNREAD = (".safetensors", ".pt", ".pth", ".bin", ".distcp", ".png")

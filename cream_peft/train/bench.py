@@ -25,7 +25,7 @@ from ..plan.advice import training_flops
 from ..plan.gpus import GPUS, find_gpu
 from ..terminal import table
 from ..tiny import TINY_ID
-from .machine import CPU_PARAMETERS, base_config, memory_explained, memory_settings
+from .machine import CPU_PARAMETERS, base_config, memory_explained, memory_settings, refuse_processes
 from .recipe import Recipe, RecipeError, parse_recipe
 from .trainer import CREAMTrainer
 
@@ -212,6 +212,9 @@ def bench_recipe(recipe: Recipe, memory_limit: float | None = None) -> Bench:
         ValueError: a recipe or a limit that this machine cannot take.
     """
     config, name, on_gpu = base_config(recipe), recipe.model.model_name_or_path, torch.cuda.is_available()
+    if on_gpu and recipe.run.use_cpu:
+        raise RecipeError("use_cpu=true, and bench measures the GPU that is there: hide it, with CUDA_VISIBLE_DEVICES=")
+    refuse_processes(recipe.run)
     recipe.run.resolve(rope.pretrained_window(config))
     terms = memory_settings(recipe)[0].terms(config)
     if not on_gpu and memory.parameter_count(config) > CPU_PARAMETERS:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -195,6 +196,14 @@ class CREAMConfig(SFTConfig):
     def evaluates(self) -> bool:
         """Whether the loss of held-out documents is computed during training."""
         return self.eval_strategy != "no" or self.eval_on_start
+
+    @property
+    def sharded_by(self) -> str | None:
+        """FSDP or DeepSpeed, where one gives each process a part of the model; `accelerate launch` sets the
+        environment."""
+        asked = {"FSDP": self.fsdp, "DeepSpeed": self.deepspeed}
+        is_on = (bool(here) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}") for name, here in asked.items())
+        return next((name for name, on in zip(asked, is_on, strict=True) if on), None)
 
     def strategy_options(self) -> dict[str, Any]:
         """The options of the position strategy that are set."""

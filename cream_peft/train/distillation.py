@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from peft import PeftConfig, PeftModel
 from torch.nn import functional
 from transformers import PreTrainedConfig
@@ -40,14 +39,8 @@ def refuse_distillation(args: Any, peft_config: PeftConfig | None) -> None:
             f"{given} holds a new adapter to its base: with use_peft=false no base is left, and a second stage would "
             "lose what the first one taught: leave it out"
         )
-    shared = {
-        "FSDP": args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
-        "DeepSpeed": args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
-        "several GPUs in one process": args.n_gpu > 1,
-    }
-    found = [name for name, is_on in shared.items() if is_on]
-    if args.distillation_weight and found:
-        raise ValueError(f"{given} cannot go with {found[0]}: use recipes/accelerate/ddp.yaml, or leave it out")
+    if args.distillation_weight and args.sharded_by:
+        raise ValueError(f"{given} cannot go with {args.sharded_by}: use recipes/accelerate/ddp.yaml, or leave it out")
 
 
 @contextmanager

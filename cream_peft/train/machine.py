@@ -87,7 +87,7 @@ def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Refuse at once a base that cannot be scaled as asked (lengths resolved), and what this machine cannot train."""
     rope.scaled_config(config, recipe.run.target_length or 0, recipe.run.rope_scaling_type)
     gib = _allowed_gib(recipe)
-    if is_sharded(recipe.run):
+    if recipe.run.sharded_by:
         logger.warning("memory is not planned: the plan is of one GPU, and each process has a part of the model here")
         return
     try:
@@ -110,19 +110,19 @@ def check_machine(recipe: Recipe, config: PreTrainedConfig) -> None:
         )
 
 
-def is_sharded(run: CREAMConfig) -> bool:
-    """Whether FSDP or DeepSpeed gives each process a part of the model; `accelerate launch` sets the environment."""
-    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED"))
-    return bool(run.fsdp or run.deepspeed) or "true" in asked
-
-
-def refuse_separate_runs(run: CREAMConfig) -> None:
-    """Refuse processes that a launcher started together and that would train apart, all into one output_dir."""
+def refuse_processes(run: CREAMConfig) -> None:
+    """Refuse processes that a launcher started together and that would train apart, all into one output_dir, and one
+    process that would spread over several GPUs, which TRL refuses once the model is loaded."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and run.parallel_mode in (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED):
         raise RecipeError(
             f"{processes} processes were started (WORLD_SIZE) and would train apart, each for itself: on CPUs add "
             "--use_cpu true, on GPUs give each process one"
+        )
+    if run.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+        raise RecipeError(
+            f"{run.n_gpu} GPUs are there for one process: choose one with CUDA_VISIBLE_DEVICES=0, or start a process "
+            "for each, with recipes/accelerate/ddp.yaml"
         )
 
 
@@ -192,4 +192,4 @@ def memory_explained(recipe: Recipe, config: PreTrainedConfig) -> AbstractContex
         return f"{where}: {line}; `cream-peft plan` shows every term"
 
     # The plan is of one process that has all of the model.
-    return nullcontext() if is_sharded(recipe.run) else fit.explained(say)
+    return nullcontext() if recipe.run.sharded_by else fit.explained(say)

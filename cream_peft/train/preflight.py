@@ -82,7 +82,8 @@ def _observe(trainer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor
                 stack.callback(hook.remove)
         stack.callback(decoder.register_forward_hook(hidden_hook).remove)
         stack.enter_context(torch.no_grad())
-        stack.enter_context(trainer.compute_loss_context_manager())
+        # The model's own forward gets it only once transformers trains.
+        stack.enter_context(trainer.accelerator.autocast())
         inputs = trainer._prepare_inputs(dict(batch))
         # By which the loss of experts' routers is divided, and which transformers sets once it trains.
         trainer.current_gradient_accumulation_steps = 1

@@ -53,6 +53,11 @@ def refuse_arguments(
     if isinstance(eval_dataset, dict) and args.metric_for_best_model in ("loss", "eval_loss"):
         metrics = ", ".join(f"eval_{name}_loss" for name in eval_dataset)
         raise ValueError(f"eval_dataset holds several sets: set metric_for_best_model to the loss of one, of {metrics}")
+    if peft_config is None and not isinstance(model, PeftModel) and args.sharded_by == "DeepSpeed":
+        raise ValueError("use_peft=false cannot go with DeepSpeed, which saves no whole weight: use FSDP, or LoRA")
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(f"{name}=true rounds RoPE's frequencies, and what is trained: leave it out")
     refuse_unrepeatable(peft_config)
     refuse_distillation(args, peft_config)
 
@@ -71,12 +76,18 @@ def refuse_unsaved_weights(model: Any, values: dict[str, list[float]], files: Ma
         )
 
 
-def refuse_streamed(dataset: Any, args: CREAMConfig) -> None:
+def refuse_streamed(dataset: Any, eval_dataset: Any, args: CREAMConfig) -> None:
     """Refuse what cannot go with a streamed data set.
 
     Raises:
         ValueError: naming the setting.
     """
+    held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)
+    if args.world_size > 1 and any(isinstance(one, IterableDataset) for one in (dataset, *held_out)):
+        raise ValueError(
+            f"a streamed data set cannot go with {args.world_size} processes: each would number the documents anew, "
+            "and wait for ever for one that has fewer. Do not stream, or train in one process"
+        )
     if isinstance(dataset, IterableDataset) and args.dataloader_num_workers:
         raise ValueError(
             f"dataloader_num_workers={args.dataloader_num_workers} cannot go with a streamed data set: each worker "

@@ -29,7 +29,7 @@ from .checkpoints import Checkpoint, difference, find_checkpoint, wants_newest
 from .collator import MIXED
 from .data import load_data
 from .distillation import refuse_distillation
-from .machine import base_config, check_machine, find_adapter, memory_explained, memory_settings, refuse_separate_runs
+from .machine import base_config, check_machine, find_adapter, memory_explained, memory_settings, refuse_processes
 from .recipe import Recipe, RecipeError
 from .saving import refuse_output
 from .templates import set_chat_template
@@ -141,7 +141,7 @@ def run_recipe(recipe: Recipe) -> RunSummary:
     run.resolve(pretrained_window(config))
     refuse_distillation(run, None if adapter else get_peft_config(recipe.model))
     check_machine(recipe, config)
-    refuse_separate_runs(run)
+    refuse_processes(run)
     with _locked_output(folder), memory_explained(recipe, config):
         checkpoint = find_checkpoint(run.resume_from_checkpoint, folder, run.save_only_model)
         if checkpoint and 0 < run.max_steps < checkpoint.step:
@@ -170,8 +170,6 @@ def _make_trainer(recipe: Recipe, config: PreTrainedConfig, adapter: Adapter | N
     else:
         model = load_base(
             name,
-            target_length=run.target_length,
-            rope_scaling_type=run.rope_scaling_type,
             trust_remote_code=run.trust_remote_code,
             revision=recipe.model.model_revision,
             **options,

@@ -206,7 +206,7 @@ class SavingTrainer(SFTTrainer):
             first_step=self.resumed_step,
             seconds=self.seconds and round(self.seconds, 1),
             peak_gib=peak_gib(),
-            machine=machine(),
+            machine=machine(args.use_cpu),
             seed=args.seed,
             versions=versions(),
             packages={key: name for key, name in packages.items() if name},
@@ -312,6 +312,8 @@ class SavingTrainer(SFTTrainer):
     # transformers would write training_args.bin, with the token, once more, publish the root without base_config, and
     # lose its errors in a thread.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Each has a random state in it.
+        self.accelerator.wait_for_everyone()
         strategy = self.args.hub_strategy
         if strategy == HubStrategy.END or not self.is_world_process_zero():
             return

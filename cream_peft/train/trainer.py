@@ -45,7 +45,7 @@ from .rows import column_names
 from .saving import refuse_output
 from .templates import is_marked, set_chat_template, with_answer_masks
 from .tokenised import CUT, fit_held_out_documents, fit_short_documents, report_unlabelled, warn_of_cut
-from .watch import StopIfNotFinite, digest, refuse_useless
+from .watch import CheckScaling, StopIfNotFinite, digest, refuse_useless
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class CREAMTrainer(ResumingTrainer):
             args.chat_template_path = None
         collator = self._collator(args, tokenizer)
         refuse_other_collator(data_collator, collator)
-        refuse_streamed(train_dataset, args)
+        refuse_streamed(train_dataset, eval_dataset, args)
         self._training_documents = train_dataset
         handed_over = base.named_parameters() if isinstance(base, PeftModel) else ()
         given = {name: p.detach().clone() for name, p in handed_over if p.requires_grad}
@@ -165,6 +165,7 @@ class CREAMTrainer(ResumingTrainer):
 
         self.add_callback(_SetEpoch(self.data_collator))
         self.add_callback(StopIfNotFinite(self.accelerator.mixed_precision))
+        self.add_callback(CheckScaling(self.scaled_config))
         keep_4bit_trainable_on_cpu(self.model)
         if not isinstance(self.model, PeftModel):
             # Else autocast keeps its 16-bit copies of all weights until a forward pass ends, and uses each but once.

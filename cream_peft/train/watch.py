@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
+
+from ..rope import check_scaling
 
 MOST_SKIPPED = 25
 """Steps in a row that fp16's loss scaling may skip; it halves the scale at each, from 65,536."""
@@ -14,6 +16,17 @@ MOST_SKIPPED = 25
 
 class TrainingError(ValueError):
     """A run that cannot lead to an adapter."""
+
+
+class CheckScaling(TrainerCallback):
+    """Looks at the frequencies once more before the first step: DeepSpeed before 0.19.2 and FSDP's first version round
+    the buffers of the model that they wrap."""
+
+    def __init__(self, scaled_config: PreTrainedConfig):
+        self.scaled_config = scaled_config
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        check_scaling(kwargs["model"], self.scaled_config)
 
 
 class StopIfNotFinite(TrainerCallback):
