@@ -25,6 +25,7 @@ from cream_peft.publish import merge
 from cream_peft.publish.merge import MergeError, merge_adapter
 from cream_peft.publish.output import in_place_of, refuse_output
 from cream_peft.publish.serving import gguf_architecture
+from cream_peft.train import output as train_output
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -243,6 +244,14 @@ def test_an_earlier_merge_is_replaced_with_a_line_and_what_no_merge_wrote_is_ref
             merge_adapter(folder, merged, base_model=base)
         assert stored(merged)[0] and (merged / name).read_text() == "mine"
         (merged / name).unlink()
+    # Nor is a run written over a merge, or a merge over a model whose every weight was trained.
+    with pytest.raises(ValueError, match=r"holds config.json, which no run wrote and a run would replace"):
+        train_output.refuse_output(merged, "base")
+    record = json.loads((merged / "cream.json").read_text())
+    (merged / "cream.json").write_text(json.dumps(record | {"full": True}))
+    train_output.refuse_output(merged, "base")
+    with pytest.raises(MergeError, match="neither empty nor an earlier merge"):
+        merge_adapter(folder, merged, base_model=base)
     (merged / "cream.json").write_text("[]")
     with pytest.raises(MergeError, match="neither empty nor an earlier merge"):
         merge_adapter(folder, merged, base_model=base)

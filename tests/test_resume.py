@@ -27,9 +27,9 @@ from cream_peft.model.record import AdapterError, Record, adapter_sha256
 from cream_peft.tiny import base_folder
 from cream_peft.train.checkpoints import Checkpoint, CheckpointError, checkpoint_folders, newest_checkpoint
 from cream_peft.train.collator import ROW_COLUMN, CREAMDataCollator
+from cream_peft.train.output import saved_whole
 from cream_peft.train.recipe import RecipeError, parse_recipe
 from cream_peft.train.run import run_recipe
-from cream_peft.train.saving import saved_whole
 from cream_peft.train.tokenised import rows_identity
 
 TRAIN = ["--max_steps", "9", "--save_steps", "3", "--lora_dropout", "0.1", "--per_device_train_batch_size", "4",
@@ -172,12 +172,16 @@ def test_more_steps_another_batch_and_learning_rate_are_fine_and_said_in_one_lin
     assert resume(run, *changes).loss is not None
     assert "was trained with" not in caplog.text
     changes = ["--max_steps", "6", "--per_device_train_batch_size", "1", "--learning_rate", "0.1"]
+    changes += ["--logging_steps", "1"]
     assert resume(run, *changes).loss is not None
     (line,) = (message for message in caplog.messages if "was trained with" in message)
-    assert "learning_rate=0.01, now 0.1; per_device_train_batch_size=2, now 1" in line
-    # What that line says.
+    assert "learning_rate=0.01, now 0.1; per_device_train_batch_size=2, now 1: the run goes on so" in line
+    # What that line says: the last step is taken at the schedule's share of the new peak.
     groups = torch.load(run / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"]
-    assert {group["initial_lr"] for group in groups} == {0.01}
+    assert {group["initial_lr"] for group in groups} == {0.1}
+    (logged,) = (entry["learning_rate"] for entry in Checkpoint.open(run / "checkpoint-6").state["log_history"]
+                 if entry["step"] == 6 and "learning_rate" in entry)  # fmt: skip
+    assert 0.005 < logged < 0.1 and Record.read(run, "run").settings["learning_rate"] == 0.1
 
 
 class Rates(TrainerCallback):
@@ -284,7 +288,27 @@ def test_another_number_of_processes_is_said(run, caplog):
         content["settings"]["world_size"] = 2
         (checkpoint / "cream.json").write_text(json.dumps(content))
     assert resume(run, "--max_steps", "5").loss is not None
-    assert "was trained with world_size=2, now 1; the optimizer keeps" in caplog.text
+    assert "was trained with world_size=2, now 1: the run goes on so" in caplog.text
+
+
+def test_another_precision_is_said(run, caplog):
+    assert resume(run, "--max_steps", "5", "--dtype", "bfloat16").loss is not None
+    assert "was trained with dtype=float32, now bfloat16: the run goes on so" in caplog.text
+
+
+def test_later_checkpoints_are_said_to_go_where_an_earlier_one_is_named(run, caplog):
+    assert train(run, "--resume_from_checkpoint", str(run / "checkpoint-2")).steps == 4
+    assert f"checkpoint-4 of {run} will be deleted, since this run goes on from step 2" in caplog.text
+
+
+def test_what_a_run_has_saved_is_not_overwritten_where_resuming_is_asked_for(run):
+    for folder in checkpoint_folders(run):
+        shutil.rmtree(folder)
+    before = contents(run)
+    assert resume(run).loss is None  # the same settings: there is nothing to do
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint to resume it from: .*adapter_name_or_path"):
+        resume(run, "--max_steps", "9")
+    assert contents(run) == before
 
 
 def test_a_learning_rate_that_was_left_open_is_compared_too(run, caplog):
@@ -292,7 +316,7 @@ def test_a_learning_rate_that_was_left_open_is_compared_too(run, caplog):
         content = json.loads((checkpoint / "cream.json").read_text())
         (checkpoint / "cream.json").write_text(json.dumps(content | {"recipe": {}}))
     assert resume(run, "--max_steps", "5", "--learning_rate", "0.1").loss is not None
-    assert "was trained with learning_rate=0.01, now 0.1; the optimizer keeps" in caplog.text
+    assert "was trained with learning_rate=0.01, now 0.1: the run goes on so" in caplog.text
 
 
 def test_weights_alone_are_resumed_with_a_line_that_says_what_begins_anew(run, caplog):

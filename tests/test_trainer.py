@@ -34,10 +34,10 @@ from cream_peft.publish.serving import ServingError, llama_cpp_command, vllm_com
 from cream_peft.tiny import TINY_ID, base_folder
 from cream_peft.train.collator import EVALUATION_ROW, ROW_COLUMN, CREAMDataCollator
 from cream_peft.train.config import default_learning_rate
+from cream_peft.train.output import refuse_output
 from cream_peft.train.preflight import PositionError
 from cream_peft.train.recipe import RecipeError, parse_recipe
 from cream_peft.train.run import run_recipe
-from cream_peft.train.saving import refuse_output
 from cream_peft.train.watch import TrainingError
 
 

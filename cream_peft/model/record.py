@@ -241,6 +241,15 @@ def is_adapter(repo_or_dir: str | Path) -> bool:
     return (Path(repo_or_dir) / "adapter_config.json").is_file()
 
 
+def is_merge(folder: Path) -> bool:
+    """Whether a merge wrote the model in a local folder, and no run."""
+    try:
+        record = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return record["merged"] is True and not record.get("full")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def adapter_sha256(folder: Path) -> str | None:
     """The digest by which results name the adapter they were measured on."""
     path = folder / "adapter_model.safetensors"

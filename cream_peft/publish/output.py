@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Generator
@@ -10,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ..locks import locked
-from ..model.record import FILE
+from ..model.record import is_merge
 from .files import PUBLISHED
 
 logger = logging.getLogger(__name__)
@@ -29,13 +28,6 @@ def _alone(output: Path) -> AbstractContextManager[None]:
     return locked(_beside(output, "lock"), f"{output}: another merge is writing there: wait until it has ended")
 
 
-def _is_merge(folder: Path) -> bool:
-    try:
-        return json.loads((folder / FILE).read_text(encoding="utf-8"))["merged"] is True
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def refuse_output(output: Path) -> None:
     """Refuse a folder that holds anything but an earlier merge; what a kill took out of its place is put back first.
 
@@ -50,7 +42,7 @@ def refuse_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise MergeError(f"{output} is a file: name a folder for the merged model")
     there = [path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()]
-    if there and not _is_merge(output):
+    if there and not is_merge(output):
         raise MergeError(f"{output} is neither empty nor an earlier merge: choose another output_dir (--output)")
     others = sorted(name for name in there if not PUBLISHED.fullmatch(name) or name.startswith("results/"))
     if others:

@@ -18,7 +18,6 @@ from ..model.fingerprint import differing
 from ..model.record import FILE, MERGED_FILES, REQUIRED_FILES, Positions, Record, is_adapter
 from ..positions import POSITION_STRATEGIES, options_of
 from .collator import MIXED, CREAMDataCollator
-from .config import CREAMConfig
 from .saving import CHOICE_SETTINGS, FIXED_SETTINGS, KEPT_SETTINGS, SavingTrainer
 
 logger = logging.getLogger(__name__)
@@ -87,10 +86,15 @@ class Checkpoint:
         return cls(folder, record, state)
 
 
+def step_of(folder: Path) -> int:
+    """N of checkpoint-N; -1 for another name."""
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
+
+
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The folders checkpoint-N, by N."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
 def newest_checkpoint(folder: Path, only_model: bool = False) -> Checkpoint | None:
@@ -114,6 +118,19 @@ def newest_checkpoint(folder: Path, only_model: bool = False) -> Checkpoint | No
 def wants_newest(wanted: Any) -> bool:
     """Whether resume_from_checkpoint=`wanted` names no folder, but asks for the newest checkpoint."""
     return str(wanted).lower() == "true"
+
+
+def refuse_anew(wanted: Any, folder: Path) -> None:
+    """Refuse to overwrite what a run has saved in `folder` where resuming is asked for and no checkpoint is there.
+
+    Raises:
+        CheckpointError: saying what to do.
+    """
+    if wants_newest(wanted) and (folder / FILE).exists():
+        raise CheckpointError(
+            f"{folder} holds what a run has saved, and no whole checkpoint to resume it from: choose another "
+            "output_dir (adapter_name_or_path trains an adapter further), or train anew without resume_from_checkpoint"
+        )
 
 
 def find_checkpoint(wanted: Any, folder: Path, only_model: bool = False) -> Checkpoint | None:
@@ -203,13 +220,12 @@ def difference(folder: Path, record: Record, trainer: ResumingTrainer) -> str | 
     return f"another base in model_name_or_path ({tensor} has other values)" if tensor else None
 
 
-def _say_what_changed(checkpoint: Checkpoint, args: CREAMConfig) -> None:
+def _say_what_changed(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     then = checkpoint.record.settings
-    pairs = [(key, then.get(key), getattr(args, key)) for key in KEPT_SETTINGS]
-    changed = [f"{key}={was}, now {new}" for key, was, new in pairs if was not in (None, new)]
+    changed = [f"{key}={then[key]}, now {now[key]}" for key in KEPT_SETTINGS if then.get(key) not in (None, now[key])]
     if changed:
         logger.warning(
-            "%s was trained with %s; the optimizer keeps the peak learning rate that it was saved with",
+            "%s was trained with %s: the run goes on so, and its weights will not be those of an uninterrupted one",
             checkpoint.folder, "; ".join(changed),
         )  # fmt: skip
 
@@ -229,8 +245,12 @@ class ResumingTrainer(SavingTrainer):
         folder, only_model = Path(str(self.args.output_dir)), self.args.save_only_model
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = find_checkpoint(wanted, folder, only_model)
-        if checkpoint is None and (checkpoint_folders(folder) or (folder / FILE).exists()):
-            remedy = "" if wants_newest(wanted) else "; resume_from_checkpoint=true resumes it"
+        there = checkpoint_folders(folder)
+        if checkpoint is None:
+            refuse_anew(wanted, folder)
+        if checkpoint is None and (there or (folder / FILE).exists()):
+            is_asked = any(map(wants_newest, (wanted, self.args.resume_from_checkpoint)))
+            remedy = "; resume_from_checkpoint=true resumes it" if there and not is_asked else ""
             logger.warning("%s holds an earlier run, which is overwritten%s", folder, remedy)
         self.run_id, self.resumed_step, self.best = secrets.token_hex(8), 0, None
         if checkpoint:
@@ -238,7 +258,12 @@ class ResumingTrainer(SavingTrainer):
             if found:
                 raise CheckpointError(f"{checkpoint.folder} was trained with {found}: {START_ANEW}")
             logger.info(f"resuming from {checkpoint.folder}")
-            _say_what_changed(checkpoint, self.args)
+            _say_what_changed(checkpoint, self.describe().settings)
+            if later := [path.name for path in there if step_of(path) > checkpoint.step]:
+                logger.warning(
+                    "%s of %s will be deleted, since this run goes on from step %d: copy what you want to keep",
+                    ", ".join(later), folder, checkpoint.step,
+                )  # fmt: skip
             if not any(checkpoint.folder.glob("optimizer*")) and not any(checkpoint.folder.glob("global_step*")):
                 logger.warning("%s holds weights alone: optimizer and learning rate begin anew", checkpoint.folder)
             # Of a stream nothing says how long a pass over it is, and groups are drawn with what state torch then has.
@@ -255,14 +280,16 @@ class ResumingTrainer(SavingTrainer):
         return super().train(str(checkpoint.folder) if checkpoint else None, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        # With more steps than it was saved with, the optimizer's rate is that of where the old schedule stood: its end.
         scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        peaks = getattr(scheduler, "base_lrs", [])
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # The rate is that of this run's peak and schedule; the optimizer has that of where the old schedule stood, with
+        # more steps its end.
         if checkpoint and self.optimizer and isinstance(scheduler, LambdaLR):
-            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]
-            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
-                group["lr"] = rate
+            scheduler.base_lrs, factors = peaks, (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
+            scheduler._last_lr = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
+            for group, peak, rate in zip(self.optimizer.param_groups, peaks, scheduler._last_lr, strict=True):
+                group["initial_lr"], group["lr"] = peak, rate
 
     # transformers would train one step more each time a finished run is resumed, and keep the checkpoint's save_steps.
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -22,8 +22,8 @@ from ..model.base import embedded_config, read_config
 from ..plan import advice, fit, memory
 from ..plan.memory import ATTENTION, Training, Validation
 from .config import CREAMConfig
+from .output import is_folder
 from .recipe import Recipe, RecipeError
-from .saving import is_folder
 
 logger = logging.getLogger(__name__)
 

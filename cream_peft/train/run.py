@@ -25,13 +25,13 @@ from ..publish.push import PushError
 from ..rope import pretrained_window
 from ..terminal import is_first_process
 from ..tiny import TINY_ID
-from .checkpoints import Checkpoint, difference, find_checkpoint, wants_newest
+from .checkpoints import Checkpoint, difference, find_checkpoint, refuse_anew, wants_newest
 from .collator import MIXED
 from .data import load_data
 from .distillation import refuse_distillation
 from .machine import base_config, check_machine, find_adapter, memory_explained, memory_settings, refuse_processes
+from .output import refuse_output
 from .recipe import Recipe, RecipeError
-from .saving import refuse_output
 from .templates import set_chat_template
 from .tokenised import lengths_of, summary_of
 from .trainer import CREAMTrainer
@@ -156,6 +156,8 @@ def run_recipe(recipe: Recipe) -> RunSummary:
         is_asked = wants_newest(run.resume_from_checkpoint) and run.max_steps > 0
         if is_known and is_asked and _is_saved(trainer, run.max_steps):
             return _summary(trainer, run.max_steps)
+        if checkpoint is None:
+            refuse_anew(run.resume_from_checkpoint, folder)
         _announce(trainer, recipe, config, checkpoint.step if checkpoint else 0)
         return _train_and_save(trainer, checkpoint)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +19,6 @@ from ..errors import explain
 from ..model.base import quantization_of
 from ..model.record import (
     BASE_FOLDER,
-    FILE,
-    TOKENIZER_FILES,
     AdapterError,
     Best,
     Positions,
@@ -45,16 +40,13 @@ from ..scalings import ROPE_SCALING_TYPES
 from ..tiny import TINY_ID, TINY_LICENSE, base_folder
 from .collator import MIXED
 from .config import CREAMConfig, Lengths
+from .output import refuse_output, saved_whole
 from .tokenised import rows_identity
 
 logger = logging.getLogger(__name__)
 
-ASIDE = ".saving"
-REPLACED = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
-REPLACED += ("model-*-of-*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
-"""What an earlier save may have left that the new one has not."""
 KEPT_SETTINGS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
-KEPT_SETTINGS += ("warmup_steps",)
+KEPT_SETTINGS += ("warmup_steps", "bf16", "fp16", "dtype")
 """What a resumed run may change, with one line that says so."""
 FIXED_SETTINGS = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay")
 FIXED_SETTINGS += ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "loss_type", "label_smoothing_factor")
@@ -62,59 +54,6 @@ FIXED_SETTINGS += ("neftune_noise_alpha", "train_sampling_strategy")
 """What it may not: the saved optimizer goes on with its own, or the weights would not be those of one run."""
 CHOICE_SETTINGS = ("metric_for_best_model", "eval_length", "held_out_documents")
 """What a resumed run may not change if it keeps the best checkpoint: losses are compared with those of before."""
-
-
-def is_folder(name: str | None, folder: Path) -> bool:
-    """Whether a base or an adapter is that folder, by whatever path."""
-    return name is not None and Path(name).is_dir() and Path(name).resolve() == folder.resolve()
-
-
-def _replaced(folder: Path) -> list[Path]:
-    return [path for pattern in REPLACED for path in folder.glob(pattern)]
-
-
-def refuse_output(folder: Path, base: str | None) -> None:
-    """Refuse to save where the base is, or where a model or checkpoints lie that no run wrote: what a run saves takes
-    their place.
-
-    Raises:
-        ValueError: saying what is there.
-    """
-    if is_folder(base, folder):
-        raise ValueError(f"output_dir={folder} is the base, which would be overwritten: choose another")
-    is_a_runs = any(
-        path for name in (FILE, ASIDE) for path in (*folder.glob(name), *folder.glob(f"checkpoint-*/{name}"))
-    )
-    # A folder that is empty was made by a run that was killed.
-    checkpoints = [path for path in folder.glob("checkpoint-*") if any(path.glob("*"))]
-    if not is_a_runs and (there := _replaced(folder) + checkpoints):
-        raise ValueError(
-            f"output_dir={folder} holds {there[0].name}, which no run wrote and a run would replace: choose another"
-        )
-
-
-@contextmanager
-def saved_whole(folder: Path, is_writer: bool = True) -> Generator[Path]:
-    """Yield a folder beside the files in `folder`; at the end what was written there takes their place.
-
-    A kill leaves the old adapter whole, or no cream.json, which makes a folder complete, but never a mixture.
-    """
-    if not is_writer:
-        yield folder
-        return
-    aside = folder / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    (folder / FILE).unlink(missing_ok=True)
-    for path in _replaced(folder):
-        path.unlink()
-    written = [path for path in aside.rglob("*") if path.is_file()]
-    for path in sorted(written, key=lambda path: path.name == FILE):
-        target = folder / path.relative_to(aside)
-        target.parent.mkdir(exist_ok=True)
-        os.replace(path, target)
-    shutil.rmtree(aside)
 
 
 class SavingTrainer(SFTTrainer):
@@ -211,7 +150,8 @@ class SavingTrainer(SFTTrainer):
             versions=versions(),
             packages={key: name for key, name in packages.items() if name},
             recipe=self.recipe,
-            settings={key: without_secrets(getattr(args, key)) for key in (*KEPT_SETTINGS, *FIXED_SETTINGS)}
+            settings={key: without_secrets(getattr(args, key, None)) for key in (*KEPT_SETTINGS, *FIXED_SETTINGS)}
+            | {"dtype": str(model.dtype).removeprefix("torch.")}
             | self.chosen_by,
             run_id=self.run_id,
             data=self.data_identity,

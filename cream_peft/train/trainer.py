@@ -39,10 +39,10 @@ from .collator import EVALUATION_ROW, MIXED, ROW_COLUMN, CREAMDataCollator
 from .config import CREAMConfig, default_learning_rate
 from .data import fingerprinted, prepare_columns
 from .distillation import distil
+from .output import refuse_output
 from .preflight import check_positions
 from .refusals import refuse_arguments, refuse_other_collator, refuse_streamed, refuse_unsaved_weights
 from .rows import column_names
-from .saving import refuse_output
 from .templates import is_marked, set_chat_template, with_answer_masks
 from .tokenised import CUT, fit_held_out_documents, fit_short_documents, report_unlabelled, warn_of_cut
 from .watch import CheckScaling, StopIfNotFinite, digest, refuse_useless
