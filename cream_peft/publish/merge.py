@@ -30,6 +30,7 @@ from ..model.adapter import Adapter, eos_token_id, open_adapter
 from ..model.base import GIB, resolve_base
 from ..model.check import check_weights
 from ..model.fingerprint import from_files, weight_files
+from ..model.misfit import KEEPS_BASE
 from ..model.record import adapter_sha256, write_json
 from ..model.tokenizer import make_tokenizer_readable
 from .card import CARD, write_card
@@ -41,8 +42,6 @@ GENERATION = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
 """transformers 5 does not save it, and without it llama.cpp's converter makes tokens that cut the text otherwise."""
 DTYPES = ("bfloat16", "float16", "float32")
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
-"""The values of PEFT's init_lora_weights that leave the base's weights alone."""
 UNDERSTOOD = re.compile(
     "peft_type|task_type|peft_version|auto_mapping|base_model_name_or_path|revision|inference_mode|runtime_config|r|"
     "lora_alpha|rank_pattern|alpha_pattern|use_rslora|use_dora|lora_dropout|eva_config|megatron_config|megatron_core|"
@@ -134,7 +133,7 @@ def _lora(module: nn.Linear | nn.Embedding, path: str, config: LoraConfig) -> Ch
 def read_config(folder: Path) -> LoraConfig:
     config, default = PeftConfig.from_pretrained(str(folder)), LoraConfig()
     for name, value in vars(config).items():
-        known = value in PLAIN_INITS if name == "init_lora_weights" else UNDERSTOOD.fullmatch(name)
+        known = value in (*KEEPS_BASE, "eva") if name == "init_lora_weights" else UNDERSTOOD.fullmatch(name)
         if config.peft_type != default.peft_type or not (known or value == getattr(default, name)):
             raise MergeError(f"the adapter is not LoRA alone ({config.peft_type}, {name} {value!r}): use load_adapter")
     return cast(LoraConfig, config)

@@ -12,10 +12,10 @@ from torch.utils.data import get_worker_info
 from trl.trainer.utils import pad
 
 from .. import positions
+from .rows import IGNORE_INDEX
 
 ROW_COLUMN = "document_row"
 EVALUATION_ROW = -1
-IGNORE_INDEX = -100
 DRAWS_PER_ROW = 16
 MIXED = ("contiguous_share", "contiguous_text", "target_growth")
 """Settings of positions that go with any strategy."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .collator import IGNORE_INDEX, ROW_COLUMN
+from .collator import ROW_COLUMN
+from .rows import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
