@@ -117,7 +117,8 @@ def to_messages(conversation: Any, system: str | None = None) -> list[dict[str, 
             continue
         # A command may print nothing.
         if not content.strip() and not rest.get("tool_calls") and role != "tool":
-            raise RowError(f"an empty {role} turn")
+            is_there = any(turn.get(key) is not None for key in ("content", "value"))
+            raise RowError(f"an empty {role} turn" if is_there else f"a turn of the {role} without content")
         rest = without_nulls(rest)
         if "tool_calls" in rest:
             rest["tool_calls"] = [*map(_with_mapping, rest["tool_calls"])]
