@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils
@@ -472,6 +472,16 @@ def test_texts_are_tokenised_whole_and_end_with_the_end_token(byte_tokenizer, ma
     assert all(row["input_ids"][-1] == 1 for row in trainer.train_dataset)
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
     assert torch.isfinite(trainer.compute_loss(trainer.model, batch))
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_set_without_documents_is_refused(is_stream, byte_tokenizer, make_model, make_config, lora):
+    nothing = Dataset.from_dict({"text": []})
+    with pytest.raises(ValueError, match="train_dataset is empty: it must hold documents, a row each"):
+        CREAMTrainer(
+            model=make_model(), args=make_config(max_steps=1), processing_class=byte_tokenizer, peft_config=lora(),
+            train_dataset=IterableDataset.from_generator(lambda: iter(())) if is_stream else nothing,
+        )  # fmt: skip
 
 
 def test_a_single_file_has_no_other_split_to_evaluate_on(tmp_path):

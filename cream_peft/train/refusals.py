@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PromptLearningConfig
 from transformers import BitsAndBytesConfig, ProcessorMixin
 
@@ -76,12 +76,15 @@ def refuse_unsaved_weights(model: Any, values: dict[str, list[float]], files: Ma
         )
 
 
-def refuse_streamed(dataset: Any, eval_dataset: Any, args: CREAMConfig) -> None:
-    """Refuse what cannot go with a streamed data set.
+def refuse_documents(dataset: Any, eval_dataset: Any, args: CREAMConfig) -> None:
+    """Refuse a training set without documents, of which TRL takes the first, and what cannot go with a streamed one.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: naming the set, or the setting.
     """
+    is_empty = isinstance(dataset, Dataset) and not len(dataset)
+    if is_empty or (isinstance(dataset, IterableDataset) and next(iter(dataset), None) is None):
+        raise ValueError("train_dataset is empty: it must hold documents, a row each")
     held_out = eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)
     if args.world_size > 1 and any(isinstance(one, IterableDataset) for one in (dataset, *held_out)):
         raise ValueError(

@@ -41,7 +41,7 @@ from .data import fingerprinted, prepare_columns
 from .distillation import distil
 from .output import refuse_output
 from .preflight import check_positions
-from .refusals import refuse_arguments, refuse_other_collator, refuse_streamed, refuse_unsaved_weights
+from .refusals import refuse_arguments, refuse_documents, refuse_other_collator, refuse_unsaved_weights
 from .rows import column_names
 from .templates import is_marked, set_chat_template, with_answer_masks
 from .tokenised import CUT, fit_held_out_documents, fit_short_documents, report_unlabelled, warn_of_cut
@@ -140,7 +140,7 @@ class CREAMTrainer(ResumingTrainer):
             args.chat_template_path = None
         collator = self._collator(args, tokenizer)
         refuse_other_collator(data_collator, collator)
-        refuse_streamed(train_dataset, eval_dataset, args)
+        refuse_documents(train_dataset, eval_dataset, args)
         self._training_documents = train_dataset
         handed_over = base.named_parameters() if isinstance(base, PeftModel) else ()
         given = {name: p.detach().clone() for name, p in handed_over if p.requires_grad}
