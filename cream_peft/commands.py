@@ -67,6 +67,8 @@ def evaluate_command(arguments: list[str]) -> None:
     given = vars(evaluate_parser().parse_args(arguments))
     threshold, json_file, folder = given.pop("threshold"), given.pop("json"), given.pop("dump_prompts")
     details, config, split = given.pop("details"), given.pop("text_config"), given.pop("text_split")
+    if not 0 < threshold <= 1:
+        raise UserError(f"--threshold {threshold:g} must lie above 0 and not above 1: 0.85 is 85%")
     from .evals.options import EvaluateOptions
     from .evals.results import comparisons, effective_lengths
     from .evals.run import evaluate_models, write_prompts

@@ -349,6 +349,8 @@ def test_prompts_are_written_out_byte_identical_and_nothing_is_measured(tmp_path
             "in the embedded model's vocabulary this task has no query_aware",
         ),
         (["--tasks", "needle", "--query_aware"], "--query_aware is for kv_retrieval, and --tasks has needle"),
+        (["--threshold", "85"], "--threshold 85 must lie above 0 and not above 1"),
+        (["--threshold", "0"], "--threshold 0 must lie above 0"),
         (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--tasks", "perplexity", "--text", "absent.txt"], "--text absent.txt: no such file or folder"),
         (["--tasks", "kv_retrieval", "--lengths", "8"], "length 8 is too short"),
