@@ -12,13 +12,14 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import cream_peft
 from cream_peft import cli
 from cream_peft.evals import models, run
 from cream_peft.evals.models import ModelSpec, OpenedModel, open_models
 from cream_peft.evals.plots import plot_results
+from cream_peft.evals.prompts import TaskError
 from cream_peft.evals.results import Cell, Results, Settings, comparisons, effective_lengths, mean_by
 from cream_peft.evals.run import evaluate
 from cream_peft.evals.table import table_of
@@ -316,6 +317,27 @@ def test_what_is_too_short_for_a_task_is_refused_before_longer_prompts_are_asked
     assert not (tmp_path / "m.json").exists()
 
 
+def test_what_is_too_short_for_a_task_is_refused_before_other_tasks_and_models_are_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    readable("model")
+    (tmp_path / "short.txt").write_text("too short")
+    loaded = []
+    monkeypatch.setattr(OpenedModel, "load", loaded.append)
+    common = ["evaluate", "--compare", "m=./model", "n=./model", "--no_4bit", "--output_dir", str(tmp_path / "results")]
+    for tasks, lengths, said in (
+        (["passkey", "common_words"], ["900"], "m, common_words: length 900 is too short for 1 word: they take"),
+        (["passkey", "kv_retrieval", "--keys", "75"], ["9999", "900"], "kv_retrieval: length 900 is too short for 75"),
+        (["passkey", "perplexity", "--text", "short.txt"], ["900"], "perplexity: length 900 is more than the text"),
+    ):
+        assert cli.main([*common, "--lengths", *lengths, "--tasks", *tasks]) == 2
+        assert said in capsys.readouterr().err and not loaded
+    model, tokenizer = load_base("./model", load_in_4bit=False), AutoTokenizer.from_pretrained("./model")
+    monkeypatch.setattr(model, "forward", loaded.append)
+    with pytest.raises(TaskError, match="common_words: length 900 is too short"):
+        cream_peft.evaluate(model, tokenizer, ["passkey", "common_words"], 900)
+    assert not loaded
+
+
 def test_a_model_that_was_trained_on_16_bits_is_said_to_be_measured_in_4(adapter, caplog):
     for in_4bit, said in ((True, 1), (False, 0)):
         dataclasses.replace(Record.read(adapter, ""), load_in_4bit=False).write(adapter)
@@ -367,15 +389,20 @@ def test_what_cannot_be_measured_is_said_in_one_line(arguments, said, tmp_path, 
     assert line.startswith("error: ") and said in line
 
 
-def test_perplexity_takes_texts_of_a_data_set_as_of_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def readable(folder):
+    """A model of few letters, a token each, and a window of 64 tokens."""
     LlamaForCausalLM(
         LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                     max_position_embeddings=64)
-    ).save_pretrained("model")  # fmt: skip
+    ).save_pretrained(folder)  # fmt: skip
     letters = {letter: index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained("model")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+
+
+def test_perplexity_takes_texts_of_a_data_set_as_of_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    readable("model")
     text = "the quick brown fox jumps over the lazy dog " * 5
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")

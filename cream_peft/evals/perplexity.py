@@ -48,12 +48,16 @@ def windows(count: int, length: int, stride: int, start: int) -> Iterator[tuple[
         begin, scored_up_to = begin + stride, end
 
 
-def _documents(tokenizer: Any, text: Any, least: int, max_tokens: int | None) -> list[list[int]]:
-    """The tokens of the documents that are long enough, without special tokens."""
+def _tokenised(tokenizer: Any, text: Any, max_tokens: int | None) -> Iterator[list[int]]:
+    """The tokens of each document, without special tokens."""
     if text is None:
         raise TaskError("task perplexity has no text: set text to a file, or to a folder of .txt and .md files")
-    texts = text if isinstance(text, list) else read_texts(text)
-    documents = [encode(tokenizer, document, add_special_tokens=False)[:max_tokens] for document in texts]
+    for document in text if isinstance(text, list) else read_texts(text):
+        yield encode(tokenizer, document, add_special_tokens=False)[:max_tokens]
+
+
+def _kept(documents: list[list[int]], least: int) -> list[list[int]]:
+    """The documents that are long enough."""
     kept = [document for document in documents if len(document) >= least]
     if not kept:
         longest = max(map(len, documents))
@@ -61,6 +65,34 @@ def _documents(tokenizer: Any, text: Any, least: int, max_tokens: int | None) ->
     if len(kept) < len(documents):
         logger.info("perplexity leaves out %d documents shorter than %d tokens", len(documents) - len(kept), least)
     return kept
+
+
+def _window_stride(length: int, stride: int | None) -> int:
+    stride = stride or length // 2
+    if not 1 <= stride < length:
+        # At least one token must stand before those that are scored.
+        raise TaskError(f"stride={stride} must be between 1 and {length - 1:,}, one less than the length")
+    return stride
+
+
+def refuse_impossible(
+    tokenizer: Any,
+    length: int,
+    *,
+    text: Any = None,
+    stride: int | None = None,
+    min_tokens: int | None = None,
+    max_tokens: int | None = None,
+    **_: Any,
+) -> None:
+    """Raise the TaskError of `perplexity` for texts or a stride; texts are read up to the first that is long enough."""
+    _window_stride(length, stride)
+    least, read = max(length, min_tokens or 0), []
+    for document in _tokenised(tokenizer, text, max_tokens):
+        if len(document) >= least:
+            return
+        read.append(document)
+    _kept(read, least)
 
 
 def perplexity(
@@ -94,11 +126,8 @@ def perplexity(
         return
     first = encode(tokenizer, "a", add_special_tokens=True)[:1]
     start = first if first == [tokenizer.bos_token_id] else []
-    stride = stride or length // 2
-    if not 1 <= stride < length:
-        # At least one token must stand before those that are scored.
-        raise TaskError(f"stride={stride} must be between 1 and {length - 1:,}, one less than the length")
-    documents = _documents(tokenizer, text, max(length, min_tokens or 0), max_tokens)
+    stride = _window_stride(length, stride)
+    documents = _kept(list(_tokenised(tokenizer, text, max_tokens)), max(length, min_tokens or 0))
     chosen = np.random.default_rng(seed).permutation(len(documents))[:samples]
     nats, count = 0.0, 0
     for document in (documents[index] for index in sorted(chosen)):

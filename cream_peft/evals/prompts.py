@@ -107,6 +107,8 @@ class Writer:
     style: str = "auto"
     """chat (the tokenizer's chat template), plain (for base models: the answer is begun for them), vicuna (the
     paper's), or auto: chat where the tokenizer has a template, else plain."""
+    is_least: bool = False
+    """Write no more than the question needs, to see whether it fits."""
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
@@ -165,8 +167,8 @@ class Writer:
                 f"length {case.length:,} is too short for {few} {unit}{'s' * (few > 1)}: they take {low:,} tokens and "
                 f"the answer up to {case.answer_tokens}; use a length of at least {low + case.answer_tokens:,}"
             )
-        if asked:
-            return self.prompt(case, build(asked))
+        if asked or self.is_least:
+            return self.prompt(case, build(few))
         # One more may be no more than a blank, as at the end of a text.
         grown, many = ((taken(units) - low) / (units - 1) for units in (2, 4, 8)), math.inf
         each = next((tokens for tokens in grown if tokens > 0), 0)

@@ -11,7 +11,7 @@ from typing import Any
 from .models import ModelSpec, OpenedModel
 from .options import EvaluateOptions
 from .results import Settings
-from .run import Texts, measure, refuse_other_vocabulary
+from .run import Texts, measure, refuse_impossible, refuse_other_vocabulary
 from .tasks import option_names
 
 
@@ -71,6 +71,7 @@ def evaluate(
     model.eval()
     try:
         texts = Texts.of(asked, documents, asked.lengths or [])
+        refuse_impossible(opened, tokenizer, asked.lengths or [], asked, texts)
         results = measure(opened, model, tokenizer, asked.lengths or [], asked, texts, None)
     finally:
         model.train(was_training)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -77,6 +77,14 @@ def _flat(content: dict[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
     return {key: content[key] for key in ("model", "adapter", "versions", "seed")} | settings | {"options": 0} | options
 
 
+@contextmanager
+def _of_task(label: str, task: str) -> Generator[None]:
+    try:
+        yield
+    except TaskError as error:
+        raise TaskError(f"{label}, {task}: {error}") from error
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -111,15 +119,13 @@ def evaluate(
             done = [cell.depth for cell in results.of_task(name) if cell.length == length]
             begin = start = time.perf_counter()
             own = (options or {}).get(name, {})
-            try:
+            with _of_task(label, name):
                 for cell in tasks[name](model, tokenizer, length, samples, results.seed, done=done, **own):
                     seconds = round(time.perf_counter() - start, 3)
                     results.cells.append(Cell(task=name, length=length, seconds=seconds, **cell))
                     if path:
                         results.write(path)
                     start = time.perf_counter()
-            except TaskError as error:
-                raise TaskError(f"{label}, {name}: {error}") from error
             bar.update(length)
             if bar.disable:
                 seconds = time.perf_counter() - begin
@@ -207,6 +213,23 @@ def _planned(
     return Results(opened.base, adapter, versions(), options.seed, settings), shown
 
 
+def _given(shown: dict[str, dict[str, Any]], texts: Texts) -> dict[str, dict[str, Any]]:
+    """The options of each task, with the texts of a data set in place of its name."""
+    documents = {"perplexity": {"text": texts.documents}} if texts.documents else {}
+    return {task: own | documents.get(task, {}) for task, own in shown.items()}
+
+
+def refuse_impossible(
+    opened: OpenedModel, tokenizer: Any, lengths: list[int], options: EvaluateOptions, texts: Texts
+) -> None:
+    """Raise a TaskError, before anything is measured, for what the tokenizer alone tells of the shortest length: that a
+    question does not fit, or that the texts are too short."""
+    _, shown = _planned(opened, texts, options, options.kv_cache)
+    for task, own in _given(shown, texts).items():
+        with _of_task(opened.spec.label, task):
+            TASKS[task].check(tokenizer, min(lengths), options.seed, **own)
+
+
 def measure(
     opened: OpenedModel,
     model: Any,
@@ -227,10 +250,7 @@ def measure(
     if kv_cache == "auto":
         kv_cache = fitting_kv_cache(opened.config, reading)
     results, shown = _planned(opened, texts, options, kv_cache)
-    given = {
-        task: own | ({"text": texts.documents} if texts.documents and task == "perplexity" else {})
-        for task, own in shown.items()
-    }
+    given = _given(shown, texts)
     common: dict[str, Any] = {"lengths": lengths, "samples": options.samples, "overwrite": options.overwrite}
     tasks = {name: TASKS[name] for name in options.tasks}
     with reading_explained(opened.config, replace(reading, kv_cache=kv_cache)):
@@ -243,7 +263,8 @@ def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None
     `documents`: the texts that `options.text` names, where it is a data set.
 
     Raises:
-        ValueError: before any model is measured, if two have one file, or a file was measured with other settings.
+        ValueError: before any model is measured, if two have one file, a file was measured with other settings, or a
+            length is too short for a task.
         LockedError: if another process writes one of the files.
     """
     found = _opened(options)
@@ -258,6 +279,8 @@ def evaluate_models(options: EvaluateOptions, documents: list[str] | None = None
             # Which cache fits is known once the model is loaded.
             unknown = "kv_cache of " if options.kv_cache == "auto" else ""
             _with_earlier(planned, files[opened.spec.label], options.tasks, options.overwrite, unknown, say=True)
+        for opened, lengths in found:
+            refuse_impossible(opened, opened.tokenizer(), lengths, options, texts)
         results = {
             opened.spec.label: measure(opened, *opened.load(), lengths, options, texts, files[opened.spec.label])
             for opened, lengths in found

@@ -25,7 +25,7 @@ from .needle import (
     split_sentences,
     variable_tracking_prompt,
 )
-from .perplexity import perplexity
+from .perplexity import perplexity, refuse_impossible
 from .prompts import Case, Prompt, TaskError, Writer, contains, contains_all, digest_of, dump_prompts, first_integer
 from .recall import embedded_kv_prompt, embedded_needle_prompt, is_embedded, recall
 
@@ -75,6 +75,7 @@ class Task:
         chunk_length: int = PREFILL_CHUNK,
         kv_cache: str = "default",
         dump: str | Path | None = None,
+        check_only: bool = False,
         **options: Any,
     ) -> Iterator[dict[str, Any]]:
         """Accuracy of the answers to `samples` prompts at each depth that is not in `done`.
@@ -86,6 +87,7 @@ class Task:
             haystack: text file, or folder of .txt and .md files, in place of invented sentences.
             chunk_length: tokens read at once.
             dump: append the prompts to this file, and ask the model nothing.
+            check_only: see whether the questions fit, and ask the model nothing.
             options: those of `prompt`.
 
         Yields:
@@ -100,7 +102,7 @@ class Task:
             raise TaskError("samples and chunk_length must be at least 1, and depths between 0 and 1")
         if haystack is not None:
             options["sentences"] = split_sentences(haystack)
-        writer = Writer(tokenizer, style)
+        writer = Writer(tokenizer, style, check_only)
         is_plain = writer.style == "plain"
         room = answer_tokens or (task.answer_tokens if is_plain else task.sentence_tokens or task.answer_tokens)
         pending = [depth for depth in places if depth not in done]
@@ -119,6 +121,7 @@ class Task:
             prompts = [task.prompt(writer, case, **options) for case in group]
             if dump is not None:
                 dump_prompts(prompts, dump)
+            if dump is not None or check_only:
                 continue
             replies = scored_answers(model, tokenizer, prompts, **settings)
             for case, prompt, (reply, losses) in zip(group, prompts, replies, strict=True):
@@ -127,6 +130,10 @@ class Task:
                 found.append((right, len(prompt.tokens), [round(loss, 4) for loss in losses]))
                 if len(found) == samples:
                     yield _cell(case.depth, found) | {"first_prompt": first[case.depth]}
+
+    def check(self, tokenizer: Any, length: int, seed: int, **options: Any) -> None:
+        """Raise a TaskError if a question does not fit a length; of each depth the first is tried."""
+        list(self(None, tokenizer, length, 1, seed, check_only=True, **options))
 
 
 def _cell(depth: float, asked: list[tuple[int, int, list[float]]]) -> dict[str, Any]:
@@ -145,10 +152,17 @@ class Measurement:
     measure: Callable[..., Iterator[dict[str, Any]]]
     options: tuple[str, ...] = ()
     embedded: bool = False
+    refuse: Callable[..., None] | None = None
+    """(tokenizer, length, **options): raise a TaskError for what can be told without the model."""
 
     def __call__(self, *place: Any, **options: Any) -> Iterator[dict[str, Any]]:
         """Cells: depth, metric, value and samples."""
         return self.measure(*place, **options)
+
+    def check(self, tokenizer: Any, length: int, seed: int, **options: Any) -> None:
+        """Raise a TaskError if the task cannot be measured at a length, as far as the tokenizer tells."""
+        if self.refuse:
+            self.refuse(tokenizer, length, **options)
 
 
 def _listing(prompt: Callable[..., Prompt], tokens: int, *options: str, sentence_tokens: int | None = None) -> Task:
@@ -192,7 +206,7 @@ TASKS: dict[str, Task | Measurement] = {
     "frequent_words": _listing(frequent_words_prompt, 50),
     # The original's 10 tokens are for the bare number.
     "passkey": Task(passkey_prompt, first_integer, FIFTHS, 10, OF_PROMPTS, sentence_tokens=35),
-    "perplexity": Measurement(perplexity, ("text", "stride", "max_tokens", "chunk_length")),
+    "perplexity": Measurement(perplexity, ("text", "stride", "max_tokens", "chunk_length"), refuse=refuse_impossible),
     "recall": Measurement(recall, embedded=True),
     "new_skill": Measurement(partial(recall, mark=MARK), embedded=True),
 }
