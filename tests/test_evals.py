@@ -420,6 +420,20 @@ def test_perplexity_takes_texts_of_a_data_set_as_of_a_file(tmp_path, monkeypatch
     assert "--text b.jsonl has no column text" in capsys.readouterr().err
 
 
+def test_documents_of_perplexity_that_samples_leave_out_are_said(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    readable("model")
+    (tmp_path / "texts").mkdir()
+    for name in "abc":
+        (tmp_path / "texts" / f"{name}.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
+    command = ["evaluate", "--compare", "./model", "--no_4bit", "--tasks", "perplexity", "--text", "texts"]
+    said = ["perplexity reads 2 of 3 documents, drawn with the seed: --samples sets how many"]
+    for samples, expected in (("3", []), ("2", said)):
+        options = ["--samples", samples, "--lengths", "32", "64", "--output_dir", samples]
+        assert cli.main([*command, *options]) == 0
+        assert [one for one in caplog.messages if "documents" in one] == expected
+
+
 @pytest.mark.parametrize("name", [TINY_ID, "adapter"])
 def test_models_are_measured_in_the_precision_that_is_asked_for(name, request, tmp_path, monkeypatch, capsys):
     name = str(request.getfixturevalue("adapter")) if name == "adapter" else name

@@ -85,7 +85,7 @@ def add_options(parser: CommandParser) -> None:
         type=int,
     )
     parser.option("target_length", "tokens that bases are scaled to; default: the adapters', or 8 windows", type=int)
-    parser.option("samples", "questions at each length and depth", type=int, default=32)
+    parser.option("samples", "questions at each length and depth; of perplexity: documents", type=int, default=32)
     parser.option("seed", "seed of the prompts", type=int, default=1000)
     parser.option("threshold", "accuracy that is enough", type=float, default=0.85)
     parser.option("depths", "where the answer stands, 0 to 1; default: the task's", nargs="+", type=float)

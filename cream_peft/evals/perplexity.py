@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def _kept(documents: list[list[int]], least: int) -> list[list[int]]:
     if len(kept) < len(documents):
         logger.info("perplexity leaves out %d documents shorter than %d tokens", len(documents) - len(kept), least)
     return kept
+
+
+@cache
+def _tell_drawn(samples: int, count: int) -> None:
+    """Once, not at every length and of every model."""
+    logger.warning("perplexity reads %d of %d documents, drawn with the seed: --samples sets how many", samples, count)
 
 
 def _window_stride(length: int, stride: int | None) -> int:
@@ -128,6 +135,8 @@ def perplexity(
     start = first if first == [tokenizer.bos_token_id] else []
     stride = _window_stride(length, stride)
     documents = _kept(list(_tokenised(tokenizer, text, max_tokens)), max(length, min_tokens or 0))
+    if len(documents) > samples:
+        _tell_drawn(samples, len(documents))
     chosen = np.random.default_rng(seed).permutation(len(documents))[:samples]
     nats, count = 0.0, 0
     for document in (documents[index] for index in sorted(chosen)):
