@@ -57,7 +57,7 @@ class CREAMDataArguments(ScriptArguments):
     """TRL's ScriptArguments; `dataset_name` may also be a local file or folder."""
 
     dataset_name: str | None = option(
-        None, "Hub id, folder, or .jsonl, .json, .parquet, .txt file; cream-peft-tiny is the embedded one"
+        None, "Hub id, folder, or .jsonl, .json, .parquet, .txt, .md file; cream-peft-tiny is the embedded one"
     )
     dataset_revision: str | None = option(None, "Commit, tag or branch of the data set.")
     dataset_test_split: str | None = option(  # ty: ignore[incompatible-attribute-override] None: no such split

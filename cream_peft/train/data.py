@@ -15,7 +15,7 @@ from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from .files import FILE_FORMATS, load_documents, place_of
+from .files import decoding, kind_of, load_documents, place_of
 from .messages import BESIDE, beside_turns, not_seen, pair_of, to_messages
 from .recipe import Recipe, RecipeError
 from .rows import STREAM_SAMPLE, DataError, keep_usable, without_padding
@@ -37,18 +37,19 @@ def load_data(recipe: Recipe, tokenizer: Any, vocab_size: int) -> tuple[Any, Any
 
     def load(key: str, name: str, split: str) -> Any:
         try:
-            documents = load_documents(name, split, **options)
-            if data.max_documents:
-                documents = documents.take(data.max_documents)
-            settings: dict[str, Any] = {"vocab_size": vocab_size, "split": split, "eos_token": run.eos_token}
-            return prepare_columns(documents, name, tokenizer, run.dataset_text_field, **settings)
+            with decoding(name, split):
+                documents = load_documents(name, split, **options)
+                if data.max_documents:
+                    documents = documents.take(data.max_documents)
+                settings: dict[str, Any] = {"vocab_size": vocab_size, "split": split, "eos_token": run.eos_token}
+                return prepare_columns(documents, name, tokenizer, run.dataset_text_field, **settings)
         except DataError as error:
             raise DataError(f"{key}: {error}") from error
 
     documents, test = load("dataset_name", name, data.dataset_train_split), data.dataset_test_split
     if test:
         # A folder of such a name may lie here by chance: ./test is meant for it.
-        is_file = Path(test).suffix in FILE_FORMATS or (Path(test).exists() and test not in SPLITS)
+        is_file = kind_of(Path(test)) or (Path(test).exists() and test not in SPLITS)
         key = "dataset_test_split"
         return documents, load(key, test, "train") if is_file else load(key, name, test)
     held_out = data.held_out_documents
