@@ -418,6 +418,11 @@ def test_perplexity_takes_texts_of_a_data_set_as_of_a_file(tmp_path, monkeypatch
     command[-1] = "b.jsonl"
     assert cli.main([*command, "--lengths", "32", "--output_dir", "b"]) == 2
     assert "--text b.jsonl has no column text" in capsys.readouterr().err
+    for name in ("c.txt", "c.jsonl"):
+        (tmp_path / name).write_bytes('{"text": "café"}\n'.encode("latin-1"))
+        command[-1] = name
+        assert cli.main([*command, "--lengths", "32", "--output_dir", "c"]) == 2
+        assert f"error: --text: {name} is no" in capsys.readouterr().err
 
 
 def test_documents_of_perplexity_that_samples_leave_out_are_said(tmp_path, monkeypatch, capsys, caplog):

@@ -2,6 +2,8 @@
 
 import pytest
 
+from cream_peft.evals.needle import split_sentences
+from cream_peft.evals.prompts import TaskError
 from cream_peft.train.data import load_data
 from cream_peft.train.files import MOST_TEXTS, first_texts, load_documents
 from cream_peft.train.recipe import parse_recipe
@@ -92,3 +94,12 @@ def test_texts_to_measure_are_found_at_home_and_by_a_pattern(tmp_path, monkeypat
     (tmp_path / "docs.jsonl").write_text(ROW * (MOST_TEXTS + 1))
     assert len(first_texts("~/docs.jsonl", None, "test")) == MOST_TEXTS
     assert caplog.messages == ["--text ~/docs.jsonl: its first 1,000 rows are read, and no others"]
+
+
+def test_texts_are_found_at_home_and_the_file_of_another_encoding_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.TXT").write_text("A text.")
+    assert split_sentences("~/a.TXT") == split_sentences("~/") == ["A text."]
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(TaskError, match=r"b\.txt is no text that can be read"):
+        split_sentences("~/")

@@ -59,8 +59,8 @@ class EvaluateOptions:
         if "perplexity" in self.tasks and self.text is None:
             raise ValueError("task perplexity has no text: set --text to a file, or to a folder of .txt and .md files")
         for name, path in (("text", self.text), ("haystack", self.haystack)):
-            is_path = name == "haystack" or Path(str(path)).suffix in TEXT_SUFFIXES
-            if path is not None and is_path and not Path(path).exists():
+            is_path = name == "haystack" or Path(str(path)).suffix.lower() in TEXT_SUFFIXES
+            if path is not None and is_path and not Path(path).expanduser().exists():
                 raise ValueError(f"--{name} {path}: no such file or folder")
         for name in option_names():
             takers = [task for task in TASKS if name in TASKS[task].options]

@@ -275,12 +275,14 @@ def read_text(path: Path) -> str:
 
 def read_texts(path: str | Path) -> list[str]:
     """The text of a file, or of each .txt and .md file of a folder and its subfolders, in the order of their names."""
-    path = Path(path)
-    files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES) if path.is_dir() else [path]
-    try:
-        texts = [read_text(file) for file in files]
-    except (FileNotFoundError, UnicodeError) as error:
-        raise TaskError(f"{path} is no text that can be read: give a UTF-8 file or a folder of them") from error
+    path = Path(path).expanduser()
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES) if path.is_dir() else [path]
+    texts = []
+    for file in files:
+        try:
+            texts.append(read_text(file))
+        except (FileNotFoundError, UnicodeError) as error:
+            raise TaskError(f"{file} is no text that can be read: give a UTF-8 file or a folder of them") from error
     if not any(text.strip() for text in texts):
         raise TaskError(f"{path} holds no text: give a file, or a folder of {' or '.join(TEXT_SUFFIXES)} files")
     return texts

@@ -184,10 +184,14 @@ class Texts:
 
     @classmethod
     def of(cls, options: EvaluateOptions, documents: list[str] | None, lengths: Iterable[int]) -> Texts:
-        read = {name: getattr(options, name) for name in ("text", "haystack")}
-        texts = {name: read_texts(path) for name, path in read.items() if path and not (name == "text" and documents)}
-        if documents:
-            texts["text"] = documents
+        texts = {"text": documents} if documents else {}
+        for name in ("text", "haystack"):
+            path = getattr(options, name)
+            if path and name not in texts:
+                try:
+                    texts[name] = read_texts(path)
+                except TaskError as error:
+                    raise TaskError(f"--{name}: {error}") from error
         digests = {name: sha256(json.dumps(found).encode()).hexdigest() for name, found in texts.items()}
         return cls(documents, max(lengths), digests)
 
