@@ -53,6 +53,7 @@ def test_what_describes_a_data_set_is_no_document_of_it(tmp_path, caplog):
     filled(tmp_path, "notes.md")
     assert texts_of(tmp_path) == ["a row"]
     assert caplog.messages == [f"{tmp_path}: 1 file of another kind (.md) is not read"]
+    assert texts_of(tmp_path / "*.md") == ["LICENSE.md", "README.md", "notes.md"]
 
 
 def test_a_file_that_is_not_read_makes_no_split(tmp_path, caplog):

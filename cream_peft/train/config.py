@@ -199,11 +199,9 @@ class CREAMConfig(SFTConfig):
 
     @property
     def sharded_by(self) -> str | None:
-        """FSDP or DeepSpeed, where one gives each process a part of the model; `accelerate launch` sets the
-        environment."""
+        """FSDP or DeepSpeed, where one gives each process a part of the model; accelerate sets the environment."""
         asked = {"FSDP": self.fsdp, "DeepSpeed": self.deepspeed}
-        is_on = (bool(here) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}") for name, here in asked.items())
-        return next((name for name, on in zip(asked, is_on, strict=True) if on), None)
+        return next((n for n, on in asked.items() if on or parse_flag_from_env(f"ACCELERATE_USE_{n.upper()}")), None)
 
     def strategy_options(self) -> dict[str, Any]:
         """The options of the position strategy that are set."""

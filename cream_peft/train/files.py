@@ -111,7 +111,7 @@ def data_files(name: str, split: str) -> list[Path] | None:
         paths = [path]
     elif glob.has_magic(name):
         matched = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
-        paths = _readable(matched)
+        paths = [file for file in matched if kind_of(file)]
         if not paths:
             raise DataError(f"{name} matches no file of {kinds}")
         _refuse_other_split(name, split)
