@@ -38,6 +38,8 @@ FILES = {
     "half.yaml": TINY + "lora_r: 1.5\n",
     "listed.yaml": TINY + "lora_r: [16]\n",
     "sigma.yaml": TINY + "sigma: high\n",
+    "twice.yaml": TINY + "max_steps: 1\nseed: 0\nmax_steps: 2\n",
+    "twins.yaml": TINY + "lr_scheduler_kwargs: {min_lr_rate: 0.1, min_lr_rate: 0.2}\nmax_steps: 1\n",
     "no.yaml": TINY + "save_strategy: no\n",
     "flat.yaml": TINY + "lora_alpha: -1\n",
     "packing.yaml": TINY + "packing: true\n",
@@ -79,6 +81,14 @@ MISTAKES = {
     "--config without a file": (["train", "--config", "--seed", "1"], ["--config needs a file"]),
     "a recipe without --config": (["train", "words.yaml"], ["'words.yaml'", "did you mean --config words.yaml?"]),
     "words for a number": (["train", "--config", "words.yaml"], ["words.yaml: lora_r='abc'", "a whole number"]),
+    "a key twice": (
+        ["train", "--config", "twice.yaml"],
+        ["twice.yaml", "line 6", "max_steps is in line 4 already", "leave one of them out"],
+    ),
+    "a key twice in one line": (
+        ["train", "--config", "twins.yaml"],
+        ["twins.yaml", "line 4, column", "min_lr_rate is in line 4 already"],
+    ),
     "half a number": (["train", "--config", "half.yaml"], ["half.yaml: lora_r=1.5", "a whole number"]),
     "a list for a number": (["train", "--config", "listed.yaml"], ["lora_r=[16]", "a whole number"]),
     "a word for sigma": (["train", "--config", "sigma.yaml"], ["sigma.yaml: sigma='high' must be a number"]),

@@ -87,6 +87,21 @@ class Recipe:
         return without_secrets({key: value for key, value in found.items() if key not in PRIVATE})
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader, which lets the last of several equal keys win, with an error in its place."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            name = key.tag, key.value
+            if name in lines:
+                told = f"{key.value} is in line {lines[name]} already: leave one of them out"
+                raise yaml.MarkedYAMLError(problem=told, problem_mark=key.start_mark)
+            lines[name] = key.start_mark.line + 1
+        return node
+
+
 class RecipeParser(TrlParser):
     """TrlParser of the three dataclasses, whose errors are exceptions: argparse prints 300 lines of usage first."""
 
@@ -131,7 +146,7 @@ def _refuse_unknown(names: list[str], known: Collection[str], what: str) -> None
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError as error:
         raise RecipeError(f"no such recipe: {path}") from error
     except OSError as error:
