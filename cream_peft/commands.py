@@ -17,8 +17,7 @@ GPU = "its name, such as 'RTX 4090', or its memory; 8GB is the 7.6 GiB that an 8
 
 def train_command(arguments: list[str]) -> None:
     """Train an adapter from a recipe and leave it complete in output_dir."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--json")
+    parser = CommandParser(train_command, "json", add_help=False)
     parser.add_argument("--help", "-h", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     from .train.recipe import parse_recipe, print_help
@@ -172,7 +171,7 @@ def plot_command(arguments: list[str]) -> None:
     With --positions, draw instead which positions each strategy gives to the tokens that are fed."""
     parser = CommandParser(plot_command)
     parser.add_argument("results", nargs="*", metavar="RESULTS.json")
-    parser.option("output", "picture, .png or .svg", default="runs/accuracy.png")
+    parser.option("output", "picture, .png or .svg", default="runs/accuracy.png", metavar="FILE")
     kinds = ["accuracy", "depth", "heatmap", "perplexity", "tasks"]
     parser.option("kind", "default: by task; tasks: one picture, a panel a model and task", choices=kinds)
     parser.option("task", "draw this one; default: every task in the files, a picture each")

@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,52 @@ NOISE = {
 """Logger -> pattern of the lines that say nothing to a user."""
 NUMBER = r"[-+~]?[\d,.]+( ?(%|s|GiB|±.*))?|-|"
 
+PATHS = ("DIR", "FILE", "ID_OR_DIR", "MODEL", "PATH", "PATH_OR_ID", "RESULTS.json")
+"""Metavars of options that take a path."""
+
+
+def expanded(text: str) -> str:
+    """A path with `~` expanded, at its beginning or after LABEL=; bash leaves it in quotes and in --output=~/x."""
+    label, sign, rest = text.rpartition("=")
+    return label + sign + os.path.expanduser(rest)
+
+
+def file_to_write(text: str) -> str:
+    """The path of a file that can be written, tried in the first process; nothing is left there."""
+    path = Path(expanded(text))
+    if is_first_process():
+        try:
+            _try_to_write(path)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(
+                f"{path} cannot be written ({error.strerror}): give a file in a folder of yours"
+            ) from error
+    return str(path)
+
+
+def _try_to_write(path: Path) -> None:
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() or path.is_dir():
+            path.open("ab").close()
+        # Nor are pipes and devices opened: that may wait for a reader.
+        elif not path.exists():
+            tempfile.TemporaryFile(dir=path.parent).close()
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
 
 COMMON: dict[str, dict[str, Any]] = {
     "adapter": {"required": True, "metavar": "ID_OR_DIR", "help": "Hub id or folder of the adapter"},
-    "base_model": {"help": "folder or Hub id to take the base from, instead of the one that the adapter names"},
+    "base_model": {
+        "metavar": "ID_OR_DIR",
+        "help": "folder or Hub id to take the base from, instead of the one that the adapter names",
+    },
     "config": {"metavar": "FILE", "help": "recipe, such as those under recipes/ (default: the embedded one)"},
-    "json": {"metavar": "FILE", "help": "write the same as JSON"},
+    "json": {"metavar": "FILE", "type": file_to_write, "help": "write the same as JSON"},
     "no_4bit": {"action": "store_true", "help": "load the base unquantized"},
     "revision": {"help": "branch, tag or commit of the adapter's repository"},
 }
@@ -56,11 +98,19 @@ class CommandParser(argparse.ArgumentParser):
         for option in common:
             self.add_argument(f"--{option}", **COMMON[option])
 
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """Add an argument; one that takes a path expands `~`."""
+        if settings.get("metavar") in PATHS:
+            settings.setdefault("type", expanded)
+        return super().add_argument(*names, **settings)
+
     def option(self, name: str, help: str, *others: str, **settings: Any) -> None:
         """Add --name, also as --other, its default told in the help."""
         if settings.get("default"):
             shown = settings["default"] if settings.get("nargs") is None else " ".join(settings["default"])
             help = f"{help} (default: {shown})"
+        if name.endswith("_dir"):
+            settings.setdefault("metavar", "DIR")
         names = dict.fromkeys(f"--{one}" for one in (name, name.replace("-", "_"), *others))
         self.add_argument(*names, help=help, **settings)
 

@@ -24,6 +24,7 @@ from cream_peft import cli, errors, terminal
 from cream_peft.plan import fit
 from cream_peft.tiny import base_folder
 from cream_peft.train import run as train
+from cream_peft.train.recipe import parse_recipe
 
 COMMAND = [sys.executable, "-m", "cream_peft.cli"]
 LLAMA_2 = "model_name_or_path: meta-llama/Llama-2-7b-hf\ndataset_name: o/documents\ncontext_length: 4096\n"
@@ -240,6 +241,15 @@ MISTAKES = {
         ["train", "--config", "llama-2.yaml"],
         ["meta-llama/Llama-2-7b-hf", "6.7 billion", "no CUDA GPU", "`make demo`", "`cream-peft plan`"],
     ),
+    "--json that is a folder": (
+        ["train", "--max_steps", "1", "--json", "nothing"],
+        ["--json", "nothing cannot be written", "give a file"],
+    ),
+    "--json below a file": (
+        ["check", "--adapter", "./none", "--json", "empty.jsonl/a.json"],
+        ["--json", "empty.jsonl/a.json cannot be written"],
+    ),
+    "--json where no folder can be made": (["plan", "--json=/proc/zz/a.json"], ["--json", "/proc/zz/a.json"]),
     "an unknown card": (["plan", "--gpu", "RTX"], ["'RTX'", "8GB", "RTX 4090 24GB"]),
     "an unknown task": (["evaluate", "--tasks", "recal"], ["unknown task 'recal'", "recall"]),
     "an unknown scaling to evaluate": (["evaluate", "--compare", "m+foo"], ["'foo'", "linear, ntk, yarn"]),
@@ -582,6 +592,37 @@ def test_train_says_at_its_start_which_settings_of_the_positions_and_against_for
     assert cli.main(["train", *settings, "--output_dir", str(tmp_path)]) == 0
     told = ": cream positions (sigma 3.0, contiguous_share 0.5, distillation_weight 1.0), 256 tokens per example for"
     assert told in capsys.readouterr().err
+
+
+def test_a_path_in_the_home_folder_is_found_and_written_there(tmp_path, monkeypatch, capsys):
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(base_folder(), home / "base")
+    (home / "recipe.yaml").write_text(TINY.replace("cream-peft-tiny", "~/base", 1) + "resume_from_checkpoint: ~/run\n")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    assert cli.main(["plan", "--config", "~/recipe.yaml", "--json=~/plan.json"]) == 0
+    assert cli.main(["plot", "--positions", "--output", "~/positions.png"]) == 0
+    asked = ["--tasks", "needle", "--samples", "1", "--lengths", "256"]
+    assert cli.main(["evaluate", "--compare", "LABEL=~/base", *asked, "--dump-prompts", "~/prompts"]) == 0
+    assert (home / "plan.json").is_file() and (home / "positions.png").is_file()
+    assert (home / "prompts" / "LABEL-needle-256.jsonl").is_file()
+    recipe = parse_recipe(
+        ["--config", "~/recipe.yaml", "--dataset_name", "~/data.jsonl", "--dataset_test_split=~/test"]
+    )
+    assert recipe.model.model_name_or_path == f"{home}/base" and recipe.run.resume_from_checkpoint == f"{home}/run"
+    assert recipe.data.dataset_name == f"{home}/data.jsonl" and recipe.data.dataset_test_split == f"{home}/test"
+    assert not list(here.iterdir())
+    # Text is no path.
+    assert cli.main(["plot", "--positions", "--output", "~/positions.png", "--strategies", "~/pose"]) == 2
+    assert "~/pose" in capsys.readouterr().err
+
+
+def test_trying_the_file_of_json_leaves_what_is_there_as_it_is(tmp_path):
+    (tmp_path / "old.json").write_text("{}")
+    for name in ("new/below/a.json", "a.json", "old.json"):
+        assert terminal.file_to_write(str(tmp_path / name)) == str(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"] and (tmp_path / "old.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -18,6 +18,7 @@ import yaml
 from trl import TrlParser
 
 from ..model.secrets import without_secrets
+from ..terminal import expanded
 from ..tiny import TINY_ID, base_folder
 from .arguments import CREAMDataArguments, CREAMModelArguments
 from .config import CREAMConfig
@@ -26,6 +27,9 @@ EMBEDDED_RECIPE = base_folder().parent / "recipe.yaml"
 DATACLASSES = (CREAMDataArguments, CREAMConfig, CREAMModelArguments)
 PRIVATE = {"output_dir", "logging_dir", "run_name", "resume_from_checkpoint"}
 """Keys that say where a run happened; those of tokens are left out by `without_secrets`."""
+PATHS = ("config", "dataset_name", "dataset_test_split", "resume_from_checkpoint")
+PATHS += ("accelerator_config", "deepspeed", "fsdp_config")
+"""Keys that take a path, beside those whose names end in _dir and _path."""
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -108,6 +112,9 @@ class RecipeParser(TrlParser):
     def __init__(self, **kwargs: Any):
         super().__init__(DATACLASSES, allow_abbrev=False, **kwargs)  # ty: ignore[invalid-argument-type] any iterable
         self.add_argument("--config", metavar="FILE", help="Recipe; default: that of the embedded model.")
+        for action in self._actions:
+            if action.dest in PATHS or action.dest.endswith(("_dir", "_path")):
+                action.type = expanded
 
     def error(self, message: str):
         choice = re.match(r"argument --(\w+)\S*: invalid choice: '(.*)' \(choose from", message)
