@@ -265,15 +265,17 @@ def merge_command(arguments: list[str]) -> None:
     parser.option("output", "folder of the merged model", metavar="DIR")
     parser.option("gguf-lora", "instead: the adapter alone as a GGUF, with llama.cpp's line printed", metavar="FILE")
     parser.option("dtype", "default: the base files' own", choices=["bfloat16", "float16", "float32"])
-    parser.option("max_shard_size", "size of a file, and about what merging holds in memory", default="1GB")
-    given = vars(parser.parse_args(arguments))
-    json_file, folder, file = given.pop("json"), given.pop("output"), given.pop("gguf_lora")
+    parser.option("max_shard_size", "size of a file, and about what merging holds in memory; default: 1GB")
+    given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    json_file, folder, file = (given.pop(name, None) for name in ("json", "output", "gguf_lora"))
     if bool(folder) == bool(file):
         parser.error("give one of --output (a merged model) and --gguf_lora (the adapter alone, for llama.cpp)")
     if file:
+        if unused := sorted({"dtype", "max_shard_size"} & given.keys()):
+            parser.error(f"--{unused[0]} is for --output, and --gguf_lora writes the adapter as it is: leave it out")
         from .publish.gguf_lora import write_gguf_lora
 
-        written = write_gguf_lora(given["adapter"], file, base_model=given["base_model"], revision=given["revision"])
+        written = write_gguf_lora(given.pop("adapter"), file, **given)
         write_json(json_file, asdict(written))
         print(f"{written.layers:,} linear layers are adapted by {file}. On the base's own GGUF, in any quantization:\n")
         print(written.command)

@@ -250,6 +250,14 @@ MISTAKES = {
         ["--json", "empty.jsonl/a.json cannot be written"],
     ),
     "--json where no folder can be made": (["plan", "--json=/proc/zz/a.json"], ["--json", "/proc/zz/a.json"]),
+    "an option of merging for llama.cpp": (
+        ["merge", "--adapter", "./none", "--gguf_lora", "a.gguf", "--max_shard_size", "1X"],
+        ["--max_shard_size is for --output", "--gguf_lora", "leave it out"],
+    ),
+    "a precision for llama.cpp": (
+        ["merge", "--adapter", "./none", "--gguf_lora", "a.gguf", "--dtype", "float16"],
+        ["--dtype is for --output"],
+    ),
     "an unknown card": (["plan", "--gpu", "RTX"], ["'RTX'", "8GB", "RTX 4090 24GB"]),
     "an unknown task": (["evaluate", "--tasks", "recal"], ["unknown task 'recal'", "recall"]),
     "an unknown scaling to evaluate": (["evaluate", "--compare", "m+foo"], ["'foo'", "linear, ntk, yarn"]),
