@@ -22,6 +22,8 @@ NOISE = {
     "huggingface_hub.hf_api": "No files have been modified|Removing .* file",
     # That the pad token is the end token, which is meant; that a resumed run has other save_steps, which it has.
     "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens|Warning: The following arguments do not",
+    # Of documents that are cut, and of prompts as long as the model was extended for.
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer",
     # Both true of a model that was loaded first, as it must be.
     "lm_eval.models.huggingface": "`pretrained` model kwarg|Passed an already-init",
     "lm_eval.api.task": ".*Custom kwargs can be passed|.*is defined, but",

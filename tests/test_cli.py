@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -162,7 +163,7 @@ MISTAKES = {
         f"{name} without its package": (["train", "--report_to", name], [f"report_to={name}", f"pip install {name}"])
         for name in ("tensorboard", "trackio", "wandb")
     },
-    "an unknown reporter": (["train", "--report_to", "wandbb"], ["wandbb"]),
+    "an unknown reporter": (["train", "--report_to", "wandbb"], ["report_to='wandbb'", "did you mean 'wandb'?"]),
     "an evaluation of nothing": (
         ["train", "--eval_strategy", "steps", "--eval_steps", "1"],
         ["eval_strategy=steps has nothing to evaluate on", "held_out_documents", "dataset_test_split"],
@@ -597,9 +598,10 @@ def test_the_help_of_train_has_the_keys_of_a_recipe_and_what_the_command_itself_
 
 def test_train_says_at_its_start_which_settings_of_the_positions_and_against_forgetting_are_set(tmp_path, capsys):
     settings = ["--sigma", "3", "--contiguous_share", "0.5", "--distillation_weight", "1", "--max_steps", "1"]
-    assert cli.main(["train", *settings, "--output_dir", str(tmp_path)]) == 0
+    assert cli.main(["train", *settings, "--logging_steps", "1", "--output_dir", str(tmp_path)]) == 0
     told = ": cream positions (sigma 3.0, contiguous_share 0.5, distillation_weight 1.0), 256 tokens per example for"
-    assert told in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert told in said and re.search(r"loss[ =]\d\.\d{3}, distillation_loss[ =]\d\.\d{3}", said)
 
 
 def test_a_path_in_the_home_folder_is_found_and_written_there(tmp_path, monkeypatch, capsys):
@@ -631,6 +633,21 @@ def test_trying_the_file_of_json_leaves_what_is_there_as_it_is(tmp_path):
     for name in ("new/below/a.json", "a.json", "old.json"):
         assert terminal.file_to_write(str(tmp_path / name)) == str(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"] and (tmp_path / "old.json").read_text() == "{}"
+
+
+def test_a_text_longer_than_the_window_brings_no_warning_of_its_tokenizer(tiny_tokenizer, monkeypatch, caplog):
+    library = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(library, "handlers", [caplog.handler])
+    monkeypatch.setattr(library, "filters", [])
+    text = " ".join(["k001"] * 257)
+    tiny_tokenizer(text)
+    assert "257 > 256" in caplog.text  # control
+    caplog.clear()
+    # It says so once.
+    tiny_tokenizer.deprecation_warnings.clear()
+    terminal.quiet_libraries()
+    tiny_tokenizer(text)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

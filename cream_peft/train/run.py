@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedConfig, ProgressCallback
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import get_peft_config
 
 from ..locks import locked
@@ -23,7 +23,7 @@ from ..model.tokenizer import load_tokenizer
 from ..plan.advice import held_out_flops, training_flops
 from ..publish.push import PushError
 from ..rope import pretrained_window
-from ..terminal import is_first_process
+from ..terminal import did_you_mean, is_first_process
 from ..tiny import TINY_ID
 from .checkpoints import Checkpoint, difference, find_checkpoint, refuse_anew, wants_newest
 from .collator import MIXED
@@ -75,7 +75,7 @@ class _ProgressBar(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and logs:
-            formats = {"loss": ".3f", "eval_loss": ".3f", "learning_rate": ".2e"}
+            formats = {"loss": ".3f", "distillation_loss": ".3f", "eval_loss": ".3f", "learning_rate": ".2e"}
             told = {key: format(float(logs[key]), style) for key, style in formats.items() if key in logs}
             if not self.training_bar.disable:
                 self.training_bar.set_postfix(told)
@@ -114,10 +114,14 @@ def _check_reporting(recipe: Recipe) -> None:
     run, data = recipe.run, recipe.data
     if run.disable_tqdm:
         disable_progress_bars()
-    names: Any = run.report_to
-    for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=False):
+    for name in run.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise RecipeError(
+                f"report_to={name!r} is unknown{did_you_mean(name, known)}: use {', '.join(known)} or none"
+            )
         try:
-            callback()
+            INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError) as error:
             raise RecipeError(f"report_to={name}: {name} is not installed: pip install {name}, or use none") from error
     held_out = data.dataset_test_split or data.held_out_documents
