@@ -49,8 +49,10 @@ class ChatSettings:
 
 def read_document(path: str | Path) -> str:
     """The text of a file. Raises a ChatError where it is missing, empty or no UTF-8 text."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ChatError(f"no such document: {path}")
+    if Path(path).is_dir():
+        raise ChatError(f"{path} is a folder: give a text file")
     try:
         text = read_text(Path(path)).strip()
     except UnicodeError as error:
@@ -206,9 +208,11 @@ class Chat:
     def _refuse_too_long(self, length: int) -> None:
         room = self.settings.max_new_tokens
         if length + room > self.target_length:
+            document = "a shorter document or " if self.settings.document else ""
+            reset = ", or start over with /reset" if self.messages else ""
             raise ChatError(
                 f"{length:,} tokens and an answer of up to {room:,} exceed the {self.target_length:,} that the model "
-                "was trained for: take a shorter document, a lower --max_new_tokens, or start over with /reset"
+                f"was trained for: take {document}a lower --max_new_tokens{reset}"
             )
 
     def _take_cache(self, ids: list[int]) -> tuple[Cache, int]:
