@@ -178,6 +178,12 @@ def test_results_are_lm_evals_with_our_header_and_without_local_paths(ask, tmp_p
     assert str(tmp_path) in json.dumps(ask(model, f"choice_{WINDOW}"))  # control
 
 
+def test_outside_a_repository_git_does_not_complain(ask, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    ask(tiny(), f"choice_{WINDOW}")
+    assert "fatal" not in capfd.readouterr().err
+
+
 def test_text_that_only_looks_like_a_path_is_kept(tmp_path):
     kept = ["Rowan/hellaswag", "/no_think", "and/or", "a\n/b", ["/"], 3, None]
     assert harness.without_secrets(kept) == kept

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -165,7 +166,7 @@ def run_harness(
         RopeError: if the model's RoPE is not the one of its config.
     """
     try:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable
     except ImportError as error:
@@ -205,7 +206,9 @@ def run_harness(
             given["apply_chat_template"] = chat_template and task.removeprefix("longbench_") not in WITHOUT_CHAT
         if shots.get(task) is not None:
             given["num_fewshot"] = shots[task]
-        results = simple_evaluate(lm, tasks=loaded, task_manager=manager, log_samples=False, **given)
+        # Outside a repository git would complain of a hash that is left out.
+        with patch.object(evaluator, "get_git_commit_hash", lambda: None):
+            results = evaluator.simple_evaluate(lm, tasks=loaded, task_manager=manager, log_samples=False, **given)
         kept = {key: value for key, value in results.items() if key not in LEFT_OUT}
         found = _with(found, _plain(kept, handle_non_serializable), task)
         if path:
