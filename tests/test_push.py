@@ -299,6 +299,22 @@ def test_the_card_says_in_which_options_the_models_were_asked_differently(hub, a
         assert f"{label}, at each length: recall 40 questions; seed 7; CPU; recall {said}\n" in card
 
 
+@pytest.mark.parametrize("measured, said", [(True, None), (False, "CREAM: measured with an unquantized base, and")])
+def test_the_card_says_where_the_figures_are_of_a_base_in_other_bits(hub, adapter, tmp_path, measured, said):
+    own = results_of(tmp_path, adapter_sha256(adapter))
+    content = json.loads(own.read_text())
+    content["settings"]["load_in_4bit"] = measured
+    own.write_text(json.dumps(content))
+    push_folder(adapter, REPO, results=[own])
+    card = files(hub)["README.md"].decode()
+    assert (f"\n{said} trained on a 4-bit one.\n" in card) if said else "measured with" not in card
+
+
+def test_the_card_of_the_embedded_model_has_words_that_its_tokenizer_knows(adapter, tiny_tokenizer):
+    text = re.search(r'tokenizer\("(.*?)"', (adapter / "README.md").read_text())[1]
+    assert len(tiny_tokenizer(text).input_ids) == 3
+
+
 def test_the_card_of_a_further_training_has_the_stages_before_it(hub, adapter):
     earlier = Record.read(adapter, "").as_stage()
     change(adapter, stages=[earlier, earlier | {"position_strategy": "pose", "steps": 7}])

@@ -253,6 +253,9 @@ def write_card(
         space=trackio_page(record),
         tables=[_table(results, task) for task in tasks_in(results)] if own else [],
         asked=_asked(results) if own else {},
+        other_bits=[
+            label for label, one in own.items() if one.settings.load_in_4bit not in (None, record.load_in_4bit)
+        ],
         longest=max((cell.length for result in own.values() for cell in result.cells), default=None),
         recipe=yaml.safe_dump(record.recipe or {"recipe": "not recorded"}, sort_keys=False).strip(),
     )
