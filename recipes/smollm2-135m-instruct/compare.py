@@ -412,7 +412,7 @@ def differences(pieces: list[dict[str, Any]], length: int) -> Iterator[dict[str,
             if result := compare_cells(pairs):
                 where = {"scaling": other[0], "against": other[1], "length": length, "depths": place}
                 of_alone = (compare_cells(pairs_alone) or {}).get("answer_loss")
-                yield where | {"seeds": [ours.seed for ours, _ in partners]} | result | {"alone_loss": of_alone}
+                yield where | {"seeds": sorted(ours.seed for ours, _ in partners)} | result | {"alone_loss": of_alone}
 
 
 def over_seeds(rows: list[dict[str, Any]], other: tuple[str, str], length: int) -> dict[str, Any] | None:
