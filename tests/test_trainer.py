@@ -351,12 +351,23 @@ def test_norms_are_not_trained_in_fp32_before_layers_that_cannot_take_it(make_tr
     make_trainer(model=make_model().to(torch.bfloat16), peft_config=norms, bf16=True, use_cpu=True, max_steps=1).train()
 
 
-def test_frequencies_that_are_rounded_after_construction_stop_training_before_its_first_step(make_trainer):
+@pytest.mark.parametrize(
+    ("by", "said"),
+    [
+        (None, r"inv_freq is torch\.bfloat16"),
+        ("DeepSpeed", "rounded RoPE: install deepspeed>="),
+        ("FSDP", "version to 2"),
+    ],
+)
+def test_frequencies_that_are_rounded_after_construction_stop_training_before_its_first_step(
+    by, said, make_trainer, monkeypatch
+):
     trainer = make_trainer()
     # As a launcher's wrapper may.
     rotary = trainer.model.get_base_model().model.rotary_emb
     rotary.inv_freq = rotary.inv_freq.to(torch.bfloat16)
-    with pytest.raises(rope.RopeError, match=r"inv_freq is torch\.bfloat16"):
+    monkeypatch.setattr(CREAMConfig, "sharded_by", by)
+    with pytest.raises(rope.RopeError, match=said):
         trainer.train()
     assert trainer.state.global_step == 0
 

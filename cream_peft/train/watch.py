@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, TrainerCallback
 
-from ..rope import check_scaling
+from ..rope import RopeError, check_scaling
 
 MOST_SKIPPED = 25
 """Steps in a row that fp16's loss scaling may skip; it halves the scale at each, from 65,536."""
@@ -19,14 +19,18 @@ class TrainingError(ValueError):
 
 
 class CheckScaling(TrainerCallback):
-    """Looks at the frequencies once more before the first step: DeepSpeed before 0.19.2 and FSDP's first version round
-    the buffers of the model that they wrap."""
+    """Looks at the frequencies once more before the first step: DeepSpeed before 0.19.2 and FSDP 1 round the buffers of
+    the model that they wrap."""
 
     def __init__(self, scaled_config: PreTrainedConfig):
         self.scaled_config = scaled_config
 
     def on_train_begin(self, args, state, control, **kwargs):
-        check_scaling(kwargs["model"], self.scaled_config)
+        try:
+            check_scaling(kwargs["model"], self.scaled_config)
+        except RopeError as error:
+            remedy = {"DeepSpeed": "install deepspeed>=0.19.2", "FSDP": "set fsdp_version to 2"}.get(args.sharded_by)
+            raise RopeError(f"{args.sharded_by} has rounded RoPE: {remedy}" if remedy else str(error)) from error
 
 
 class StopIfNotFinite(TrainerCallback):
