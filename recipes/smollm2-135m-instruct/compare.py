@@ -424,7 +424,7 @@ def over_seeds(rows: list[dict[str, Any]], other: tuple[str, str], length: int) 
         for name in (against(strategy), strategy)
     )  # fmt: skip
     seeds = [seed for seed in ours if seed in theirs and ours[seed]["questions"] == theirs[seed]["questions"]]
-    if len(seeds) < 2:
+    if len(seeds) < 3:
         return None
     found = {"scaling": scaling, "against": strategy, "length": length, "seeds": seeds}
     for key in ("accuracy", "loss of the number alone"):
