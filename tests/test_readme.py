@@ -335,6 +335,19 @@ def test_what_the_pages_say_of_smollm2_is_in_its_json():
     )
     assert untuned < lost < min(plain, pose) and abs(longer[0] - longer[1]) < 0.05
     assert 0.2 < (lost - kept) / (lost - untuned) < 0.3 and "takes a quarter" in text
+    after = {
+        name: [rows[f"yarn {name}{more}"]["chats"]["1024"] for more in ("", "+128 steps", "+256 steps seed 2")]
+        for name in ("cream", "contiguous")
+    }
+    told = "goes from {:.2f} to {:.2f} after 64 steps of CREAM, to {:.2f} after 128 and to {:.2f} after 256;"
+    assert told.format(untuned, *after["cream"]) in text
+    assert "after plain fine-tuning to {:.2f}, {:.2f} and {:.2f}.".format(*after["contiguous"]) in text
+    least = rows["yarn pose+256 steps seed 2"]["chats"]["1024"]
+    assert f"After 256 of PoSE it is {least:.2f}, the least." in text and least < min(one[-1] for one in after.values())
+    told = "chats from {:.2f} to {:.2f} (plain {:.2f}, PoSE {:.2f})."
+    assert told.format(untuned, *(one[-1] for one in after.values()), least) in front
+    asked = [row["passkey"]["accuracy"] for row in summary["rows"] if "passkey" in row]
+    assert len(asked) >= 3 and asked[0] == min(asked) and "Passkeys are found as before, or more often." in text
     costs = {length: one["alone_loss"] for (_, other, length), one in found.items() if other == "cream+distillation"}
     assert "costs 0.08 of loss at 1,024 tokens" in text and round(costs[1024]["difference"], 2) == -0.08
     likelier = found["yarn", "cream+distillation", 4096]["answer_loss"]

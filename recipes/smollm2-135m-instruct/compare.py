@@ -156,7 +156,7 @@ ROUNDS = [
     *((INSIDE + MORE_INSIDE, [1024, 4096, 8192], block) for block in (1, 2)),
     (INSIDE_AGAIN, [1024, 4096, 8192], 0),
     *((SEEDS, [1024, 4096, 8192, 16_384], block) for block in (0, 1, 2)),
-    (LONGER + INSIDE + MORE_INSIDE, list(PRICE), 0),
+    (LONGEST_AGAIN[3:6] + LONGER + INSIDE + MORE_INSIDE, list(PRICE), 0),
     (NTK, [8192, 32_768], 0),
 ]
 BUDGETS = {
