@@ -105,9 +105,10 @@ def default_attention(dtype: torch.dtype, config: PreTrainedConfig, on_gpu: bool
     flex_attention on a GPU, which holds no matrix of scores, else eager."""
     if family_of(config.model_type).has_sinks:
         return "flex_attention" if on_gpu else "eager"
-    can_run = on_gpu and dtype != torch.float32 and head_size(config) <= FLASH_HEAD_SIZE
+    can_run = on_gpu and is_flash_attn_2_available() and dtype != torch.float32
+    can_run = can_run and head_size(config) <= FLASH_HEAD_SIZE
     can_run = can_run and torch.cuda.get_device_capability() >= FLASH_CAPABILITY
-    return "flash_attention_2" if can_run and is_flash_attn_2_available() else "sdpa"
+    return "flash_attention_2" if can_run else "sdpa"
 
 
 def quantization_config(
