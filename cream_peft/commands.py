@@ -48,7 +48,7 @@ def _texts(name: str, config: str | None, split: str) -> list[str] | None:
     from .evals.prompts import TEXT_SUFFIXES
     from .train.files import first_texts
 
-    path = Path(name).expanduser()
+    path = Path(name)
     return None if path.is_dir() or path.suffix.lower() in TEXT_SUFFIXES else first_texts(name, config, split)
 
 

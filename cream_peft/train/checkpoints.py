@@ -248,10 +248,10 @@ class ResumingTrainer(SavingTrainer):
         there = checkpoint_folders(folder)
         if checkpoint is None:
             refuse_anew(wanted, folder)
-        if checkpoint is None and (there or (folder / FILE).exists()):
-            is_asked = any(map(wants_newest, (wanted, self.args.resume_from_checkpoint)))
-            remedy = "; resume_from_checkpoint=true resumes it" if there and not is_asked else ""
-            logger.warning("%s holds an earlier run, which is overwritten%s", folder, remedy)
+            if there or (folder / FILE).exists():
+                is_asked = any(map(wants_newest, (wanted, self.args.resume_from_checkpoint)))
+                remedy = "; resume_from_checkpoint=true resumes it" if there and not is_asked else ""
+                logger.warning("%s holds an earlier run, which is overwritten%s", folder, remedy)
         self.run_id, self.resumed_step, self.best = secrets.token_hex(8), 0, None
         if checkpoint:
             found = difference(checkpoint.folder, checkpoint.record, self)
